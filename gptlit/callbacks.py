@@ -1,0 +1,274 @@
+"""What happens beside the training step: checkpoints, speed, sample text, progress. One small class each."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.rule import Rule
+from rich.text import Text
+
+from gptlit.checkpoint import checkpoint_path, checkpoints
+from gptlit.data.datamodule import TokenDataModule
+from gptlit.generate import generate
+from gptlit.module import GPTModule
+
+
+class StepLogger(TensorBoardLogger):
+    """TensorBoard with points at optimizer steps 1...n, where Lightning counts from 0."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write the metrics of the step that has just been made; `epoch`, which never moves here, is left out."""
+        values = {key: value for key, value in metrics.items() if key != "epoch"}
+        if values:
+            super().log_metrics(values, None if step is None else step + 1)  # type: ignore[no-untyped-call]
+
+
+class StepCheckpoint(Checkpoint):
+    """Saves after every `every_n_steps` optimizer steps and at the end of a fit; keeps the newest `keep_last`.
+
+    A save waits until the next step begins, so that a validation due at the same step comes before it.
+
+    Args:
+        run: The run's folder.
+        every_n_steps: Optimizer steps from one checkpoint to the next.
+        keep_last: How many to keep; -1 keeps all.
+    """
+
+    def __init__(self, run: Path, every_n_steps: int, keep_last: int) -> None:
+        self.run = run
+        self.every_n_steps = every_n_steps
+        self.keep_last = keep_last
+        self._saved_step = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """All devices write to the folder that the first one chose."""
+        self.run = trainer.strategy.broadcast(self.run)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What was resumed from is there already."""
+        self._saved_step = trainer.global_step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, _: int) -> None:
+        """Save when it is due."""
+        if trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save where the fit ends."""
+        self._save(trainer)
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        step = trainer.global_step
+        if step == self._saved_step or trainer.fast_dev_run:
+            return
+        trainer.save_checkpoint(checkpoint_path(self.run, step))
+        self._saved_step = step
+        if trainer.is_global_zero and self.keep_last > 0:
+            for path in checkpoints(self.run)[: -self.keep_last]:
+                path.unlink()
+
+
+class FinalValidation(Callback):
+    """Validates after the last step too, wherever the interval falls."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Lightning validates once more when it is told to stop."""
+        if trainer.global_step >= trainer.max_steps > 0:
+            trainer.should_stop = True
+
+
+class Throughput(Callback):
+    """Logs perf/tokens_per_second: of all devices, since the last log point, without validations and checkpoints."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock."""
+        self._spent = 0.0
+        self._mark(pl_module)
+
+    def _mark(self, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, GPTModule)
+        self._tokens = pl_module.tokens
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """The clock runs from the start of a micro-batch..."""
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """...to its end. (Fetching the batch lies outside, and is measured on its own.)"""
+        assert isinstance(pl_module, GPTModule)
+        self._spent += time.perf_counter() - self._began
+        if trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate():
+            pl_module.log("perf/tokens_per_second", (pl_module.tokens - self._tokens) / self._spent)
+            self._spent = 0.0
+            self._mark(pl_module)
+
+
+class SampleText(Callback):
+    """Continues a prompt after each validation: in TensorBoard's text tab and on the terminal.
+
+    Args:
+        prompt: Text to continue.
+        max_new_tokens: Length of the continuation.
+        seed: The draw is the same each time, so that only the model changes.
+    """
+
+    def __init__(self, prompt: str, max_new_tokens: int = 48, seed: int = 0) -> None:
+        self.prompt = prompt
+        self.max_new_tokens = max_new_tokens
+        self.seed = seed
+        self.text = ""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Every device samples (a sharded model needs them all), the first one shows it."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        assert isinstance(pl_module, GPTModule)
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        tokenizer = datamodule.tokenizer
+        prompt = torch.tensor([tokenizer.encode_ordinary(self.prompt)], device=pl_module.device)
+        generator = torch.Generator(pl_module.device).manual_seed(self.seed)
+        with trainer.precision_plugin.forward_context():
+            ids = generate(
+                pl_module.model, prompt, self.max_new_tokens, temperature=0.8, top_k=50, generator=generator
+            )
+        self.text = tokenizer.decode(ids[0].tolist())
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                markdown = "\n".join("    " + line for line in self.text.splitlines())
+                logger.experiment.add_text("samples", markdown, trainer.global_step)
+
+
+class StepProgress(ProgressBar):
+    """One bar over the optimizer steps with the last logged figures; plain lines where there is no terminal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.console = Console(stderr=True)
+        self._enabled = True
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._shown_step = -1
+
+    def disable(self) -> None:
+        """Lightning calls this on every device but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Show progress here."""
+        self._enabled = True
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print above the bar."""
+        if self._enabled:
+            (self._progress.console if self._progress else self.console).print(*args, **kwargs)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say what is about to happen, then show the bar."""
+        self._began, self._first_step = time.monotonic(), trainer.global_step
+        for line in _summary(trainer, pl_module):
+            self.print(line, highlight=False, markup=False, soft_wrap=True)
+        if self._enabled and self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("[dim]{task.fields[figures]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+                refresh_per_second=4,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task(
+                "training", total=trainer.max_steps, completed=trainer.global_step, figures=""
+            )
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Advance by optimizer steps; the figures change only where something was logged."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=trainer.global_step, figures=_figures(trainer))
+        elif self._enabled and trainer._logger_connector.should_update_logs:
+            self._line(trainer)
+
+    def _line(self, trainer: pl.Trainer) -> None:
+        step = trainer.global_step
+        if step == self._shown_step or step == self._first_step:
+            return
+        self._shown_step = step
+        rate = (time.monotonic() - self._began) / (step - self._first_step)
+        left = time.strftime("%H:%M:%S", time.gmtime(rate * (trainer.max_steps - step)))
+        self.print(f"step {step}/{trainer.max_steps}  {_figures(trainer)}  {left} left", highlight=False, soft_wrap=True)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Say in the bar that a validation is going on."""
+        if self._progress is not None and self._task is not None:
+            total = self.total_val_batches_current_dataloader
+            self._progress.update(self._task, description=f"validating {batch_idx + 1}/{total}")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print a line a validation, and the sample under it."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description="training", figures=_figures(trainer))
+        step = trainer.global_step
+        metrics = trainer.callback_metrics
+        if "val/loss" in metrics:
+            loss, perplexity = float(metrics["val/loss"]), float(metrics["val/perplexity"])
+            self.print(f"step {step}: val/loss {loss:.4f}, perplexity {perplexity:.1f}", highlight=False)
+        sample = next((c.text for c in trainer.callbacks if isinstance(c, SampleText)), "")  # type: ignore[attr-defined]
+        if sample:
+            self.print(Rule("sample", style="dim"), Text(sample, style="italic"), Rule(style="dim"))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the terminal as it was."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the terminal as it was."""
+        self.teardown(trainer, pl_module, "fit")
+
+
+def _figures(trainer: pl.Trainer) -> str:
+    """Return the figures that were logged last, from memory: nothing is read off the device for it."""
+    metrics = trainer.logged_metrics
+    names = {
+        "train/loss": ("loss", ".3f"),
+        "val/loss": ("val", ".3f"),
+        "perf/tokens_per_second": ("tokens/s", ",.0f"),
+    }
+    known = {**{k: v for k, v in trainer.callback_metrics.items() if k == "val/loss"}, **metrics}
+    return "  ".join(f"{label} {float(known[key]):{form}}" for key, (label, form) in names.items() if key in known)
+
+
+def _summary(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
+    """Describe model, data and run in a few lines."""
+    assert isinstance(pl_module, GPTModule)
+    config = pl_module.config
+    parameters = sum(p.numel() for p in pl_module.model.parameters())
+    lines = [
+        f"model  {parameters:,} parameters: {config.n_layers} layers, {config.n_heads} heads, {config.emb_dim} wide, "
+        f"context {config.context_length}; {trainer.precision} on {trainer.world_size} x {trainer.strategy.root_device.type}"
+    ]
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    if isinstance(datamodule, TokenDataModule):
+        tokens = {name: datamodule.data.tokens(name) for name in ("train", "val")}
+        lines.append(f"data   {datamodule.source}: {tokens['train']:,} tokens to train on, {tokens['val']:,} to validate")
+        lines.append(
+            f"run    {trainer.max_steps} steps of {datamodule.batch_size} windows "
+            f"({datamodule.batch_size * config.context_length:,} tokens), accumulated over "
+            f"{datamodule.accumulation} micro-batches of {datamodule.micro_batch_size}"
+        )
+    return lines
+
+

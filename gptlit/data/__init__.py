@@ -1,0 +1,1 @@
+"""From text to batches: corpus -> tokens -> windows -> datamodule."""

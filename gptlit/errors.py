@@ -1,0 +1,28 @@
+"""One-line errors: what a user can mend is told in a line; a bug keeps its traceback."""
+
+import os
+import sys
+import time
+from typing import NoReturn
+
+
+class InputError(ValueError):
+    """Something from outside (a file, a flag, a key) is wrong; the message names it, its value and the remedy."""
+
+
+def fail(error: object, status: int = 1) -> NoReturn:
+    """Print one line and exit with `status`. With GPTLIT_TRACEBACK=1 in the environment the traceback comes back."""
+    if isinstance(error, BaseException) and os.environ.get("GPTLIT_TRACEBACK"):
+        raise error
+    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        time.sleep(2)  # the first process says it, and then ends this one
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+class OneLineErrors:
+    """Mixin for a jsonargparse parser: a wrong flag or key is answered with one line instead of the whole usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with status 2."""
+        fail(ex if ex is not None and os.environ.get("GPTLIT_TRACEBACK") else message, status=2)

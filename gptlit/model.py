@@ -1,0 +1,118 @@
+"""The GPT-2 architecture: token ids -> logits, in plain torch.
+
+Shapes: B batch, T tokens, C emb_dim, H heads, D head size (C = H * D), V vocabulary.
+Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; module names of S. Raschka's
+"Build a Large Language Model (From Scratch)", chapter 4.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gptlit.config import GPTConfig
+
+
+class MultiHeadAttention(nn.Module):
+    """Causal self-attention with one fused projection to query, key and value: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_heads = config.n_heads
+        self.drop_rate = config.drop_rate
+        self.qkv = nn.Linear(config.emb_dim, 3 * config.emb_dim, bias=config.qkv_bias)
+        self.out_proj = nn.Linear(config.emb_dim, config.emb_dim)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        B, T, C = hidden.shape  # noqa: N806
+        qkv = self.qkv(hidden).view(B, T, 3, self.n_heads, C // self.n_heads)  # (B, T, 3, H, D)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        dropout = self.drop_rate if self.training else 0.0
+        context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        return self.out_proj(context.transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]
+
+
+class FeedForward(nn.Sequential):
+    """Two linear layers, four times wider in between: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(
+            nn.Linear(config.emb_dim, 4 * config.emb_dim),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(4 * config.emb_dim, config.emb_dim),
+        )
+
+
+class TransformerBlock(nn.Module):
+    """Attention and feed-forward, each normalised before and added to its shortcut: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.att = MultiHeadAttention(config)
+        self.ff = FeedForward(config)
+        self.norm1 = nn.LayerNorm(config.emb_dim)
+        self.norm2 = nn.LayerNorm(config.emb_dim)
+        self.drop_shortcut = nn.Dropout(config.drop_rate)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.drop_shortcut(self.att(self.norm1(hidden)))
+        hidden = hidden + self.drop_shortcut(self.ff(self.norm2(hidden)))
+        return hidden
+
+
+class GPTModel(nn.Module):
+    """GPT-2: token ids (B, T) -> logits (B, T, V).
+
+    Parameters are drawn in the order of the modules below, so that a seed gives the same weights as the book's code.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
+        self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
+        self.drop_emb = nn.Dropout(config.drop_rate)
+        self.trf_blocks = nn.Sequential(*[TransformerBlock(config) for _ in range(config.n_layers)])
+        self.final_norm = nn.LayerNorm(config.emb_dim)
+        self.out_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
+        if config.init == "gpt2":
+            self.apply(self._init_gpt2)
+        if config.tie_weights:
+            nn.init.normal_(self.tok_emb.weight, std=0.02)
+            self.out_head.weight = self.tok_emb.weight
+
+    def _init_gpt2(self, module: nn.Module) -> None:
+        """N(0, 0.02) everywhere, scaled down where a block adds to the residual stream. Source: GPT-2, section 2.3."""
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layers)
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, TransformerBlock):  # `apply` visits a block after its layers
+            nn.init.normal_(module.att.out_proj.weight, std=residual_std)
+            nn.init.normal_(module.ff[2].weight, std=residual_std)  # type: ignore[arg-type]
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Return logits (B, T, V) for int64 ids (B, T).
+
+        Raises:
+            ValueError: The sequence is longer than `context_length`, or (on a CPU, where looking is free) an id is
+                outside the vocabulary.
+        """
+        self._check(token_ids)
+        positions = torch.arange(token_ids.shape[1], device=token_ids.device)
+        hidden = self.drop_emb(self.tok_emb(token_ids) + self.pos_emb(positions))  # (B, T, C)
+        hidden = self.final_norm(self.trf_blocks(hidden))  # (B, T, C)
+        return self.out_head(hidden)  # type: ignore[no-any-return]  # (B, T, V)
+
+    def _check(self, token_ids: Tensor) -> None:
+        if token_ids.shape[1] > self.config.context_length:
+            raise ValueError(
+                f"a sequence of {token_ids.shape[1]} tokens is longer than context_length {self.config.context_length}"
+            )
+        if token_ids.device.type == "cpu" and not torch.compiler.is_compiling() and token_ids.numel():
+            low, high = torch.aminmax(token_ids)
+            if low < 0 or high >= self.config.vocab_size:
+                wrong = int(low if low < 0 else high)
+                raise ValueError(f"token id {wrong} is outside the vocabulary of {self.config.vocab_size} ids")

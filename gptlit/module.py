@@ -1,0 +1,279 @@
+"""GPTModule, the LightningModule: the step, what is logged, the optimizer and its schedule."""
+
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from gptlit.checkpoint import find_checkpoint, read_checkpoint
+from gptlit.config import GPTConfig
+from gptlit.errors import InputError
+from gptlit.loss import next_token_loss
+from gptlit.model import GPTModel
+from gptlit.weights import load_weights
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate: a linear warm-up from `initial` to `peak`, then half a cosine down to `minimum`.
+
+    Source: Raschka, appendix D; Loshchilov and Hutter 2017, "SGDR" (cosine).
+    """
+
+    kind: Literal["cosine", "constant"]
+    initial: float
+    peak: float
+    minimum: float
+    warmup_steps: int
+
+    def at(self, step: int, max_steps: int) -> float:
+        """Return the learning rate of the 0-based optimizer step out of `max_steps`."""
+        if step < self.warmup_steps:
+            return self.initial + step * (self.peak - self.initial) / self.warmup_steps
+        if self.kind == "constant":
+            return self.peak
+        progress = (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps)
+        return self.minimum + (self.peak - self.minimum) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class GPTModule(pl.LightningModule):
+    """Trains a GPTModel on (inputs, targets), int64 (B, T) each.
+
+    Logged each `trainer.log_every_n_steps` optimizer steps: train/loss (mean of the global batch), train/grad_norm
+    (before clipping), train/tokens (seen so far, all devices), lr. After each validation: val/loss, val/perplexity.
+
+    Args:
+        config: The architecture; the seven keys of the book and two more.
+        lr: Learning rate at the end of the warm-up.
+        schedule: "cosine" falls to `min_lr` at the last step, "constant" stays at `lr`.
+        initial_lr: Learning rate of the first step of a warm-up.
+        min_lr: Learning rate at the end of the cosine.
+        warmup_steps: Optimizer steps from `initial_lr` to `lr`.
+        weight_decay: AdamW's decay, of matrices only.
+        decay_all: Decay biases, norms and everything else too.
+        beta1: AdamW's decay of the gradient's running mean.
+        beta2: AdamW's decay of the running mean of its square.
+        compile: Compile the model with torch.compile (needs a C++ compiler on a CPU). Checkpoints stay the same.
+        init_from: A checkpoint, or a run's folder, to take the first weights from. Everything else starts anew.
+
+    Raises:
+        ValueError: A value is out of its range.
+    """
+
+    model: GPTModel
+
+    def __init__(
+        self,
+        config: GPTConfig = GPTConfig(),  # noqa: B008  (frozen)
+        lr: float = 6e-4,
+        schedule: Literal["cosine", "constant"] = "cosine",
+        initial_lr: float = 1e-5,
+        min_lr: float = 6e-5,
+        warmup_steps: int = 0,
+        weight_decay: float = 0.1,
+        decay_all: bool = False,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+        compile: bool = False,
+        init_from: str | None = None,
+    ) -> None:
+        super().__init__()
+        for key, value in {"lr": lr, "initial_lr": initial_lr, "min_lr": min_lr, "weight_decay": weight_decay}.items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"model.{key} must be a number of at least 0, got {value}")
+        for key, value in {"beta1": beta1, "beta2": beta2}.items():
+            if not 0 <= value < 1:
+                raise ValueError(f"model.{key} must be at least 0 and below 1, got {value}")
+        if warmup_steps < 0:
+            raise ValueError(f"model.warmup_steps must be at least 0, got {warmup_steps}")
+        self.config = GPTConfig(**config) if isinstance(config, dict) else config  # a dict: from a checkpoint
+        self.schedule = Schedule(schedule, initial_lr, lr, min_lr, warmup_steps)
+        self.weight_decay = weight_decay
+        self.decay_all = decay_all
+        self.betas = (beta1, beta2)
+        self.compile_model = compile
+        self.init_from = init_from
+        self.tokens = 0  # seen since the run began, all devices
+        self.val_loss = MeanMetric()
+        self.test_loss = MeanMetric()
+        self._losses: list[Tensor] = []  # of the micro-batches of one optimizer step, on the device
+        self.save_hyperparameters(
+            {
+                "config": asdict(self.config),
+                "lr": lr,
+                "schedule": schedule,
+                "initial_lr": initial_lr,
+                "min_lr": min_lr,
+                "warmup_steps": warmup_steps,
+                "weight_decay": weight_decay,
+                "decay_all": decay_all,
+                "beta1": beta1,
+                "beta2": beta2,
+                "compile": compile,
+            }
+        )
+
+    def configure_model(self) -> None:
+        """Build the model, once; Lightning calls this when the devices are known."""
+        if hasattr(self, "model"):
+            return
+        self.model = GPTModel(self.config)
+        if self.init_from is not None and not self._resuming:
+            path = find_checkpoint(Path(self.init_from))
+            load_weights(self.model, read_checkpoint(path), path)
+        if self.compile_model:
+            self.model.compile()  # in place: the keys of the state dict stay as they are
+
+    @property
+    def _resuming(self) -> bool:
+        return self._trainer is not None and bool(self._trainer.ckpt_path)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Token ids (B, T) -> logits (B, T, V)."""
+        return self.model(token_ids)  # type: ignore[no-any-return]
+
+    # --- training -----------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the mean loss of one micro-batch."""
+        inputs, targets = batch
+        loss = next_token_loss(self.model(inputs), targets)
+        self._losses.append(loss.detach())
+        self.tokens += inputs.numel() * self.trainer.world_size
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set the learning rate of this step: a function of the step alone, so nothing of it is in a checkpoint."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.schedule.at(self.global_step, self.trainer.max_steps)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as `trainer.gradient_clip_val` says, and log what belongs to the step."""
+        log = self.trainer._logger_connector.should_update_logs
+        if gradient_clip_val or log:
+            norm = self._clip(gradient_clip_val or math.inf, gradient_clip_algorithm)
+        if log:
+            loss = torch.stack(self._losses).mean()
+            self.log("train/loss", loss, sync_dist=True)
+            self.log("train/grad_norm", norm)
+            self.log("train/tokens", float(self.tokens))
+            self.log("lr", optimizer.param_groups[0]["lr"])
+        self._losses.clear()
+
+    def _clip(self, limit: float, algorithm: str | None) -> Tensor:
+        """Return the norm of the gradient before it is clipped."""
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        if algorithm == "value":
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            torch.nn.utils.clip_grad_value_(parameters, limit)
+            return norm
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW in two groups: matrices, which decay, and the rest. Source: Loshchilov and Hutter 2019."""
+        parameters = list(self.model.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.dim() >= 2]},
+            {"params": [p for p in parameters if p.dim() < 2]},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.schedule.peak, fused=True)
+        self._set_optimizer(optimizer)
+        return optimizer
+
+    def _set_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        matrices, rest = optimizer.param_groups
+        matrices["weight_decay"] = self.weight_decay
+        rest["weight_decay"] = self.weight_decay if self.decay_all else 0.0
+        matrices["betas"] = rest["betas"] = self.betas
+
+    def on_train_start(self) -> None:
+        """After a resume the configuration's values hold, not the checkpoint's."""
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        self._set_optimizer(optimizer)
+        if self.schedule.warmup_steps >= self.trainer.max_steps > 0:
+            rank_zero_warn(
+                f"model.warmup_steps {self.schedule.warmup_steps} is no shorter than the run of "
+                f"{self.trainer.max_steps} steps: the learning rate never reaches {self.schedule.peak}"
+            )
+
+    # --- evaluation ---------------------------------------------------------------------------------------------
+
+    def _evaluate(self, metric: MeanMetric, batch: tuple[Tensor, Tensor]) -> None:
+        """Add a batch to a mean over tokens; a batch may be all padding."""
+        inputs, targets = batch
+        count = (targets >= 0).sum()
+        total = next_token_loss(self.model(inputs), targets, reduction="sum")
+        metric.update(total / count.clamp(min=1), weight=count)
+
+    def _log_mean(self, name: str, metric: MeanMetric) -> None:
+        loss = metric.compute()  # over all devices
+        metric.reset()
+        self.log(f"{name}/loss", loss)
+        self.log(f"{name}/perplexity", loss.exp())
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Add one batch to val/loss."""
+        self._evaluate(self.val_loss, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log val/loss, nats a token over all devices, and its exponential."""
+        self._log_mean("val", self.val_loss)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Add one batch to test/loss."""
+        self._evaluate(self.test_loss, batch)
+
+    def on_test_epoch_end(self) -> None:
+        """Log test/loss and test/perplexity."""
+        self._log_mean("test", self.test_loss)
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the tokens seen; leave out Lightning's loop counters, which count micro-batches of one device."""
+        checkpoint["tokens"] = self.tokens
+        del checkpoint["loops"]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another architecture; before a fit, go on counting where the checkpoint stopped.
+
+        Raises:
+            InputError: A key of the architecture differs; it is named, with both values.
+        """
+        theirs = checkpoint["hyper_parameters"]["config"]
+        for field in fields(GPTConfig):
+            ours = getattr(self.config, field.name)
+            if field.name != "drop_rate" and theirs.get(field.name) != ours:
+                raise InputError(
+                    f"model.config.{field.name} is {ours}, but the checkpoint was trained with "
+                    f"{theirs.get(field.name)}: set it to that, or start a new run"
+                )
+        self.tokens = checkpoint.get("tokens", 0)
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            self._set_step(self._trainer, checkpoint["global_step"])
+
+    def _set_step(self, trainer: pl.Trainer, step: int) -> None:
+        """Let Lightning count on from `step` optimizer steps, with the accumulation of this run.
+
+        A run goes on as a fresh loop whose totals begin higher: nothing of Lightning's own restart logic, which
+        counts micro-batches of one device, is involved.
+        """
+        loop = trainer.fit_loop.epoch_loop
+        micro_batches = step * trainer.accumulate_grad_batches
+        for counter in ("ready", "started", "processed", "completed"):
+            setattr(loop.batch_progress.total, counter, micro_batches)
+        progress = loop.automatic_optimization.optim_progress.optimizer.step.total
+        progress.ready = progress.completed = step
+        loop._batches_that_stepped = step

@@ -1,0 +1,327 @@
+"""The command line of train.py: a LightningCLI with a `run` group, resuming, and one-line errors."""
+
+import ctypes
+import gc
+import logging
+import os
+import platform
+import signal
+import sys
+from dataclasses import dataclass
+from itertools import chain, count
+from pathlib import Path
+from typing import Any, NoReturn
+
+gc.disable()  # the imports below make hundreds of thousands of objects, none of them garbage
+import lightning.pytorch as pl  # noqa: E402
+import torch  # noqa: E402
+from lightning.pytorch.callbacks import Callback  # noqa: E402
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback  # noqa: E402
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher  # noqa: E402
+from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
+
+from gptlit.callbacks import (  # noqa: E402
+    FinalValidation,
+    SampleText,
+    StepCheckpoint,
+    StepLogger,
+    StepProgress,
+    Throughput,
+)
+from gptlit.checkpoint import (  # noqa: E402
+    DurableCheckpointIO,
+    checkpoint_path,
+    checkpoints,
+    new_run_folder,
+    newest_checkpoint,
+    read_checkpoint,
+    run_folders,
+)
+from gptlit.data.datamodule import TokenDataModule  # noqa: E402
+from gptlit.data.tokenizer import load_tokenizer  # noqa: E402
+from gptlit.errors import InputError, OneLineErrors, fail  # noqa: E402
+from gptlit.module import GPTModule  # noqa: E402
+
+gc.freeze()
+gc.enable()
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives and how often it looks up. Steps are optimizer steps, over all devices.
+
+    Args:
+        name: Runs live in <trainer.default_root_dir>/<name>/version_<n>.
+        val_every_n_steps: Steps from one validation to the next.
+        save_every_n_steps: Steps from one checkpoint to the next; the end of a fit is saved in any case.
+        keep_last: Newest checkpoints to keep; -1 keeps all.
+        sample_prompt: Text to continue after each validation; empty: no sample.
+    """
+
+    name: str = "gpt"
+    val_every_n_steps: int = 100
+    save_every_n_steps: int = 100
+    keep_last: int = 3
+    sample_prompt: str = "The "
+
+    def __post_init__(self) -> None:
+        if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
+            raise ValueError(f"run.name must be a plain folder name, got {self.name!r}")
+        for key in ("val_every_n_steps", "save_every_n_steps"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"run.{key} must be a positive integer, got {getattr(self, key)}")
+        if self.keep_last < 1 and self.keep_last != -1:
+            raise ValueError(f"run.keep_last must be a positive integer, or -1 to keep all, got {self.keep_last}")
+
+
+class Parser(OneLineErrors, LightningArgumentParser):  # type: ignore[misc]
+    """Lightning's parser with one-line errors."""
+
+
+class EndTogether(Callback):
+    """When the first device meets an error that is the user's to mend, the others end without a word of their own."""
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Without this they would report that the first one has gone."""
+        launcher = trainer.strategy.launcher
+        if isinstance(exception, InputError | OSError) and isinstance(launcher, _SubprocessScriptLauncher):
+            launcher.kill(signal.SIGKILL)
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes the complete configuration into the run's folder: config.yaml, then config_1.yaml at the first resume."""
+
+    def __init__(self, *args: Any, run: Path, **kwargs: Any) -> None:
+        super().__init__(*args, save_to_log_dir=False, **kwargs)
+        self.run = run
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write it on the first device, for a fit."""
+        if stage != "fit" or trainer.fast_dev_run:
+            return
+        self.run.mkdir(parents=True, exist_ok=True)
+        names = chain(["config.yaml"], (f"config_{n}.yaml" for n in count(1)))
+        path = next(path for name in names if not (path := self.run / name).exists())
+        self.parser.save(self.config, path, skip_none=False, overwrite=False, multifile=False)
+
+
+class TrainingCLI(LightningCLI):
+    """fit, validate and test of a GPTModule on a TokenDataModule."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Each command with the arguments that it does not take from the command line."""
+        loaders = {"model", "datamodule", "weights_only"}
+        return {
+            "fit": loaders | {"train_dataloaders", "val_dataloaders"},
+            "validate": loaders | {"dataloaders", "verbose"},
+            "test": loaders | {"dataloaders", "verbose"},
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the `run` group."""
+        parser.add_class_arguments(RunConfig, "run")
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would let a checkpoint's hyper-parameters override configuration and flags: not here."""
+
+    def before_instantiate_classes(self) -> None:
+        """Settle what depends on the machine or the disk: vocabulary, precision, run folder, checkpoint."""
+        try:
+            config = self.config[self.subcommand]
+            self._settle_trainer(config)
+            self._settle_vocabulary(config)
+            self._settle_run(config)
+        except ValueError as error:
+            fail(error, status=2)
+
+    def _settle_trainer(self, config: Any) -> None:
+        trainer = config.trainer
+        if trainer.val_check_interval is not None or trainer.check_val_every_n_epoch != 1:
+            raise InputError(
+                "trainer.val_check_interval and trainer.check_val_every_n_epoch are not for setting: "
+                "use run.val_every_n_steps, in optimizer steps"
+            )
+        if self.subcommand == "fit" and trainer.max_steps == -1 and trainer.max_epochs is None:
+            if trainer.max_time is None and not trainer.fast_dev_run:
+                raise InputError("a run needs an end: set trainer.max_steps or trainer.max_epochs")
+        trainer.val_check_interval = config.run.val_every_n_steps
+        trainer.check_val_every_n_epoch = None
+        if trainer.precision is None:
+            trainer.precision = best_precision(trainer.accelerator)
+
+    def _settle_vocabulary(self, config: Any) -> None:
+        """The tokenizer decides vocab_size, unless it was given: then the datamodule compares the two."""
+        if "vocab_size" not in self._given("model", "config"):
+            config.model.config.vocab_size = load_tokenizer(config.data.tokenizer).n_vocab
+
+    def _given(self, *keys: str) -> dict[str, Any]:
+        """Return what files and flags say under a key, defaults left out."""
+        given: Any = self.parser.parse_args(self._args, defaults=False, _skip_validation=True).as_dict()
+        for key in (self.subcommand, *keys):
+            given = (given or {}).get(key) or {}
+        return dict(given)
+
+    def _settle_run(self, config: Any) -> None:
+        """Choose the checkpoint to go on from and the folder to write to."""
+        root = Path(config.trainer.default_root_dir)
+        self.run = new_run_folder(root, config.run.name)
+        if config.ckpt_path is None:
+            return
+        if config.ckpt_path == "last":
+            found = last_checkpoint(root, config.run.name, must_exist=self.subcommand != "fit")
+        else:
+            found = Path(config.ckpt_path)
+            read_checkpoint(found)
+        config.ckpt_path = None if found is None else str(found)
+        if found is not None:
+            print(f"{'resuming from' if self.subcommand == 'fit' else 'checkpoint'} {found}", file=sys.stderr)
+            self.run = folder_to_continue(found) or self.run
+
+    def instantiate_classes(self) -> None:
+        """A value that a class refuses is the user's to mend."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            fail(error, status=2)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Add this project's logger, callbacks and durable writer to what the configuration asks for."""
+        config = self.config_init[self.subcommand]
+        run: RunConfig = config.run
+        callbacks: list[Any] = [EndTogether(), FinalValidation(), Throughput()]
+        if config.trainer.enable_checkpointing is not False:
+            callbacks.append(StepCheckpoint(self.run, run.save_every_n_steps, run.keep_last))
+        if run.sample_prompt:
+            callbacks.append(SampleText(run.sample_prompt))
+        if config.trainer.enable_progress_bar is not False:
+            callbacks.append(StepProgress())
+        if config.trainer.logger in (None, True):
+            kwargs["logger"] = self._tensorboard(config)
+        self.trainer_defaults["callbacks"] = callbacks
+        self.save_config_kwargs = {"run": self.run}
+        kwargs["plugins"] = [*(config.trainer.plugins or []), DurableCheckpointIO()]
+        return super().instantiate_trainer(**kwargs)
+
+    def _tensorboard(self, config: Any) -> StepLogger | bool:
+        """Curves go to the run's folder; after a resume they go on where the checkpoint was made."""
+        if self.subcommand != "fit":
+            return False
+        purge_step = None
+        if config.ckpt_path is not None:
+            purge_step = read_checkpoint(Path(config.ckpt_path))["global_step"] + 1
+        return StepLogger(
+            self.run.parent.parent,
+            name=self.run.parent.name,
+            version=self.run.name,
+            default_hp_metric=False,
+            purge_step=purge_step,
+        )
+
+    def after_fit(self) -> None:
+        """Close with the result and what to type next."""
+        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:
+            return
+        metrics = self.trainer.callback_metrics
+        newest = checkpoint_path(self.run, self.trainer.global_step)
+        lines = [""]
+        if "val/loss" in metrics:
+            lines.append(f"val/loss    {metrics['val/loss']:.4f}   perplexity {metrics['val/perplexity']:.1f}")
+        if newest.is_file():
+            lines.append(f"checkpoint  {newest}")
+            config = " ".join(f"--config {path}" for path in self.config[self.subcommand].config or [])
+            more = 2 * self.trainer.max_steps
+            lines += [
+                "",
+                "what next:",
+                f'  python -m gptlit generate --checkpoint {self.run} --prompt "The "',
+                f"  python train.py fit {config} --ckpt_path last --trainer.max_steps {more}",
+                f"  tensorboard --logdir {self.run.parent.parent}",
+            ]
+        print("\n".join(lines))
+
+
+def best_precision(accelerator: Any) -> str:
+    """Return bf16-mixed where the device multiplies bf16 natively, else 32-true."""
+    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    if on_gpu:
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        cpu = accelerator == "cpu" or not torch.backends.mps.is_available()
+        native = cpu and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return "bf16-mixed" if native else "32-true"
+
+
+def last_checkpoint(root: Path, name: str, must_exist: bool = False) -> Path | None:
+    """Return the checkpoint to go on from in the newest run of that name; None, and a word, when there is none.
+
+    Raises:
+        InputError: None of its checkpoints loads; or there is none and there must be.
+    """
+    folders = run_folders(root, name)
+    found = newest_checkpoint(folders[-1]) if folders else None
+    if found is None:
+        state = f"the newest run {folders[-1]} has no checkpoint" if folders else f"there is no run in {root / name}"
+        if must_exist:
+            raise InputError(f"--ckpt_path last: {state}: fit one first")
+        print(f"--ckpt_path last: {state} yet: starting a new one", file=sys.stderr)
+    return found
+
+
+def folder_to_continue(path: Path) -> Path | None:
+    """Return the run that a checkpoint is the newest of; from an earlier one a new run branches off."""
+    run = path.resolve().parent.parent
+    is_newest = path.parent.name == "checkpoints" and checkpoints(run)[-1:] == [path.resolve()]
+    return path.parent.parent if is_newest else None
+
+
+def _silence_lightning() -> None:
+    """Seeds, devices and tips are not news; warnings are."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning_fabric", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep the memory of freed tensors for the next ones.
+
+    It would give every large block back to the kernel at once, and a CPU run would spend more than half of each step
+    on faulting the same pages in again.
+    """
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of <malloc.h>
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line; errors that a user can mend are one line."""
+    _silence_lightning()
+    _keep_freed_memory()
+    try:
+        cli_args = sys.argv[1:] if args is None else args
+        TrainingCLI._args = cli_args
+        TrainingCLI(
+            GPTModule,
+            TokenDataModule,
+            save_config_callback=SaveRunConfig,
+            trainer_defaults={
+                "default_root_dir": "runs",
+                "log_every_n_steps": 10,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+                "use_distributed_sampler": False,
+            },
+            seed_everything_default=123,
+            parser_kwargs={"allow_abbrev": False},
+            parser_class=Parser,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=args,
+        )
+    except (InputError, OSError, MisconfigurationException) as error:
+        fail(error)
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise SystemExit(130) from None
+        raise

@@ -1,0 +1,81 @@
+"""Fixtures shared by the tests: a text, a tiny model's flags, and the command line run in this process."""
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+TINY = [
+    "--model.config.context_length=16",
+    "--model.config.emb_dim=32",
+    "--model.config.n_heads=2",
+    "--model.config.n_layers=2",
+    "--model.config.drop_rate=0",
+    "--model.config.init=gpt2",
+    "--model.lr=3e-3",
+    "--data.batch_size=4",
+    "--data.val_fraction=0.1",
+    "--trainer.accelerator=cpu",
+    "--trainer.precision=32-true",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.enable_progress_bar=false",
+    "--run.name=t",
+]
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs and prepared data of a test stay in its own folder."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def text() -> str:
+    """A few thousand words, drawn from a small vocabulary."""
+    words = "the a model learns from data to write text about trees and rivers in winter , slowly . Then it sleeps".split()
+    return " ".join(random.Random(0).choices(words, k=4000))
+
+
+@pytest.fixture
+def text_file(tmp_path: Path, text: str) -> Path:
+    """The text as a file."""
+    path = tmp_path / "words.txt"
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
+def fit(text_file: Path) -> Callable[..., None]:
+    """`train.py fit` of a tiny model on the text, in this process."""
+    from gptlit.training import main
+
+    def run(*args: str, command: str = "fit") -> None:
+        tiny = TINY if command == "fit" else [flag for flag in TINY if "log_every" not in flag]
+        main([command, *tiny, f"--data.source={text_file}", *args])
+
+    return run
+
+
+def run_script(*args: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """Run Python on a script of the project in a process of its own, as a user would."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *args], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def losses(run: Path, tag: str = "train/loss") -> dict[int, float]:
+    """Read a curve of a run from TensorBoard's files: step -> value."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}

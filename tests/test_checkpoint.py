@@ -1,0 +1,108 @@
+"""Checkpoints: whole or absent, safe to read, and the newest good one is found."""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptlit.checkpoint import (
+    DurableCheckpointIO,
+    checkpoint_path,
+    checkpoints,
+    find_checkpoint,
+    new_run_folder,
+    newest_checkpoint,
+    read_checkpoint,
+    run_folders,
+)
+from gptlit.errors import InputError
+
+PLAIN = {"state_dict": {"model.a": torch.arange(3)}, "hyper_parameters": {"config": {"n_layers": 1}}, "global_step": 7}
+
+
+def save(path: Path) -> Path:
+    DurableCheckpointIO().save_checkpoint(PLAIN, path)
+    return path
+
+
+def test_a_round_trip_leaves_no_temporary_file(tmp_path: Path) -> None:
+    path = save(tmp_path / "deep" / "a.ckpt")
+    assert torch.equal(read_checkpoint(path)["state_dict"]["model.a"], torch.arange(3))
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "a.ckpt")
+    before = path.read_bytes()
+
+    def fail(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space"):
+        save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_files_that_are_no_checkpoint_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"'nowhere\.ckpt' does not exist"):
+        read_checkpoint(Path("nowhere.ckpt"))
+    truncated = save(tmp_path / "t.ckpt")
+    truncated.write_bytes(truncated.read_bytes()[:-200])
+    with pytest.raises(InputError, match=r"t\.ckpt is truncated or no checkpoint"):
+        read_checkpoint(truncated)
+    with zipfile.ZipFile(tmp_path / "z.ckpt", "w") as archive:
+        archive.writestr("hello.txt", "hello")
+    with pytest.raises(InputError, match=r"z\.ckpt cannot be read"):
+        read_checkpoint(tmp_path / "z.ckpt")
+    torch.save({"weights": 1}, tmp_path / "k.ckpt")
+    with pytest.raises(InputError, match=r"k\.ckpt is a checkpoint of another kind"):
+        read_checkpoint(tmp_path / "k.ckpt")
+    torch.save({"state_dict": {}, "hyper_parameters": {}}, tmp_path / "m.ckpt")
+    with pytest.raises(InputError, match=r"m\.ckpt is a checkpoint of another model"):
+        read_checkpoint(tmp_path / "m.ckpt")
+
+
+class Malicious:
+    def __reduce__(self) -> object:
+        return os.system, ("touch executed",)
+
+
+def test_code_in_a_checkpoint_is_not_executed(tmp_path: Path) -> None:
+    torch.save({**PLAIN, "extra": Malicious()}, tmp_path / "a.ckpt")
+    with pytest.raises(InputError, match="holds more than tensors and plain values"):
+        read_checkpoint(tmp_path / "a.ckpt")
+    (tmp_path / "b.ckpt").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(InputError):
+        read_checkpoint(tmp_path / "b.ckpt")
+    assert not Path("executed").exists()
+
+
+def test_the_newest_that_loads_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "name" / "version_10"
+    assert newest_checkpoint(run) is None
+    for step in (90, 100, 1000):
+        save(checkpoint_path(run, step))
+    assert newest_checkpoint(run) == checkpoint_path(run, 1000)
+    checkpoint_path(run, 1000).write_bytes(b"")
+    assert newest_checkpoint(run) == checkpoint_path(run, 100)
+    assert "step-00001000.ckpt is truncated" in capsys.readouterr().err
+    for path in checkpoints(run):
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match="none of the 3 checkpoints"):
+        newest_checkpoint(run)
+
+
+def test_runs_are_numbered_not_spelt(tmp_path: Path) -> None:
+    for version in (2, 10, 9):
+        save(checkpoint_path(tmp_path / "name" / f"version_{version}", 5))
+    assert [folder.name for folder in run_folders(tmp_path, "name")] == ["version_2", "version_9", "version_10"]
+    assert new_run_folder(tmp_path, "name").name == "version_11"
+    assert find_checkpoint(tmp_path / "name").parent.parent.name == "version_10"
+    assert find_checkpoint(tmp_path / "name" / "version_2").parent.parent.name == "version_2"
+    with pytest.raises(InputError, match="no checkpoint in"):
+        find_checkpoint(tmp_path)

@@ -1,0 +1,109 @@
+"""TokenDataModule: without a Trainer, and what it refuses. What it does in a fit is in test_training.py."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+
+from gptlit import GPTConfig, GPTModule, TokenDataModule
+from gptlit.errors import InputError
+
+
+def fit(datamodule: TokenDataModule, config: GPTConfig | None = None, **trainer: Any) -> pl.Trainer:
+    """Fit a tiny model in this process."""
+    tiny = GPTConfig(context_length=16, emb_dim=16, n_heads=2, n_layers=1, drop_rate=0.0)
+    options = {"max_steps": 2, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, **trainer}
+    trainer_ = pl.Trainer(accelerator="cpu", enable_model_summary=False, num_sanity_val_steps=0, **options)
+    trainer_.fit(GPTModule(config or tiny), datamodule)
+    return trainer_
+
+
+def test_batches_without_a_trainer(text_file: Path) -> None:
+    datamodule = TokenDataModule(str(text_file), context_length=32, batch_size=3, val_fraction=0.2)
+    datamodule.prepare_data()
+    datamodule.setup()
+    batches = list(datamodule.val_dataloader())
+    inputs, targets = batches[0]
+    assert inputs.shape == targets.shape == (3, 32)
+    assert inputs.dtype == torch.int64
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    text = text_file.read_text()
+    assert text[int(len(text) * 0.8) :].startswith(datamodule.tokenizer.decode(inputs[0].tolist()))
+    seen = sum(int((targets >= 0).any(dim=1).sum()) for _, targets in batches)
+    assert seen == len(datamodule.windows["val"]) > 3
+
+
+def test_workers_serve_the_same_batches(text_file: Path) -> None:
+    served = []
+    for num_workers in (0, 2):
+        datamodule = TokenDataModule(
+            str(text_file), context_length=16, batch_size=4, val_fraction=0.2, num_workers=num_workers
+        )
+        datamodule.setup()
+        served.append(torch.cat([inputs for inputs, _ in datamodule.val_dataloader()]))
+    assert torch.equal(*served)
+
+
+def test_training_serves_every_window_once_a_pass(text_file: Path) -> None:
+    datamodule = TokenDataModule(str(text_file), batch_size=4, micro_batch_size=2)
+    trainer = fit(datamodule, max_epochs=2, max_steps=-1)
+    windows = len(datamodule.windows["train"])
+    assert trainer.global_step == -(-2 * windows // 4)
+    served = np.concatenate(list(datamodule.train_dataloader().sampler))
+    assert sorted(served[:windows].tolist()) == list(range(windows))
+    assert trainer.accumulate_grad_batches == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"batch_size": 0}, "data.batch_size must be a positive integer, got 0"),
+        ({"micro_batch_size": -1}, "data.micro_batch_size must be a positive integer, got -1"),
+        ({"stride": 0}, "data.stride must be a positive integer, got 0"),
+        ({"num_workers": -1}, "data.num_workers must be at least 0, got -1"),
+        ({"val_fraction": 1.0}, "val_fraction must be at least 0 and below 1, got 1.0"),
+        ({"tokenizer": "nope"}, "no tokenizer is named 'nope'"),
+    ],
+)
+def test_values_out_of_range_are_named(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        TokenDataModule("python-docs", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "trainer", "words"),
+    [
+        ({"context_length": 8}, {}, "data.context_length 8 contradicts model.config.context_length 16"),
+        ({"batch_size": 6, "micro_batch_size": 4}, {}, "data.batch_size 6 is not divisible by .*set it to a multiple of 4"),
+        ({}, {"accumulate_grad_batches": 2}, "trainer.accumulate_grad_batches 2 is not for setting"),
+        ({}, {"limit_train_batches": 5}, "trainer.limit_train_batches 5 cannot be used here"),
+        ({}, {"max_steps": -1, "max_epochs": -1}, "a run needs an end"),
+    ],
+)
+def test_what_does_not_fit_together_is_named(
+    text_file: Path, arguments: dict[str, Any], trainer: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(InputError, match=words):
+        fit(TokenDataModule(str(text_file), **{"batch_size": 4, **arguments}), **trainer)
+
+
+def test_another_vocabulary_is_named(text_file: Path) -> None:
+    with pytest.raises(InputError, match="vocab_size 99 contradicts the tokenizer 'gpt2' with 50257 ids"):
+        fit(TokenDataModule(str(text_file)), GPTConfig(vocab_size=99, context_length=16, emb_dim=16, n_heads=2, n_layers=1))
+
+
+@pytest.mark.parametrize(("words", "split"), [(5, "train"), (40, "val")])
+def test_a_text_too_short_for_one_window_is_named(tmp_path: Path, words: int, split: str) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("word " * words)
+    with pytest.raises(InputError, match=f"the {split} part of .* too few for one window of 16 \\+ 1"):
+        fit(TokenDataModule(str(path), batch_size=1))
+
+
+def test_a_test_part_is_needed_to_test(text_file: Path) -> None:
+    datamodule = TokenDataModule(str(text_file), context_length=16)
+    with pytest.raises(InputError, match="use a larger data.test_fraction"):
+        datamodule.setup("test")

@@ -1,0 +1,79 @@
+"""The GPT-2 tokenizer, with and without files at hand."""
+
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gptlit.data import tokenizer as module
+from gptlit.data.tokenizer import load_tokenizer
+from gptlit.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def _closed_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No cache, no connection."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    load_tokenizer.cache_clear()
+
+
+def test_gpt2_from_the_package_without_a_network() -> None:
+    tokenizer = load_tokenizer("gpt2")
+    assert tokenizer.n_vocab == 50257
+    assert tokenizer.encode_ordinary("Hello, I am") == [15496, 11, 314, 716]
+    assert tokenizer.eot_token == 50256
+
+
+@pytest.mark.parametrize("text", ["", "naïve 🙂 日本", "  two\n\n\tspaces", "it's 1,234.5 <|endoftext|>"])
+def test_text_survives_a_round_trip(text: str) -> None:
+    tokenizer = load_tokenizer("gpt2")
+    ids = tokenizer.encode_ordinary(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eot_token not in ids
+
+
+def test_tiktokens_cache_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    load_tokenizer("gpt2")  # leaves both files in the cache, under their own paths
+    files = module._packaged_files()
+    assert files is not None
+    for (address, _), path in zip(module.GPT2_FILES.values(), files, strict=True):
+        cached = Path("cache", module.hashlib.sha1(address.encode()).hexdigest())
+        shutil.copy(path, cached)
+    load_tokenizer.cache_clear()
+    monkeypatch.setattr(module, "_packaged_files", lambda: pytest.fail("the cache was passed over"))
+    monkeypatch.setattr(module.tiktoken.registry, "ENCODINGS", {})
+    assert load_tokenizer("gpt2").encode_ordinary("Hello") == [15496]
+
+
+def test_a_changed_package_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    files = module._packaged_files()
+    assert files is not None
+    shutil.copytree(files[0].parent, tmp_path / "pkg" / "data")
+    with (tmp_path / "pkg" / "data" / "vocab.bpe").open("a") as file:
+        file.write("x y\n")
+
+    class Spec:
+        origin = str(tmp_path / "pkg" / "__init__.py")
+
+    monkeypatch.setattr(module, "find_spec", lambda _: Spec)
+    assert module._packaged_files() is None
+
+
+def test_nothing_at_hand_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda _: None)
+    monkeypatch.setattr(module.tiktoken.registry, "ENCODINGS", {})
+    with pytest.raises(InputError, match=r'install "gptlit\[offline\]" or set TIKTOKEN_CACHE_DIR'):
+        load_tokenizer("gpt2")
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(InputError, match="no tokenizer is named 'gpt5': choose one of .*gpt2"):
+        load_tokenizer("gpt5")

@@ -1,0 +1,6 @@
+"""Train, validate and test: `python train.py fit --config configs/quickstart.yaml`."""
+
+from gptlit.training import main
+
+if __name__ == "__main__":
+    main()
