@@ -27,7 +27,7 @@ class StepLogger(TensorBoardLogger):
         """Write the metrics of the step that has just been made; `epoch`, which never moves here, is left out."""
         values = {key: value for key, value in metrics.items() if key != "epoch"}
         if values:
-            super().log_metrics(values, None if step is None else step + 1)  # type: ignore[no-untyped-call]
+            super().log_metrics(values, None if step is None else step + 1)
 
 
 class StepCheckpoint(Checkpoint):
@@ -66,7 +66,7 @@ class StepCheckpoint(Checkpoint):
 
     def _save(self, trainer: pl.Trainer) -> None:
         step = trainer.global_step
-        if step == self._saved_step or trainer.fast_dev_run:
+        if step == self._saved_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         trainer.save_checkpoint(checkpoint_path(self.run, step))
         self._saved_step = step
@@ -135,9 +135,7 @@ class SampleText(Callback):
         prompt = torch.tensor([tokenizer.encode_ordinary(self.prompt)], device=pl_module.device)
         generator = torch.Generator(pl_module.device).manual_seed(self.seed)
         with trainer.precision_plugin.forward_context():
-            ids = generate(
-                pl_module.model, prompt, self.max_new_tokens, temperature=0.8, top_k=50, generator=generator
-            )
+            ids = generate(pl_module.model, prompt, self.max_new_tokens, temperature=0.8, top_k=50, generator=generator)
         self.text = tokenizer.decode(ids[0].tolist())
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -203,7 +201,9 @@ class StepProgress(ProgressBar):
         self._shown_step = step
         rate = (time.monotonic() - self._began) / (step - self._first_step)
         left = time.strftime("%H:%M:%S", time.gmtime(rate * (trainer.max_steps - step)))
-        self.print(f"step {step}/{trainer.max_steps}  {_figures(trainer)}  {left} left", highlight=False, soft_wrap=True)
+        self.print(
+            f"step {step}/{trainer.max_steps}  {_figures(trainer)}  {left} left", highlight=False, soft_wrap=True
+        )
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -258,17 +258,18 @@ def _summary(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
     parameters = sum(p.numel() for p in pl_module.model.parameters())
     lines = [
         f"model  {parameters:,} parameters: {config.n_layers} layers, {config.n_heads} heads, {config.emb_dim} wide, "
-        f"context {config.context_length}; {trainer.precision} on {trainer.world_size} x {trainer.strategy.root_device.type}"
+        f"context {config.context_length}; {trainer.precision} on "
+        f"{trainer.world_size} x {trainer.strategy.root_device.type}"
     ]
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     if isinstance(datamodule, TokenDataModule):
         tokens = {name: datamodule.data.tokens(name) for name in ("train", "val")}
-        lines.append(f"data   {datamodule.source}: {tokens['train']:,} tokens to train on, {tokens['val']:,} to validate")
+        lines.append(
+            f"data   {datamodule.source}: {tokens['train']:,} tokens to train on, {tokens['val']:,} to validate"
+        )
         lines.append(
             f"run    {trainer.max_steps} steps of {datamodule.batch_size} windows "
             f"({datamodule.batch_size * config.context_length:,} tokens), accumulated over "
             f"{datamodule.accumulation} micro-batches of {datamodule.micro_batch_size}"
         )
     return lines
-
-

@@ -55,7 +55,7 @@ def generate(
     print(tokenizer.decode([i for i in ids[0].tolist() if i != tokenizer.eot_token]))
 
 
-class Parser(OneLineErrors, ArgumentParser):  # type: ignore[misc]
+class Parser(OneLineErrors, ArgumentParser):
     """jsonargparse with one-line errors."""
 
 

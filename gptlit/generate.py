@@ -76,7 +76,9 @@ def generate(
     """
     check_sampling(temperature, top_k, top_p, max_new_tokens)
     if token_ids.ndim != 2 or token_ids.shape[1] == 0:
-        raise InputError(f"the prompt is empty: token_ids has shape {tuple(token_ids.shape)}, at least one id is needed")
+        raise InputError(
+            f"the prompt is empty: token_ids has shape {tuple(token_ids.shape)}, at least one id is needed"
+        )
     was_training = model.training
     model.eval()
     finished = torch.zeros(len(token_ids), 1, dtype=torch.bool, device=token_ids.device)

@@ -3,22 +3,23 @@
 import ctypes
 import gc
 import logging
-import os
 import platform
 import signal
 import sys
+import warnings
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 gc.disable()  # the imports below make hundreds of thousands of objects, none of them garbage
 import lightning.pytorch as pl  # noqa: E402
 import torch  # noqa: E402
+from jsonargparse import Namespace  # noqa: E402
+from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 from lightning.pytorch.callbacks import Callback  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback  # noqa: E402
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher  # noqa: E402
-from lightning.pytorch.utilities.exceptions import MisconfigurationException  # noqa: E402
 
 from gptlit.callbacks import (  # noqa: E402
     FinalValidation,
@@ -32,6 +33,7 @@ from gptlit.checkpoint import (  # noqa: E402
     DurableCheckpointIO,
     checkpoint_path,
     checkpoints,
+    find_checkpoint,
     new_run_folder,
     newest_checkpoint,
     read_checkpoint,
@@ -74,7 +76,7 @@ class RunConfig:
             raise ValueError(f"run.keep_last must be a positive integer, or -1 to keep all, got {self.keep_last}")
 
 
-class Parser(OneLineErrors, LightningArgumentParser):  # type: ignore[misc]
+class Parser(OneLineErrors, LightningArgumentParser):
     """Lightning's parser with one-line errors."""
 
 
@@ -91,13 +93,13 @@ class EndTogether(Callback):
 class SaveRunConfig(SaveConfigCallback):
     """Writes the complete configuration into the run's folder: config.yaml, then config_1.yaml at the first resume."""
 
-    def __init__(self, *args: Any, run: Path, **kwargs: Any) -> None:
-        super().__init__(*args, save_to_log_dir=False, **kwargs)
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, run: Path) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
         self.run = run
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write it on the first device, for a fit."""
-        if stage != "fit" or trainer.fast_dev_run:
+        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self.run.mkdir(parents=True, exist_ok=True)
         names = chain(["config.yaml"], (f"config_{n}.yaml" for n in count(1)))
@@ -122,6 +124,11 @@ class TrainingCLI(LightningCLI):
         """Add the `run` group."""
         parser.add_class_arguments(RunConfig, "run")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Remember the words: `_given` reads them again without the defaults."""
+        self._args = args
+        self.config = parser.parse_args(args)
+
     def _parse_ckpt_path(self) -> None:
         """Lightning would let a checkpoint's hyper-parameters override configuration and flags: not here."""
 
@@ -132,6 +139,8 @@ class TrainingCLI(LightningCLI):
             self._settle_trainer(config)
             self._settle_vocabulary(config)
             self._settle_run(config)
+            if config.ckpt_path is None and config.model.init_from is not None:
+                find_checkpoint(Path(config.model.init_from))
         except ValueError as error:
             fail(error, status=2)
 
@@ -142,9 +151,9 @@ class TrainingCLI(LightningCLI):
                 "trainer.val_check_interval and trainer.check_val_every_n_epoch are not for setting: "
                 "use run.val_every_n_steps, in optimizer steps"
             )
-        if self.subcommand == "fit" and trainer.max_steps == -1 and trainer.max_epochs is None:
-            if trainer.max_time is None and not trainer.fast_dev_run:
-                raise InputError("a run needs an end: set trainer.max_steps or trainer.max_epochs")
+        endless = trainer.max_steps == -1 and trainer.max_epochs is None and not trainer.fast_dev_run
+        if endless and self.subcommand == "fit":
+            raise InputError("a run needs an end: set trainer.max_steps or trainer.max_epochs")
         trainer.val_check_interval = config.run.val_every_n_steps
         trainer.check_val_every_n_epoch = None
         if trainer.precision is None:
@@ -218,27 +227,41 @@ class TrainingCLI(LightningCLI):
             purge_step=purge_step,
         )
 
-    def after_fit(self) -> None:
-        """Close with the result and what to type next."""
-        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:
-            return
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Lightning's table of results is replaced by a line."""
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        return kwargs if subcommand == "fit" else {**kwargs, "verbose": False}
+
+    def after_validate(self) -> None:
+        """Print val/loss and perplexity."""
+        self._print_result("val")
+
+    def after_test(self) -> None:
+        """Print test/loss and perplexity."""
+        self._print_result("test")
+
+    def _print_result(self, name: str) -> None:
         metrics = self.trainer.callback_metrics
+        if self.trainer.is_global_zero and f"{name}/loss" in metrics:
+            loss, perplexity = float(metrics[f"{name}/loss"]), float(metrics[f"{name}/perplexity"])
+            print(f"{name + '/loss':<10}  {loss:.4f}   perplexity {perplexity:.1f}")
+
+    def after_fit(self) -> None:
+        """Close with the result, the checkpoint and what to type next."""
         newest = checkpoint_path(self.run, self.trainer.global_step)
-        lines = [""]
-        if "val/loss" in metrics:
-            lines.append(f"val/loss    {metrics['val/loss']:.4f}   perplexity {metrics['val/perplexity']:.1f}")
+        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        print()
+        self._print_result("val")
         if newest.is_file():
-            lines.append(f"checkpoint  {newest}")
-            config = " ".join(f"--config {path}" for path in self.config[self.subcommand].config or [])
-            more = 2 * self.trainer.max_steps
-            lines += [
-                "",
-                "what next:",
-                f'  python -m gptlit generate --checkpoint {self.run} --prompt "The "',
-                f"  python train.py fit {config} --ckpt_path last --trainer.max_steps {more}",
-                f"  tensorboard --logdir {self.run.parent.parent}",
-            ]
-        print("\n".join(lines))
+            configs = " ".join(f"--config {path}" for path in self.config[self.subcommand].config or [])
+            prompt = self.config[self.subcommand].run.sample_prompt or "The "
+            print(
+                f"checkpoint  {newest}\n\nwhat next:\n"
+                f'  python -m gptlit generate --checkpoint {self.run} --prompt "{prompt}"\n'
+                f"  python train.py fit {configs} --ckpt_path last --trainer.max_steps {2 * self.trainer.max_steps}\n"
+                f"  tensorboard --logdir {self.run.parent.parent}"
+            )
 
 
 def best_precision(accelerator: Any) -> str:
@@ -276,7 +299,9 @@ def folder_to_continue(path: Path) -> Path | None:
 
 
 def _silence_lightning() -> None:
-    """Seeds, devices and tips are not news; warnings are."""
+    """Seeds, devices and tips are not news; warnings of what a user does are."""
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning_fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -299,8 +324,6 @@ def main(args: list[str] | None = None) -> None:
     _silence_lightning()
     _keep_freed_memory()
     try:
-        cli_args = sys.argv[1:] if args is None else args
-        TrainingCLI._args = cli_args
         TrainingCLI(
             GPTModule,
             TokenDataModule,

@@ -40,7 +40,7 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def text() -> str:
     """A few thousand words, drawn from a small vocabulary."""
-    words = "the a model learns from data to write text about trees and rivers in winter , slowly . Then it sleeps".split()
+    words = "the a model learns from data to write text about trees and rivers in winter , slowly .".split()
     return " ".join(random.Random(0).choices(words, k=4000))
 
 

@@ -77,7 +77,11 @@ def test_values_out_of_range_are_named(arguments: dict[str, Any], words: str) ->
     ("arguments", "trainer", "words"),
     [
         ({"context_length": 8}, {}, "data.context_length 8 contradicts model.config.context_length 16"),
-        ({"batch_size": 6, "micro_batch_size": 4}, {}, "data.batch_size 6 is not divisible by .*set it to a multiple of 4"),
+        (
+            {"batch_size": 6, "micro_batch_size": 4},
+            {},
+            "data.batch_size 6 is not divisible by .*set it to a multiple of 4",
+        ),
         ({}, {"accumulate_grad_batches": 2}, "trainer.accumulate_grad_batches 2 is not for setting"),
         ({}, {"limit_train_batches": 5}, "trainer.limit_train_batches 5 cannot be used here"),
         ({}, {"max_steps": -1, "max_epochs": -1}, "a run needs an end"),
@@ -92,7 +96,10 @@ def test_what_does_not_fit_together_is_named(
 
 def test_another_vocabulary_is_named(text_file: Path) -> None:
     with pytest.raises(InputError, match="vocab_size 99 contradicts the tokenizer 'gpt2' with 50257 ids"):
-        fit(TokenDataModule(str(text_file)), GPTConfig(vocab_size=99, context_length=16, emb_dim=16, n_heads=2, n_layers=1))
+        fit(
+            TokenDataModule(str(text_file)),
+            GPTConfig(vocab_size=99, context_length=16, emb_dim=16, n_heads=2, n_layers=1),
+        )
 
 
 @pytest.mark.parametrize(("words", "split"), [(5, "train"), (40, "val")])

@@ -34,9 +34,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: list[i
 
 
 def test_temperature_divides_the_logits() -> None:
-    torch.testing.assert_close(
-        next_token_probabilities(LOGITS, temperature=2.0), torch.softmax(LOGITS / 2.0, dim=-1)
-    )
+    torch.testing.assert_close(next_token_probabilities(LOGITS, temperature=2.0), torch.softmax(LOGITS / 2.0, dim=-1))
 
 
 def test_greedy_takes_the_likeliest_and_the_window_slides(model: GPTModel) -> None:

@@ -15,9 +15,7 @@ TINY = GPTConfig(vocab_size=61, context_length=8, emb_dim=16, n_heads=2, n_layer
 
 def batches(count: int) -> torch.utils.data.DataLoader[tuple[torch.Tensor, ...]]:
     ids = torch.randint(0, TINY.vocab_size, (count, 2, 9), generator=torch.Generator().manual_seed(0))
-    return torch.utils.data.DataLoader(
-        torch.utils.data.TensorDataset(ids[..., :-1], ids[..., 1:]), batch_size=None
-    )
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(ids[..., :-1], ids[..., 1:]), batch_size=None)
 
 
 def trainer(**options: object) -> pl.Trainer:

@@ -26,7 +26,11 @@ def ids_of(data: TokenData, split: str) -> list[int]:
 def test_one_text_is_cut_by_characters(tmp_path: Path) -> None:
     text = "abcdefghij" * 10
     data = prepare(corpus_of(text), tmp_path, GPT2, Split(0.1, 0.2))
-    assert [GPT2.decode(ids_of(data, split)) for split in ("train", "val", "test")] == [text[:70], text[70:80], text[80:]]
+    assert [GPT2.decode(ids_of(data, split)) for split in ("train", "val", "test")] == [
+        text[:70],
+        text[70:80],
+        text[80:],
+    ]
 
 
 def test_several_texts_stay_whole_and_keep_their_split_when_the_corpus_grows(tmp_path: Path) -> None:

@@ -59,7 +59,8 @@ def _text_files(source: str) -> list[Path]:
         paths = sorted(p for match in glob.glob(str(path), recursive=True) if (p := Path(match)).is_file())
         if not paths:
             raise InputError(
-                f"data.source {source!r} does not exist: give {PYTHON_DOCS!r}, a text file, a folder of .txt files or a glob"
+                f"data.source {source!r} does not exist: give {PYTHON_DOCS!r}, a text file, a folder of .txt files "
+                "or a glob"
             )
     for path in paths:
         if path.stat().st_size == 0:

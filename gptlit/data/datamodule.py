@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from gptlit.data.corpus import open_corpus
 from gptlit.data.tokenizer import load_tokenizer
-from gptlit.data.tokens import SPLITS, Split, TokenData, prepare
+from gptlit.data.tokens import SPLITS, Split, prepare
 from gptlit.data.windows import EvalOrder, TrainOrder, Windows
 from gptlit.errors import InputError
 
@@ -86,11 +86,15 @@ class TokenDataModule(pl.LightningDataModule):
         return self.tokenizer.n_vocab
 
     def prepare_data(self) -> None:
-        """Tokenise the corpus unless that is done already."""
-        self._open()
+        """Tokenise the corpus unless that is done already, and find what is wrong before anything is written.
 
-    def _open(self) -> TokenData:
-        return prepare(open_corpus(self.source), self.cache_dir, self.tokenizer, self.split)
+        Raises:
+            InputError: As in `setup`.
+        """
+        stage = self.trainer.state.fn if self.trainer is not None else None
+        self._load(stage)
+        if stage == "fit":
+            self._plan(self._trainer())
 
     def setup(self, stage: str | None = None) -> None:
         """Open the windows of each split; before a fit, set the Trainer's accumulation and number of steps.
@@ -98,16 +102,17 @@ class TokenDataModule(pl.LightningDataModule):
         Raises:
             InputError: Data and model or data and Trainer do not fit together, or a split is too short.
         """
-        self.data = self._open()
+        self._load(stage)
+        if stage == "fit" and self._trainer() is not self._configured:
+            self._configure(self._trainer())
+
+    def _load(self, stage: str | None) -> None:
+        self.data = prepare(open_corpus(self.source), self.cache_dir, self.tokenizer, self.split)
         length = self._agree_with_model()
         self.windows = {name: Windows(self.data.shards(name), length, self.stride or length) for name in SPLITS}
-        if stage == "fit":
-            self._require("train")
-            if self.split.val_fraction:
-                self._require("val")
-            self._configure(self._trainer())
-        elif stage is not None:
-            self._require({"validate": "val"}.get(stage, stage))
+        needed = {"fit": ["train"] + ["val"] * (self.split.val_fraction > 0), "validate": ["val"], "test": ["test"]}
+        for name in needed.get(stage or "", []):
+            self._require(name)
 
     def _trainer(self) -> pl.Trainer:
         if self.trainer is None:
@@ -143,39 +148,37 @@ class TokenDataModule(pl.LightningDataModule):
                 f"{windows.context_length} + 1: use {share}a longer text or a smaller model.config.context_length"
             )
 
-    def _configure(self, trainer: pl.Trainer) -> None:
-        """Derive accumulation, steps and the interval of validation, which Lightning counts in micro-batches."""
-        if trainer is self._configured:
-            return
-        if trainer.accumulate_grad_batches != 1:
+    def _plan(self, trainer: pl.Trainer) -> tuple[int, int, int]:
+        """Return (micro-batch size, accumulation, optimizer steps of the whole run)."""
+        if trainer.accumulate_grad_batches != 1 and trainer is not self._configured:
             raise InputError(
                 f"trainer.accumulate_grad_batches {trainer.accumulate_grad_batches} is not for setting: it follows "
                 "from data.batch_size, data.micro_batch_size and the number of devices"
             )
         for key, default in {"limit_train_batches": 1.0, "overfit_batches": 0.0}.items():
             value = getattr(trainer, key)
-            if value != default and not trainer.fast_dev_run:
+            if value != default and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 raise InputError(f"trainer.{key} {value} cannot be used here: shorten a run with trainer.max_steps")
-        self._check_batch_size(trainer.world_size)
-        trainer.accumulate_grad_batches = self.accumulation
-        if trainer.fast_dev_run:
-            trainer.limit_train_batches = int(trainer.limit_train_batches) * self.accumulation
-        self.max_steps = trainer.fit_loop.epoch_loop.max_steps = self._steps(trainer)
-        if isinstance(trainer.val_check_interval, int):
-            trainer.val_check_interval *= self.accumulation
-        self._configured = trainer
-
-    def _check_batch_size(self, world_size: int) -> None:
-        """Insist on whole micro-batches: `batch_size` = micro-batch x devices x accumulation."""
-        micro_batch_size = self.micro_batch_size or max(1, self.batch_size // world_size)
-        at_once = micro_batch_size * world_size
+        devices = trainer.world_size
+        micro_batch_size = self.micro_batch_size or max(1, self.batch_size // devices)
+        at_once = micro_batch_size * devices
         if self.batch_size % at_once:
             raise InputError(
                 f"data.batch_size {self.batch_size} is not divisible by data.micro_batch_size {micro_batch_size} x "
-                f"{world_size} device{'s' if world_size > 1 else ''}: set it to a multiple of {at_once}"
+                f"{devices} device{'s' if devices > 1 else ''}: set it to a multiple of {at_once}"
             )
-        self.micro_batch_size = micro_batch_size
-        self.accumulation = self.batch_size // at_once
+        return micro_batch_size, self.batch_size // at_once, self._steps(trainer)
+
+    def _configure(self, trainer: pl.Trainer) -> None:
+        """Tell the Trainer; it counts accumulation and the interval of validation in micro-batches."""
+        self.micro_batch_size, self.accumulation, self.max_steps = self._plan(trainer)
+        trainer.accumulate_grad_batches = self.accumulation
+        trainer.fit_loop.epoch_loop.max_steps = self.max_steps
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.limit_train_batches = int(trainer.limit_train_batches) * self.accumulation
+        if isinstance(trainer.val_check_interval, int):
+            trainer.val_check_interval *= self.accumulation
+        self._configured = trainer
 
     def _steps(self, trainer: pl.Trainer) -> int:
         """Return the optimizer steps of the whole run, from trainer.max_steps or trainer.max_epochs."""

@@ -88,7 +88,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
     """Scramble 64 bits. Source: Steele et al. 2014, SplitMix64's finaliser."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: np.ndarray = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 class TrainOrder(Sampler[np.ndarray]):

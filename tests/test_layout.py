@@ -1,0 +1,59 @@
+"""Who may import whom: the house has stairs, and they go one way."""
+
+import ast
+from pathlib import Path
+
+from conftest import ROOT, run_script
+
+PACKAGE = ROOT / "gptlit"
+
+# Each module with the ones of this project that it may import.
+BASE = {"errors"}
+MODEL = {"config", "model", *BASE}
+DATA = ["data.tokenizer", "data.corpus", "data.tokens", "data.windows", "data.datamodule"]
+ALLOWED = {
+    "errors": set(),
+    "config": set(),
+    "model": {"config"},
+    "loss": set(),
+    "generate": MODEL,
+    "checkpoint": BASE,
+    "weights": {*MODEL, "checkpoint", "data.tokenizer"},
+    "module": {*MODEL, "loss", "checkpoint", "weights"},
+    "callbacks": {*MODEL, "checkpoint", "generate", "module", "data.datamodule"},
+    "training": {*MODEL, "callbacks", "checkpoint", "module", "data.datamodule", "data.tokenizer"},
+    "cli": {*BASE, "__init__", "generate", "weights"},
+    "__main__": {"cli"},
+    "__init__": {"config", "model", "module", "data.datamodule"},
+    "data.__init__": set(),
+    **{name: {*BASE, *DATA[:index]} for index, name in enumerate(DATA)},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Return the modules of this project that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "gptlit":
+            found.add(node.module.removeprefix("gptlit").removeprefix(".") or "__init__")
+        assert not isinstance(node, ast.ImportFrom) or node.level == 0, f"{path}: imports are absolute"
+        if isinstance(node, ast.Import):
+            assert not any(alias.name.split(".")[0] in ("gptlit", "train") for alias in node.names), path
+    return found
+
+
+def test_imports_go_one_way() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        assert imports(path) <= ALLOWED[name], name
+
+
+def test_the_model_is_plain_torch() -> None:
+    source = (PACKAGE / "model.py").read_text()
+    assert "lightning" not in source
+    assert "open(" not in source
+
+
+def test_importing_the_package_imports_neither_torch_nor_lightning(tmp_path: Path) -> None:
+    code = "import sys, gptlit; assert not {'torch', 'lightning'} & set(sys.modules); gptlit.GPTConfig"
+    assert run_script("-c", code, cwd=tmp_path).returncode == 0

@@ -1,0 +1,248 @@
+"""train.py end to end: what a user types, what lands on disk, and what a wrong word answers."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from conftest import ROOT, TINY, losses, run_script
+from gptlit.checkpoint import checkpoints, read_checkpoint
+
+Fit = Callable[..., None]
+RUN = Path("runs/t/version_0")
+
+
+def test_a_fit_leaves_curves_configuration_and_checkpoints(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    fit("--trainer.max_steps=7", "--run.val_every_n_steps=3", "--run.save_every_n_steps=2", "--run.keep_last=2")
+    assert [path.name for path in checkpoints(RUN)] == ["step-00000006.ckpt", "step-00000007.ckpt"]
+    assert list(losses(RUN, "val/loss")) == [3, 6, 7]
+    assert list(losses(RUN)) == list(range(1, 8))
+    for tag in ("val/perplexity", "train/grad_norm", "train/tokens", "lr", "perf/tokens_per_second"):
+        assert losses(RUN, tag)[7 if tag != "lr" else 1] > 0, tag
+    assert losses(RUN, "train/tokens")[7] == 7 * 4 * 16
+    config = yaml.safe_load((RUN / "config.yaml").read_text())
+    assert config["model"]["config"]["emb_dim"] == 32
+    assert config["run"]["val_every_n_steps"] == 3
+    out = capsys.readouterr().out
+    value = losses(RUN, "val/loss")[7]
+    assert f"val/loss    {value:.4f}" in out
+    assert "runs/t/version_0/checkpoints/step-00000007.ckpt" in out
+    assert "generate --checkpoint" in out
+
+
+def test_samples_are_in_tensorboards_text_tab(fit: Fit) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    fit("--trainer.max_steps=2", "--run.val_every_n_steps=1", "--run.sample_prompt=the model")
+    events = EventAccumulator(str(RUN))
+    events.Reload()
+    samples = events.Tensors("samples/text_summary")
+    assert [event.step for event in samples] == [1, 2]
+    assert b"the model" in samples[0].tensor_proto.string_val[0]
+
+
+def test_a_second_fit_touches_nothing_of_the_first(fit: Fit) -> None:
+    fit("--trainer.max_steps=2")
+    before = {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()}
+    fit("--trainer.max_steps=3")
+    assert {path: path.read_bytes() for path in RUN.rglob("*") if path.is_file()} == before
+    assert checkpoints(Path("runs/t/version_1"))[-1].name == "step-00000003.ckpt"
+
+
+def test_resuming_goes_on_as_if_it_had_never_stopped(fit: Fit) -> None:
+    """Accumulation, batch order across a pass over the data, learning rate and optimizer state."""
+    micro = ("--data.micro_batch_size=2", "--data.batch_size=32", "--model.warmup_steps=4", "--run.val_every_n_steps=4")
+    fit("--trainer.max_steps=14", "--run.name=whole", *micro)
+    fit("--trainer.max_steps=14", "--run.save_every_n_steps=5", "--run.keep_last=1", *micro)
+    for path in checkpoints(RUN):
+        path.unlink()
+    fit("--trainer.max_steps=14", "--run.name=stop", "--run.save_every_n_steps=5", "--run.keep_last=-1", *micro)
+    stopped = Path("runs/stop/version_0")
+    checkpoints(stopped)[-1].unlink()  # as if killed after step 10
+    fit("--trainer.max_steps=14", "--run.name=stop", "--ckpt_path=last", *micro)
+    whole = Path("runs/whole/version_0")
+    for tag in ("train/loss", "train/grad_norm", "lr", "val/loss", "train/tokens"):
+        assert losses(stopped, tag) == losses(whole, tag), tag
+    assert sorted(path.name for path in stopped.glob("config*.yaml")) == ["config.yaml", "config_1.yaml"]
+    one, two = (read_checkpoint(checkpoints(run)[-1]) for run in (whole, stopped))
+    assert one["TokenDataModule"] == two["TokenDataModule"]
+    assert all(torch.equal(two["state_dict"][key], value) for key, value in one["state_dict"].items())
+
+
+def test_a_changed_configuration_is_honoured_on_resume(fit: Fit) -> None:
+    fit("--trainer.max_steps=3", "--model.schedule=constant")
+    changed = ("--model.schedule=constant", "--model.lr=1e-5", "--model.weight_decay=0.25", "--model.beta1=0.5")
+    fit("--trainer.max_steps=5", "--ckpt_path=last", *changed, "--data.batch_size=8", "--data.micro_batch_size=2")
+    assert losses(RUN, "lr") == pytest.approx({1: 3e-3, 2: 3e-3, 3: 3e-3, 4: 1e-5, 5: 1e-5})
+    state = read_checkpoint(checkpoints(RUN)[-1])
+    assert state["TokenDataModule"]["windows"] == 3 * 4 + 2 * 8
+    group = state["optimizer_states"][0]["param_groups"][0]
+    assert (group["weight_decay"], group["betas"]) == (0.25, (0.5, 0.95))
+
+
+def test_an_earlier_checkpoint_branches_off_into_a_new_run(fit: Fit) -> None:
+    fit("--trainer.max_steps=4", "--run.save_every_n_steps=2")
+    first, newest = checkpoints(RUN)
+    fit("--trainer.max_steps=5", f"--ckpt_path={first}")
+    assert checkpoints(RUN) == [first, newest]
+    assert list(losses(Path("runs/t/version_1"))) == [3, 4, 5]
+    fit("--trainer.max_steps=5", f"--ckpt_path={newest}")
+    assert list(losses(RUN)) == [1, 2, 3, 4, 5]
+
+
+def test_last_without_a_run_says_so_and_starts(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    fit("--trainer.max_steps=1", "--ckpt_path=last")
+    assert "there is no run in runs/t yet: starting a new one" in capsys.readouterr().err
+    assert checkpoints(RUN)
+
+
+def test_init_from_takes_weights_only(fit: Fit) -> None:
+    fit("--trainer.max_steps=3")
+    fit("--trainer.max_steps=1", "--model.init_from=runs/t/version_0", "--model.lr=0", "--model.initial_lr=0")
+    first, second = (read_checkpoint(checkpoints(Path(f"runs/t/version_{n}"))[-1]) for n in (0, 1))
+    assert second["global_step"] == 1
+    assert second["TokenDataModule"]["windows"] == 4
+    assert all(torch.equal(second["state_dict"][key], value) for key, value in first["state_dict"].items())
+
+
+def test_validate_gives_the_loss_of_the_fit(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    fit("--trainer.max_steps=2")
+    capsys.readouterr()
+    fit("--ckpt_path=last", command="validate")
+    assert f"{losses(RUN, 'val/loss')[2]:.4f}" in capsys.readouterr().out
+    assert not Path("runs/t/version_1").exists()
+    with pytest.raises(SystemExit):
+        fit("--ckpt_path=last", command="test")
+    fit("--ckpt_path=last", "--data.test_fraction=0.1", command="test")
+    assert "test/perplexity" in capsys.readouterr().out
+
+
+def test_later_configuration_files_and_flags_win(text_file: Path) -> None:
+    from gptlit.training import main
+
+    Path("a.yaml").write_text("model: {config: {emb_dim: 32, n_heads: 2, n_layers: 1, context_length: 16}}\n")
+    Path("b.yaml").write_text("model: {config: {n_layers: 2}}\nrun: {name: t}\n")
+    flags = [flag for flag in TINY if "n_layers" not in flag and "emb_dim" not in flag]
+    main(["fit", "--config=a.yaml", "--config=b.yaml", *flags, f"--data.source={text_file}", "--trainer.max_steps=1"])
+    config = read_checkpoint(checkpoints(RUN)[-1])["hyper_parameters"]["config"]
+    assert (config["emb_dim"], config["n_layers"]) == (32, 2)
+
+
+def test_fast_dev_run_leaves_nothing_behind(fit: Fit) -> None:
+    fit("--trainer.fast_dev_run=true", "--data.micro_batch_size=2")
+    assert not list(Path("runs").rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_is_complete(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from gptlit.training import main
+
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", f"--config={file}", "--print_config"])
+    assert exit_.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["run"]["name"] == file.stem
+    header = file.read_text().split("\n\n")[0]
+    for word in ("python train.py fit --config", "Hardware", "Time", "Loss"):
+        assert word in header
+
+
+WRONG = [
+    (["--model.config.n_head=4"], 2, r"unrecognized arguments: --model\.config\.n_head"),
+    (["--model.config.n_layer=4"], 2, r"unrecognized arguments: --model\.config\.n_layer=4"),
+    (["--optimizer=SGD"], 2, r"unrecognized arguments: --optimizer"),
+    (["--weights_only=false"], 2, r"unrecognized arguments: --weights_only"),
+    (["--model.config.n_heads=5"], 2, r"emb_dim 32 is not divisible by n_heads 5"),
+    (["--model.config.emb_dim=-32"], 2, r"emb_dim must be a positive integer, got -32"),
+    (["--model.config.n_layers=many"], 2, r"n_layers.*many"),
+    (["--model.config.vocab_size=100"], 1, r"model\.config\.vocab_size 100 contradicts the tokenizer 'gpt2'"),
+    (["--data.context_length=8"], 1, r"data\.context_length 8 contradicts model\.config\.context_length 16"),
+    (["--data.source=nowhere.txt"], 1, r"data\.source 'nowhere\.txt' does not exist"),
+    (["--data.batch_size=0"], 2, r"data\.batch_size must be a positive integer, got 0"),
+    (["--data.micro_batch_size=3"], 1, r"data\.batch_size 4 is not divisible by data\.micro_batch_size 3 x 1 device"),
+    (["--trainer.accumulate_grad_batches=2"], 1, r"trainer\.accumulate_grad_batches 2 is not for setting"),
+    (["--trainer.val_check_interval=5"], 2, r"use run\.val_every_n_steps"),
+    (["--run.name=../x"], 2, r"run\.name must be a plain folder name, got '\.\./x'"),
+    (["--run.save_every_n_steps=0"], 2, r"run\.save_every_n_steps must be a positive integer, got 0"),
+    (["--ckpt_path=nowhere.ckpt"], 2, r"checkpoint 'nowhere\.ckpt' does not exist"),
+    (["--ckpt_path=text.ckpt"], 2, r"text\.ckpt is truncated or no checkpoint"),
+    (["--model.init_from=nowhere"], 1, r"checkpoint 'nowhere' does not exist"),
+    (["--model.lr=-1"], 2, r"model\.lr must be a number of at least 0, got -1"),
+    (["--config=typo.yaml"], 2, r"learning_rate"),
+    (["--config=nowhere.yaml"], 2, r"nowhere\.yaml"),
+    (["--trainer.devices=many"], 2, r"devices|many"),
+]
+
+
+@pytest.mark.parametrize(("flags", "status", "words"), WRONG, ids=[flags[0] for flags, _, _ in WRONG])
+def test_bad_input_is_one_line(
+    fit: Fit, capsys: pytest.CaptureFixture[str], flags: list[str], status: int, words: str
+) -> None:
+    Path("text.ckpt").write_text("hello")
+    Path("typo.yaml").write_text("model: {learning_rate: 0.1}\n")
+    with pytest.raises(SystemExit) as exit_:
+        fit("--trainer.max_steps=1", *flags)
+    assert exit_.value.code == status
+    lines = [line for line in capsys.readouterr().err.splitlines() if "Warning" not in line]
+    assert len(lines) == 1, lines
+    assert re.match(r"error: .*" + words, lines[0])
+    assert not Path("runs").exists()
+
+
+def test_a_run_without_an_end_is_refused(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        fit()
+    assert "error: a run needs an end: set trainer.max_steps or trainer.max_epochs" in capsys.readouterr().err
+
+
+def test_another_corpus_or_architecture_is_not_resumed(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    fit("--trainer.max_steps=1")
+    Path("other.txt").write_text("other words " * 2000)
+    for flags, words in (
+        (["--data.source=other.txt"], "gives other tokens"),
+        (["--model.config.n_layers=3"], "model.config.n_layers is 3, but the checkpoint was trained with 2"),
+    ):
+        with pytest.raises(SystemExit):
+            fit("--trainer.max_steps=2", "--ckpt_path=last", *flags)
+        assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        fit("--trainer.max_steps=1", "--model.init_from=runs/t", "--model.config.emb_dim=64")
+    assert "of shape (50257, 32), the model (50257, 64)" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gptlit import module
+
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(module, "next_token_loss", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        fit("--trainer.max_steps=1")
+
+
+def test_the_traceback_of_an_error_can_be_had(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPTLIT_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="does not exist"):
+        fit("--trainer.max_steps=1", "--data.source=nowhere.txt")
+
+
+def test_two_devices_give_the_curve_of_one(text_file: Path, tmp_path: Path) -> None:
+    """An odd number of validation windows, so that one device gets padding."""
+    common = [str(ROOT / "train.py"), "fit", *TINY, f"--data.source={text_file}", "--trainer.max_steps=8"]
+    common += ["--run.val_every_n_steps=4", "--data.micro_batch_size=2", "--data.batch_size=8"]
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--run.name=two"]
+    for flags in ([], two):
+        result = run_script(*common, *flags, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    for tag in ("train/loss", "val/loss", "train/grad_norm"):
+        assert losses(Path("runs/two/version_0"), tag) == pytest.approx(losses(RUN, tag), abs=1e-5), tag
+    assert losses(Path("runs/two/version_0"), "train/tokens") == losses(RUN, "train/tokens")
+    result = run_script(*common, *two, "--data.source=nowhere.txt", cwd=tmp_path)
+    assert result.returncode == 1
+    errors = [line for line in result.stderr.splitlines() if line]
+    assert errors == [line for line in errors if line.startswith("error: data.source 'nowhere.txt' does not exist")]
+    assert len(errors) == 1
