@@ -54,25 +54,38 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint of this project on the CPU, memory-mapped.
+def load_plain(path: Path) -> dict[str, Any]:
+    """Load a file that torch saved, on the CPU and memory-mapped, without executing anything in it.
 
     Raises:
-        InputError: The file is missing, truncated, or something else than such a checkpoint.
+        InputError: The file is missing, damaged, no dict, or holds more than tensors and plain values.
     """
     if not path.is_file():
         raise InputError(f"checkpoint {str(path)!r} does not exist")
-    if not zipfile.is_zipfile(path):
+    is_zip = zipfile.is_zipfile(path)
+    if not is_zip and path.suffix == SUFFIX:
         raise InputError(f"{path} is truncated or no checkpoint: it has {path.stat().st_size} bytes and no end")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
-        raise InputError(f"{path} holds more than tensors and plain values and is not opened") from error
+        raise InputError(f"{path} is damaged, or holds more than tensors and plain values: it is not opened") from error
     except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({type(error).__name__}): it is damaged or no checkpoint") from error
-    if not isinstance(checkpoint, dict) or not {"state_dict", "hyper_parameters"} <= checkpoint.keys():
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is a checkpoint of another kind: it holds a {type(content).__name__}, no dict")
+    return content
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Load a checkpoint of this project; as `load_plain`.
+
+    Raises:
+        InputError: As in `load_plain`, or it is of another project.
+    """
+    checkpoint = load_plain(path)
+    if not all(isinstance(checkpoint.get(key), dict) for key in ("state_dict", "hyper_parameters")):
         raise InputError(f"{path} is a checkpoint of another kind: no state_dict and hyper_parameters in it")
-    if "config" not in checkpoint["hyper_parameters"]:
+    if not isinstance(checkpoint["hyper_parameters"].get("config"), dict):
         raise InputError(f"{path} is a checkpoint of another model: its hyper_parameters have no config")
     return checkpoint
 

@@ -24,12 +24,16 @@ class MultiHeadAttention(nn.Module):
         self.qkv = nn.Linear(config.emb_dim, 3 * config.emb_dim, bias=config.qkv_bias)
         self.out_proj = nn.Linear(config.emb_dim, config.emb_dim)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, cache: "LayerCache | None" = None) -> Tensor:
         B, T, C = hidden.shape  # noqa: N806
         qkv = self.qkv(hidden).view(B, T, 3, self.n_heads, C // self.n_heads)  # (B, T, 3, H, D)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        dropout = self.drop_rate if self.training else 0.0
-        context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        if cache is None:
+            dropout = self.drop_rate if self.training else 0.0
+            context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        else:
+            key, value, seen = cache.extend(key, value)  # (B, H, S, D) twice, (B, 1, T, S)
+            context = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
         return self.out_proj(context.transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]
 
 
@@ -55,8 +59,8 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(config.emb_dim)
         self.drop_shortcut = nn.Dropout(config.drop_rate)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        hidden = hidden + self.drop_shortcut(self.att(self.norm1(hidden)))
+    def forward(self, hidden: Tensor, cache: "LayerCache | None" = None) -> Tensor:
+        hidden = hidden + self.drop_shortcut(self.att(self.norm1(hidden), cache))
         hidden = hidden + self.drop_shortcut(self.ff(self.norm2(hidden)))
         return hidden
 
@@ -97,14 +101,29 @@ class GPTModel(nn.Module):
         """Return logits (B, T, V) for int64 ids (B, T).
 
         Raises:
+            ValueError: As in `hidden`.
+        """
+        return self.out_head(self.hidden(token_ids))  # type: ignore[no-any-return]
+
+    def hidden(self, token_ids: Tensor, cache: "KVCache | None" = None) -> Tensor:
+        """Return what the head reads, (B, T, C), for int64 ids (B, T): all but the largest product.
+
+        Args:
+            token_ids: The ids; with a cache, those that follow what it has seen.
+            cache: Keys and values of the ids before; they are added to it, but its `lengths` are the caller's.
+
+        Raises:
             ValueError: The sequence is longer than `context_length`, or (on a CPU, where looking is free) an id is
                 outside the vocabulary.
         """
         self._check(token_ids)
-        positions = torch.arange(token_ids.shape[1], device=token_ids.device)
+        positions = torch.arange(token_ids.shape[1], device=token_ids.device)  # (T,)
+        if cache is not None:
+            positions = cache.positions(token_ids.shape[1])  # (B, T)
         hidden = self.drop_emb(self.tok_emb(token_ids) + self.pos_emb(positions))  # (B, T, C)
-        hidden = self.final_norm(self.trf_blocks(hidden))  # (B, T, C)
-        return self.out_head(hidden)  # type: ignore[no-any-return]  # (B, T, V)
+        for layer, block in enumerate(self.trf_blocks):
+            hidden = block(hidden, cache.layers[layer]) if cache is not None else block(hidden)
+        return self.final_norm(hidden)  # type: ignore[no-any-return]
 
     def _check(self, token_ids: Tensor) -> None:
         if token_ids.shape[1] > self.config.context_length:
@@ -116,3 +135,55 @@ class GPTModel(nn.Module):
             if low < 0 or high >= self.config.vocab_size:
                 wrong = int(low if low < 0 else high)
                 raise ValueError(f"token id {wrong} is outside the vocabulary of {self.config.vocab_size} ids")
+
+
+class KVCache:
+    """Keys and values of the tokens that were read, for rows of different lengths.
+
+    Args:
+        config: The model's architecture.
+        rows: B.
+        capacity: S, tokens that a row can hold; at most `context_length`.
+        device: Of the model.
+        dtype: Of the model's activations.
+    """
+
+    def __init__(
+        self, config: GPTConfig, rows: int, capacity: int, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens in each row
+        self.longest = 0
+        shape = (rows, config.n_heads, capacity, config.emb_dim // config.n_heads)
+        self.layers = [LayerCache(self, shape, device, dtype) for _ in range(config.n_layers)]
+        self._steps = torch.arange(capacity, device=device)
+
+    def positions(self, count: int) -> Tensor:
+        """Return the positions (B, count) of the next tokens, and point the layers at them."""
+        self.write = (self.lengths[:, None] + self._steps[:count]).clamp(max=len(self._steps) - 1)
+        self.end = min(self.longest + count, len(self._steps))
+        self.seen = self._steps[: self.end] <= self.write[:, None, :, None]  # (B, 1, T, S)
+        return self.write
+
+    def advance(self, counts: Tensor | int) -> None:
+        """Count tokens in: as many for each row as were real, and not padding on its right."""
+        self.lengths = self.lengths + counts
+        self.longest = int(self.lengths.max())
+
+
+class LayerCache:
+    """The part of a KVCache that belongs to one block: keys and values, (B, H, S, D) each."""
+
+    def __init__(
+        self, cache: KVCache, shape: tuple[int, int, int, int], device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        self.cache = cache
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self._rows = torch.arange(shape[0], device=device)[:, None]
+
+    def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Write (B, H, T, D) where it belongs; return all keys and values so far and which a token may see."""
+        cache = self.cache
+        self.keys[self._rows, :, cache.write] = key.transpose(1, 2).to(self.keys.dtype)
+        self.values[self._rows, :, cache.write] = value.transpose(1, 2).to(self.values.dtype)
+        return self.keys[:, :, : cache.end], self.values[:, :, : cache.end], cache.seen

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -11,12 +10,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from gptlit.checkpoint import find_checkpoint, read_checkpoint
 from gptlit.config import GPTConfig
 from gptlit.errors import InputError
 from gptlit.loss import next_token_loss
 from gptlit.model import GPTModel
-from gptlit.weights import load_weights
+from gptlit.optimizer import make_optimizer, set_values
+from gptlit.weights import copy_weights, read_source
 
 
 @dataclass(frozen=True)
@@ -50,17 +49,19 @@ class GPTModule(pl.LightningModule):
 
     Args:
         config: The architecture; the seven keys of the book and two more.
+        optimizer: "adamw", or "muon" for the matrices inside the blocks and AdamW for the rest.
         lr: Learning rate at the end of the warm-up.
         schedule: "cosine" falls to `min_lr` at the last step, "constant" stays at `lr`.
         initial_lr: Learning rate of the first step of a warm-up.
         min_lr: Learning rate at the end of the cosine.
         warmup_steps: Optimizer steps from `initial_lr` to `lr`.
-        weight_decay: AdamW's decay, of matrices only.
+        weight_decay: Decay of matrices.
         decay_all: Decay biases, norms and everything else too.
         beta1: AdamW's decay of the gradient's running mean.
         beta2: AdamW's decay of the running mean of its square.
         compile: Compile the model with torch.compile (needs a C++ compiler on a CPU). Checkpoints stay the same.
-        init_from: A checkpoint, or a run's folder, to take the first weights from. Everything else starts anew.
+        init_from: Where to take the first weights from: a checkpoint or a run's folder, a Hugging Face folder or
+            `hf:NAME`, the book's `.pth`, nanoGPT's `ckpt.pt`. Everything else starts anew.
 
     Raises:
         ValueError: A value is out of its range.
@@ -71,6 +72,7 @@ class GPTModule(pl.LightningModule):
     def __init__(
         self,
         config: GPTConfig = GPTConfig(),  # noqa: B008  (frozen)
+        optimizer: Literal["adamw", "muon"] = "adamw",
         lr: float = 6e-4,
         schedule: Literal["cosine", "constant"] = "cosine",
         initial_lr: float = 1e-5,
@@ -94,9 +96,8 @@ class GPTModule(pl.LightningModule):
             raise ValueError(f"model.warmup_steps must be at least 0, got {warmup_steps}")
         self.config = GPTConfig(**config) if isinstance(config, dict) else config  # a dict: from a checkpoint
         self.schedule = Schedule(schedule, initial_lr, lr, min_lr, warmup_steps)
-        self.weight_decay = weight_decay
-        self.decay_all = decay_all
-        self.betas = (beta1, beta2)
+        self.optimizer_name = optimizer
+        self._values: Any = {"weight_decay": weight_decay, "decay_all": decay_all, "betas": (beta1, beta2)}
         self.compile_model = compile
         self.init_from = init_from
         self.tokens = 0  # seen since the run began, all devices
@@ -106,6 +107,7 @@ class GPTModule(pl.LightningModule):
         self.save_hyperparameters(
             {
                 "config": asdict(self.config),
+                "optimizer": optimizer,
                 "lr": lr,
                 "schedule": schedule,
                 "initial_lr": initial_lr,
@@ -125,8 +127,7 @@ class GPTModule(pl.LightningModule):
             return
         self.model = GPTModel(self.config)
         if self.init_from is not None and not self._resuming:
-            path = find_checkpoint(Path(self.init_from))
-            load_weights(self.model, read_checkpoint(path), path)
+            copy_weights(self.model, read_source(self.init_from))
         if self.compile_model:
             self.model.compile()  # in place: the keys of the state dict stay as they are
 
@@ -181,27 +182,15 @@ class GPTModule(pl.LightningModule):
         return torch.nn.utils.clip_grad_norm_(parameters, limit)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """AdamW in two groups: matrices, which decay, and the rest. Source: Loshchilov and Hutter 2019."""
-        parameters = list(self.model.parameters())
-        groups = [
-            {"params": [p for p in parameters if p.dim() >= 2]},
-            {"params": [p for p in parameters if p.dim() < 2]},
-        ]
-        optimizer = torch.optim.AdamW(groups, lr=self.schedule.peak, fused=True)
-        self._set_optimizer(optimizer)
-        return optimizer
-
-    def _set_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        matrices, rest = optimizer.param_groups
-        matrices["weight_decay"] = self.weight_decay
-        rest["weight_decay"] = self.weight_decay if self.decay_all else 0.0
-        matrices["betas"] = rest["betas"] = self.betas
+        """Build the optimizer. A fused AdamW would unscale fp16 gradients itself, after they have been clipped."""
+        fused = self._trainer is None or self._trainer.precision != "16-mixed"
+        return make_optimizer(self.model, self.optimizer_name, lr=self.schedule.peak, fused=fused, **self._values)
 
     def on_train_start(self) -> None:
         """After a resume the configuration's values hold, not the checkpoint's."""
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
-        self._set_optimizer(optimizer)
+        set_values(optimizer, **self._values)
         if self.schedule.warmup_steps >= self.trainer.max_steps > 0:
             rank_zero_warn(
                 f"model.warmup_steps {self.schedule.warmup_steps} is no shorter than the run of "
@@ -253,6 +242,12 @@ class GPTModule(pl.LightningModule):
             InputError: A key of the architecture differs; it is named, with both values.
         """
         theirs = checkpoint["hyper_parameters"]["config"]
+        optimizer = checkpoint["hyper_parameters"].get("optimizer", self.optimizer_name)
+        if optimizer != self.optimizer_name:
+            raise InputError(
+                f"model.optimizer is {self.optimizer_name!r}, but the checkpoint was trained with {optimizer!r}: "
+                "set it to that, or start a new run with --model.init_from"
+            )
         for field in fields(GPTConfig):
             ours = getattr(self.config, field.name)
             if field.name != "drop_rate" and theirs.get(field.name) != ours:

@@ -7,7 +7,7 @@ import platform
 import signal
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ from gptlit.checkpoint import (  # noqa: E402
     DurableCheckpointIO,
     checkpoint_path,
     checkpoints,
-    find_checkpoint,
     new_run_folder,
     newest_checkpoint,
     read_checkpoint,
@@ -43,6 +42,7 @@ from gptlit.data.datamodule import TokenDataModule  # noqa: E402
 from gptlit.data.tokenizer import load_tokenizer  # noqa: E402
 from gptlit.errors import InputError, OneLineErrors, fail  # noqa: E402
 from gptlit.module import GPTModule  # noqa: E402
+from gptlit.weights import agree, read_source  # noqa: E402
 
 gc.freeze()
 gc.enable()
@@ -64,7 +64,7 @@ class RunConfig:
     val_every_n_steps: int = 100
     save_every_n_steps: int = 100
     keep_last: int = 3
-    sample_prompt: str = "The "
+    sample_prompt: str = "The"
 
     def __post_init__(self) -> None:
         if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
@@ -139,8 +139,7 @@ class TrainingCLI(LightningCLI):
             self._settle_trainer(config)
             self._settle_vocabulary(config)
             self._settle_run(config)
-            if config.ckpt_path is None and config.model.init_from is not None:
-                find_checkpoint(Path(config.model.init_from))
+            self._settle_architecture(config)
         except ValueError as error:
             fail(error, status=2)
 
@@ -170,6 +169,20 @@ class TrainingCLI(LightningCLI):
         for key in (self.subcommand, *keys):
             given = (given or {}).get(key) or {}
         return dict(given)
+
+    def _settle_architecture(self, config: Any) -> None:
+        """With `init_from` the architecture comes from there; what was given besides must not contradict it."""
+        if config.model.init_from is None or config.ckpt_path is not None:
+            return
+        source = read_source(config.model.init_from)
+        given = self._given("model", "config")
+        agree(given, source)
+        for key, value in {**asdict(source.config), **given}.items():
+            config.model.config[key] = value
+        length, theirs = config.model.config.context_length, source.config.context_length
+        if length != theirs:
+            what = "cut" if length < theirs else "extended with untrained rows"
+            print(f"the table of positions is {what}: from {theirs} to {length} tokens", file=sys.stderr)
 
     def _settle_run(self, config: Any) -> None:
         """Choose the checkpoint to go on from and the folder to write to."""
@@ -255,7 +268,7 @@ class TrainingCLI(LightningCLI):
         self._print_result("val")
         if newest.is_file():
             configs = " ".join(f"--config {path}" for path in self.config[self.subcommand].config or [])
-            prompt = self.config[self.subcommand].run.sample_prompt or "The "
+            prompt = self.config[self.subcommand].run.sample_prompt or "The"
             print(
                 f"checkpoint  {newest}\n\nwhat next:\n"
                 f'  python -m gptlit generate --checkpoint {self.run} --prompt "{prompt}"\n'

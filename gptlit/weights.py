@@ -1,81 +1,528 @@
-"""Weights in: from a checkpoint to a model."""
+"""Weights in and out: this project's checkpoints, Hugging Face, nanoGPT, the book's `.pth`, plain safetensors.
 
-from dataclasses import fields
+A format is a map of names: each weight here is one of theirs, or several stacked along the first axis, possibly
+transposed. Nothing is ever unpickled but tensors and plain values.
+"""
+
+import json
+import re
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import tiktoken
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from gptlit.checkpoint import find_checkpoint, read_checkpoint
+from gptlit import __version__
+from gptlit.checkpoint import DurableCheckpointIO, find_checkpoint, load_plain, read_checkpoint
 from gptlit.config import GPTConfig
-from gptlit.data.tokenizer import load_tokenizer
+from gptlit.data.tokenizer import load_tokenizer, save_huggingface
 from gptlit.errors import InputError
 from gptlit.model import GPTModel
 
 PREFIX = "model."  # the GPTModel inside a GPTModule
+HUB = "hf:"
 
 
-def load_model(path: str | Path) -> GPTModel:
-    """Build the model of a checkpoint, in evaluation mode on the CPU.
+@dataclass
+class Source:
+    """What a file or folder holds: an architecture and the weights for it, under the names used here."""
+
+    path: Path
+    config: GPTConfig
+    state: dict[str, Tensor]
+    tokenizer: str = "gpt2"
+
+
+# --- the name maps ----------------------------------------------------------------------------------------------
+
+OPENAI_MODULES = {
+    "tok_emb": "transformer.wte",
+    "pos_emb": "transformer.wpe",
+    "final_norm": "transformer.ln_f",
+    "out_head": "lm_head",
+    "trf_blocks": "transformer.h",
+    "norm1": "ln_1",
+    "norm2": "ln_2",
+    "att.qkv": "attn.c_attn",
+    "att.out_proj": "attn.c_proj",
+    "ff.0": "mlp.c_fc",
+    "ff.2": "mlp.c_proj",
+}
+
+
+def openai_names(name: str) -> list[str]:
+    """Return the name in OpenAI's, Hugging Face's and nanoGPT's code."""
+    match = re.fullmatch(r"(?:trf_blocks\.(\d+)\.)?(.+)\.(weight|bias)", name)
+    assert match is not None
+    block, module, kind = match.groups()
+    prefix = f"{OPENAI_MODULES['trf_blocks']}.{block}." if block is not None else ""
+    return [f"{prefix}{OPENAI_MODULES[module]}.{kind}"]
+
+
+def book_names(name: str) -> list[str]:
+    """Return the names in the book's code, where query, key and value are apart."""
+    if ".att.qkv." in name:
+        return [name.replace("qkv", part) for part in ("W_query", "W_key", "W_value")]
+    if "norm" in name:
+        return [name.replace(".weight", ".scale").replace(".bias", ".shift")]
+    return [name.replace(".ff.", ".ff.layers.")]
+
+
+def own_names(name: str) -> list[str]:
+    """Return the name itself."""
+    return [name]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How another project stores these weights.
 
     Args:
-        path: A `.ckpt` file, or a run's folder: then its newest checkpoint.
+        names: Their name, or names, of a weight here.
+        transposed: Whether linear weights are stored [in, out].
+        ignored: Names, as a pattern, of buffers that are no weights.
+    """
+
+    names: Callable[[str], list[str]]
+    transposed: bool = False
+    ignored: str = ""
+
+
+OWN = Format(own_names)
+HUGGINGFACE = Format(openai_names, transposed=True, ignored=r".*\.attn\.(masked_)?bias")
+NANOGPT = Format(openai_names, ignored=r".*\.attn\.bias")
+BOOK = Format(book_names, ignored=r".*\.att\.mask")
+
+
+def _is_transposed(form: Format, name: str, value: Tensor) -> bool:
+    return form.transposed and value.dim() == 2 and name.startswith("trf_blocks")
+
+
+def from_format(theirs: dict[str, Tensor], form: Format, config: GPTConfig, path: Path) -> dict[str, Tensor]:
+    """Rename, stack and transpose another project's weights.
 
     Raises:
-        InputError: The file cannot be read or does not hold such a model.
+        InputError: A tensor is missing, left over or of another shape; it is named, with both shapes.
     """
-    path = find_checkpoint(Path(path))
-    checkpoint = read_checkpoint(path)
-    model = GPTModel(config_of(checkpoint, path))
-    load_weights(model, checkpoint, path)
+    with torch.device("meta"):
+        expected = GPTModel(config).state_dict()
+    theirs = {name: value for name, value in theirs.items() if not re.fullmatch(form.ignored, name)}
+    state: dict[str, Tensor] = {}
+    for name, value in expected.items():
+        names = form.names(name)
+        if name == "out_head.weight" and config.tie_weights and names[0] not in theirs:
+            state[name] = state["tok_emb.weight"]
+            continue
+        shape = list(value.shape)
+        shape[0] //= len(names)
+        if _is_transposed(form, name, value):
+            shape.reverse()
+        parts = [_take(theirs, part, shape, path) for part in names]
+        stacked = parts[0] if len(parts) == 1 else torch.cat(parts)
+        state[name] = stacked.t() if _is_transposed(form, name, value) else stacked
+    if left := theirs.keys() - {part for name in expected for part in form.names(name)}:
+        raise InputError(f"{path} has the unknown tensor {min(left)!r}: it is no GPT-2 of {config.n_layers} layers")
+    return state
+
+
+def _take(theirs: dict[str, Tensor], name: str, shape: list[int], path: Path) -> Tensor:
+    if name not in theirs:
+        raise InputError(f"{path} has no tensor {name!r} (shape {tuple(shape)})")
+    if not isinstance(theirs[name], Tensor) or list(theirs[name].shape) != shape:
+        found = tuple(getattr(theirs[name], "shape", ()))
+        raise InputError(f"{path} has {name!r} of shape {found}, its architecture asks for {tuple(shape)}")
+    return theirs[name]
+
+
+def to_format(state: dict[str, Tensor], form: Format) -> dict[str, Tensor]:
+    """Return copies of the weights as another project stores them."""
+    theirs: dict[str, Tensor] = {}
+    for name, value in state.items():
+        names = form.names(name)
+        for part_name, part in zip(names, value.chunk(len(names)), strict=True):
+            stored = part.t() if _is_transposed(form, name, value) else part
+            theirs[part_name] = stored.detach().clone(memory_format=torch.contiguous_format)
+    return theirs
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+def read_source(source: str | Path, n_heads: int | None = None) -> Source:
+    """Find out what a file or folder is and read it; the weights stay memory-mapped.
+
+    Args:
+        source: A `.ckpt` of this project or a run's folder; a Hugging Face folder, or `hf:NAME` on the hub; the
+            book's `.pth`; nanoGPT's `ckpt.pt`; a `.safetensors` file that `gptlit export` wrote.
+        n_heads: For the book's `.pth`, which does not say it; None: heads of 64, as in every GPT-2.
+
+    Raises:
+        InputError: There is nothing of that name, or it is something else, damaged or incomplete.
+    """
+    if str(source).startswith(HUB):
+        return _read_huggingface(_download(str(source).removeprefix(HUB)))
+    path = Path(source).expanduser()
+    if path.is_dir() and (path / "config.json").is_file():
+        return _read_huggingface(path)
+    if path.suffix == ".safetensors" and path.is_file():
+        return _read_safetensors(path)
+    if path.is_dir() or path.suffix == ".ckpt" or not path.exists():
+        path = find_checkpoint(path)
+        return _read_own(read_checkpoint(path), path)
+    content = load_plain(path)
+    if {"hyper_parameters", "state_dict"} <= content.keys():
+        return _read_own(read_checkpoint(path), path)
+    if {"model", "model_args"} <= content.keys():
+        return _read_nanogpt(content, path)
+    return _read_book(content, path, n_heads)
+
+
+def _config(path: Path, **values: Any) -> GPTConfig:
+    try:
+        return GPTConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path} has no usable architecture: {error}") from error
+
+
+def _read_own(checkpoint: dict[str, Any], path: Path) -> Source:
+    config = _config(path, **checkpoint["hyper_parameters"]["config"])
+    weights = {k.removeprefix(PREFIX): v for k, v in checkpoint["state_dict"].items() if k.startswith(PREFIX)}
+    tokenizer = checkpoint.get("TokenDataModule", {}).get("tokenizer", "gpt2")
+    return Source(path, config, from_format(weights, OWN, config, path), tokenizer)
+
+
+def _read_safetensors(path: Path) -> Source:
+    weights, metadata = _open_safetensors(path)
+    try:
+        values = json.loads(metadata["config"])
+        tokenizer = str(metadata["tokenizer"])
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path} does not say its architecture: name the folder with its config.json") from error
+    config = _config(path, **values)
+    return Source(path, config, from_format(weights, OWN, config, path), tokenizer)
+
+
+def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read: it is damaged or downloaded in part ({error})") from error
+
+
+def _read_huggingface(folder: Path) -> Source:
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text())
+        config = _huggingface_config(values, path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is no configuration of a GPT-2 ({type(error).__name__}: {error})") from error
+    weights: dict[str, Tensor] = {}
+    for file in _huggingface_files(folder):
+        part = _open_safetensors(file)[0] if file.suffix == ".safetensors" else load_plain(file)
+        weights.update(
+            (name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}", value)
+            for name, value in part.items()
+        )
+    if not config.qkv_bias:  # an export of a model without them: they are zeros
+        weights = {name: value for name, value in weights.items() if not name.endswith("attn.c_attn.bias")}
+    return Source(folder, config, from_format(weights, HUGGINGFACE, config, folder))
+
+
+def _huggingface_config(values: dict[str, Any], path: Path) -> GPTConfig:
+    if values.get("model_type") != "gpt2":
+        raise InputError(
+            f"{path.parent} holds a model of type {values.get('model_type')!r}: only 'gpt2' can be imported"
+        )
+    required = {
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+    }
+    for key, needed in required.items():
+        if values.get(key, needed) != needed:
+            raise InputError(f"{path} has {key} {values[key]!r}: a GPT-2 has {needed!r}, anything else is not imported")
+    if values.get("n_inner") not in (None, 4 * values["n_embd"]):
+        raise InputError(f"{path} has n_inner {values['n_inner']}: a GPT-2 has 4 x n_embd = {4 * values['n_embd']}")
+    return _config(
+        path,
+        vocab_size=values["vocab_size"],
+        context_length=values["n_positions"],
+        emb_dim=values["n_embd"],
+        n_heads=values["n_head"],
+        n_layers=values["n_layer"],
+        drop_rate=values.get("resid_pdrop", 0.1),
+        qkv_bias=values.get("gptlit", {}).get("qkv_bias", True),
+        tie_weights=values.get("tie_word_embeddings", True),
+        init="gpt2",
+    )
+
+
+def _huggingface_files(folder: Path) -> list[Path]:
+    """Return the weight files of a Hugging Face folder: one, or the shards that an index names."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise InputError(f"{index} cannot be read: {error}") from error
+            missing = [part for part in names if Path(part).name != part or not (folder / part).is_file()]
+            if missing:
+                raise InputError(f"{folder} is incomplete: its index names {missing[0]!r}, which is not there")
+            return [folder / part for part in names]
+    raise InputError(f"{folder} has a config.json but neither model.safetensors nor pytorch_model.bin")
+
+
+def _download(name: str) -> Path:
+    """Fetch a model from the Hugging Face hub, or find it in the hub's cache."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise InputError(f'hf:{name} needs the package huggingface-hub: pip install "gptlit[hub]"') from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except Exception as error:  # the hub's client raises a dozen kinds, none of them ours
+        raise InputError(
+            f"hf:{name} could not be fetched from the hub ({type(error).__name__}): check the name and the network, "
+            "or download the folder elsewhere and name it"
+        ) from error
+
+
+def _read_nanogpt(content: dict[str, Any], path: Path) -> Source:
+    args = content["model_args"]
+    try:
+        config = _config(
+            path,
+            vocab_size=args["vocab_size"],
+            context_length=args["block_size"],
+            emb_dim=args["n_embd"],
+            n_heads=args["n_head"],
+            n_layers=args["n_layer"],
+            drop_rate=args.get("dropout", 0.0),
+            qkv_bias=bool(args.get("bias", True)),
+            tie_weights=True,
+            init="gpt2",
+        )
+        weights = {name.removeprefix("_orig_mod."): value for name, value in content["model"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no checkpoint of nanoGPT ({type(error).__name__}: {error})") from error
+    if not config.qkv_bias:  # then nothing there has a bias, and a bias of zero is none
+        with torch.device("meta"):
+            shapes = {openai_names(name)[0]: value.shape for name, value in GPTModel(config).state_dict().items()}
+        weights = {name: torch.zeros(shape) for name, shape in shapes.items() if name.endswith("bias")} | weights
+    return _cut_vocabulary(Source(path, config, from_format(weights, NANOGPT, config, path)))
+
+
+def _cut_vocabulary(source: Source) -> Source:
+    """Drop the rows that only round GPT-2's vocabulary up to a multiple of 64."""
+    real = load_tokenizer(source.tokenizer).n_vocab
+    if not real < source.config.vocab_size <= real + 127:
+        return source
+    state = dict(source.state)
+    for name in ("tok_emb.weight", "out_head.weight"):
+        state[name] = state[name][:real]
+    return Source(source.path, replace(source.config, vocab_size=real), state, source.tokenizer)
+
+
+def _read_book(content: dict[str, Any], path: Path, n_heads: int | None) -> Source:
+    weights = content.get("model_state_dict", content)
+    if not isinstance(weights, dict) or not isinstance(weights.get("tok_emb.weight"), Tensor):
+        raise InputError(f"{path} holds no GPT-2 that is known here: no hyper_parameters, model_args or tok_emb.weight")
+    blocks = {int(m[1]) for name in weights if (m := re.match(r"trf_blocks\.(\d+)\.", name))}
+    vocab_size, emb_dim = weights["tok_emb.weight"].shape
+    if n_heads is None and emb_dim % 64:
+        raise InputError(
+            f"{path} does not say its number of heads, and its emb_dim {emb_dim} is no multiple of 64: give --n_heads"
+        )
+    positions = weights.get("pos_emb.weight")
+    if not isinstance(positions, Tensor):
+        raise InputError(f"{path} has no tensor 'pos_emb.weight'")
+    config = _config(
+        path,
+        vocab_size=vocab_size,
+        context_length=positions.shape[0],
+        emb_dim=emb_dim,
+        n_heads=n_heads or emb_dim // 64,
+        n_layers=len(blocks),
+        qkv_bias="trf_blocks.0.att.W_query.bias" in weights,
+    )
+    return Source(path, config, from_format(weights, BOOK, config, path))
+
+
+# --- into a model -----------------------------------------------------------------------------------------------
+
+
+def load_pretrained(source: str | Path, n_heads: int | None = None) -> GPTModel:
+    """Build the model of a source, in evaluation mode on the CPU; sources as in `read_source`.
+
+    Raises:
+        InputError: As in `read_source`.
+    """
+    return build(read_source(source, n_heads))
+
+
+def build(source: Source) -> GPTModel:
+    """Build the model of a source that was read, in evaluation mode on the CPU."""
+    with torch.device("meta"):
+        model = GPTModel(source.config)
+    model.to_empty(device="cpu")
+    if source.config.tie_weights:
+        model.out_head.weight = model.tok_emb.weight
+    model.load_state_dict(source.state)
     return model.eval()
 
 
 def load_model_and_tokenizer(path: str | Path) -> tuple[GPTModel, tiktoken.Encoding]:
-    """Like `load_model`, with the tokenizer that the checkpoint was trained with.
+    """Like `load_pretrained`, with the tokenizer that belongs to the model.
 
     Raises:
-        InputError: As in `load_model`, or the vocabularies do not fit together.
+        InputError: As in `read_source`, or the vocabularies do not fit together.
     """
-    path = find_checkpoint(Path(path))
-    model = load_model(path)
-    name = read_checkpoint(path).get("TokenDataModule", {}).get("tokenizer", "gpt2")
-    tokenizer = load_tokenizer(name)
-    if model.config.vocab_size != tokenizer.n_vocab:
+    source = read_source(path)
+    tokenizer = load_tokenizer(source.tokenizer)
+    if source.config.vocab_size != tokenizer.n_vocab:
         raise InputError(
-            f"{path} has a vocabulary of {model.config.vocab_size} ids, but its tokenizer {name!r} has "
-            f"{tokenizer.n_vocab}: its text cannot be read"
+            f"{source.path} has a vocabulary of {source.config.vocab_size} ids, but its tokenizer "
+            f"{source.tokenizer!r} has {tokenizer.n_vocab}: its text cannot be read"
         )
-    return model, tokenizer
+    return build(source), tokenizer
 
 
-def config_of(checkpoint: dict[str, Any], path: Path) -> GPTConfig:
-    """Return the architecture that a checkpoint was trained with."""
-    values = checkpoint["hyper_parameters"]["config"]
-    try:
-        return GPTConfig(**{field.name: values[field.name] for field in fields(GPTConfig)})
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} has no usable architecture ({type(error).__name__}: {error})") from error
+FREE_KEYS = ("context_length", "drop_rate", "init")  # of the architecture, what need not be as in the source
 
 
-def load_weights(model: GPTModel, checkpoint: dict[str, Any], path: Path) -> None:
-    """Copy a checkpoint's weights into a model of the same shape.
+def agree(ours: dict[str, Any], source: Source) -> None:
+    """Insist that what is given of an architecture is that of the source, but for `FREE_KEYS`.
 
     Raises:
-        InputError: A weight is missing, left over or of another shape; it is named, with both shapes.
+        InputError: A key differs; it is named, with both values.
     """
-    state: dict[str, Tensor] = {
-        key.removeprefix(PREFIX): value for key, value in checkpoint["state_dict"].items() if key.startswith(PREFIX)
-    }
-    own = model.state_dict()
-    if difference := sorted(state.keys() ^ own.keys()):
-        key = difference[0]
-        raise InputError(f"{path} {'has no' if key in own else 'has the unknown'} weight {key!r}")
-    for key, value in own.items():
-        if state[key].shape != value.shape:
+    for key, value in ours.items():
+        theirs = getattr(source.config, key)
+        if key not in FREE_KEYS and value != theirs:
             raise InputError(
-                f"{path} has {key} of shape {tuple(state[key].shape)}, the model {tuple(value.shape)}: "
-                "make model.config the same as the checkpoint's"
+                f"model.config.{key} is {value}, but {source.path} has {theirs}: leave it out, it comes from there"
             )
-    model.load_state_dict(state)
+
+
+def copy_weights(model: GPTModel, source: Source) -> None:
+    """Copy weights into a model of the same architecture; the table of positions is cut, or keeps its new rows.
+
+    Raises:
+        InputError: The architectures differ.
+    """
+    agree(asdict(model.config), source)
+    positions = model.pos_emb.weight.detach().clone()
+    common = min(len(positions), source.config.context_length)
+    positions[:common] = source.state["pos_emb.weight"][:common]
+    model.load_state_dict({**source.state, "pos_emb.weight": positions})
+
+
+# --- writing ----------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(source: Source, path: Path) -> None:
+    """Write weights as a checkpoint of this project: for `--model.init_from`, generate, export and evaluate."""
+    checkpoint = {
+        "state_dict": {PREFIX + name: value.contiguous() for name, value in source.state.items()},
+        "hyper_parameters": {"config": asdict(source.config)},
+        "global_step": 0,
+        "TokenDataModule": {"tokenizer": source.tokenizer},
+    }
+    DurableCheckpointIO().save_checkpoint(checkpoint, path)
+
+
+def save_pretrained(model: GPTModel, folder: str | Path, to: str = "huggingface", tokenizer: str = "gpt2") -> None:
+    """Write a model into a new folder, whole or not at all.
+
+    Args:
+        model: The model. Rows of the vocabulary beyond the tokenizer's are cut off.
+        folder: Must not exist, or be empty.
+        to: "huggingface" (a folder that Transformers loads, with its tokenizer), "book" (`model.pth`, a state dict
+            under the book's names) or "safetensors" (`model.safetensors` under the names used here).
+        tokenizer: Name of the tokenizer, written along.
+
+    Raises:
+        InputError: The folder is in use, or the format is unknown.
+    """
+    writers = {"huggingface": _write_huggingface, "book": _write_book, "safetensors": _write_safetensors}
+    if to not in writers:
+        raise InputError(f"no format is named {to!r}: choose one of {', '.join(writers)}")
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not empty: name a new folder")
+    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    source = _cut_vocabulary(Source(folder, model.config, state, tokenizer))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        content = Path(temporary, folder.name)
+        content.mkdir()
+        writers[to](source, content)
+        content.replace(folder)
+
+
+def _write_safetensors(source: Source, folder: Path) -> None:
+    metadata = {"format": "pt", "config": json.dumps(asdict(source.config)), "tokenizer": source.tokenizer}
+    save_file(_untied(to_format(source.state, OWN), "out_head", source), folder / "model.safetensors", metadata)
+
+
+def _write_book(source: Source, folder: Path) -> None:
+    torch.save(to_format(source.state, BOOK), folder / "model.pth")
+
+
+def _untied(weights: dict[str, Tensor], head: str, source: Source) -> dict[str, Tensor]:
+    """Leave out the head where it is the embedding."""
+    return {
+        name: value for name, value in weights.items() if not (source.config.tie_weights and name == f"{head}.weight")
+    }
+
+
+def _write_huggingface(source: Source, folder: Path) -> None:
+    config = source.config
+    tokenizer = load_tokenizer(source.tokenizer)
+    end = tokenizer.eot_token
+    values = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.context_length,
+        "n_embd": config.emb_dim,
+        "n_layer": config.n_layers,
+        "n_head": config.n_heads,
+        "n_inner": None,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "embd_pdrop": config.drop_rate,
+        "attn_pdrop": config.drop_rate,
+        "resid_pdrop": config.drop_rate,
+        "tie_word_embeddings": config.tie_weights,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "torch_dtype": "float32",
+        "gptlit": {"version": __version__, "qkv_bias": config.qkv_bias},
+    }
+    weights = to_format(source.state, HUGGINGFACE)
+    for block in range(0 if config.qkv_bias else config.n_layers):
+        weights[f"transformer.h.{block}.attn.c_attn.bias"] = torch.zeros(3 * config.emb_dim)
+    save_file(_untied(weights, "lm_head", source), folder / "model.safetensors", {"format": "pt"})
+    _write_json(folder / "config.json", values)
+    _write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end})
+    if source.tokenizer == "gpt2":
+        save_huggingface(tokenizer, config.context_length, folder)
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -74,7 +74,7 @@ class Malicious:
 
 def test_code_in_a_checkpoint_is_not_executed(tmp_path: Path) -> None:
     torch.save({**PLAIN, "extra": Malicious()}, tmp_path / "a.ckpt")
-    with pytest.raises(InputError, match="holds more than tensors and plain values"):
+    with pytest.raises(InputError, match="holds more than tensors and plain values: it is not opened"):
         read_checkpoint(tmp_path / "a.ckpt")
     (tmp_path / "b.ckpt").write_bytes(pickle.dumps(Malicious()))
     with pytest.raises(InputError):

@@ -60,11 +60,11 @@ def test_temperature_zero_needs_no_seed(run: Path, capsys: pytest.CaptureFixture
         (["--prompt=a", "--top_p=0"], "top_p must be above 0 and at most 1, got 0.0"),
         (["--prompt=a", "--top_p=1.5"], "top_p must be above 0 and at most 1, got 1.5"),
         (["--prompt=a", "--temperature=-1"], "temperature must be at least 0, got -1.0"),
-        (["--prompt=a", "--max_new_tokens=-1"], "max_new_tokens must be at least 0, got -1"),
+        (["--prompt=a", "--max_new_tokens=-1"], "max_new_tokens -1"),
         (["--prompt=a", "--checkpoint=nowhere"], "checkpoint 'nowhere' does not exist"),
         (["--prompt=a", "--checkpoint=cut.ckpt"], "cut.ckpt is truncated or no checkpoint"),
         (["--prompt=a", "--checkpoint=other.ckpt"], "has a vocabulary of 99 ids, but its tokenizer 'gpt2' has 50257"),
-        (["--prompt=a", "--checkpoint=part.ckpt"], "has no weight 'final_norm.bias'"),
+        (["--prompt=a", "--checkpoint=part.ckpt"], "has no tensor 'final_norm.bias' (shape (32,))"),
         (["--prompt=a", "--topk=3"], "unrecognized arguments: --topk"),
         ([], "prompt"),
     ],
@@ -94,7 +94,7 @@ def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
     code = "import sys; sys.argv[1:] = ['--help']\nfrom gptlit.cli import main\ntry: main()\nexcept SystemExit: pass\n"
     result = run_script("-c", code + "assert not {'torch', 'lightning', 'numpy'} & set(sys.modules)", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert re.search(r"generate +Continue a prompt", result.stdout)
+    assert re.search(r"generate +Continue prompts", result.stdout)
 
 
 def test_python_m_gptlit_is_the_command(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 
 from gptlit.config import GPTConfig
 from gptlit.errors import InputError
-from gptlit.generate import generate, next_token_probabilities
+from gptlit.generate import Sampling, generate
 from gptlit.model import GPTModel
 
 LOGITS = torch.tensor([[4.51, 0.89, -1.9, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79]])
@@ -19,22 +19,22 @@ def model() -> GPTModel:
 
 
 def test_top_k_is_the_books() -> None:
-    probabilities = next_token_probabilities(LOGITS, temperature=1.0, top_k=3)[0]
+    probabilities = Sampling(temperature=1.0, top_k=3).probabilities(LOGITS)[0]
     expected = torch.zeros(9)
     expected[[0, 3, 7]] = torch.tensor([0.0615, 0.5775, 0.3610])
     torch.testing.assert_close(probabilities, expected, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize(("top_p", "kept"), [(0.5, [3]), (0.6, [3, 7]), (0.9, [3, 7, 0]), (1.0, list(range(9)))])
+@pytest.mark.parametrize(("top_p", "kept"), [(0.5, [3]), (0.6, [3, 7]), (0.95, [3, 7, 0]), (1.0, list(range(9)))])
 def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: list[int]) -> None:
     full = torch.softmax(LOGITS[0], dim=-1)
-    probabilities = next_token_probabilities(LOGITS, temperature=1.0, top_p=top_p)[0]
+    probabilities = Sampling(temperature=1.0, top_p=top_p).probabilities(LOGITS)[0]
     assert sorted(kept) == probabilities.nonzero().flatten().tolist()
     torch.testing.assert_close(probabilities[kept], full[kept] / full[kept].sum())
 
 
 def test_temperature_divides_the_logits() -> None:
-    torch.testing.assert_close(next_token_probabilities(LOGITS, temperature=2.0), torch.softmax(LOGITS / 2.0, dim=-1))
+    torch.testing.assert_close(Sampling(temperature=2.0).probabilities(LOGITS), torch.softmax(LOGITS / 2.0, dim=-1))
 
 
 def test_greedy_takes_the_likeliest_and_the_window_slides(model: GPTModel) -> None:

@@ -56,9 +56,6 @@ def test_resuming_goes_on_as_if_it_had_never_stopped(fit: Fit) -> None:
     """Accumulation, batch order across a pass over the data, learning rate and optimizer state."""
     micro = ("--data.micro_batch_size=2", "--data.batch_size=32", "--model.warmup_steps=4", "--run.val_every_n_steps=4")
     fit("--trainer.max_steps=14", "--run.name=whole", *micro)
-    fit("--trainer.max_steps=14", "--run.save_every_n_steps=5", "--run.keep_last=1", *micro)
-    for path in checkpoints(RUN):
-        path.unlink()
     fit("--trainer.max_steps=14", "--run.name=stop", "--run.save_every_n_steps=5", "--run.keep_last=-1", *micro)
     stopped = Path("runs/stop/version_0")
     checkpoints(stopped)[-1].unlink()  # as if killed after step 10
@@ -117,7 +114,7 @@ def test_validate_gives_the_loss_of_the_fit(fit: Fit, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         fit("--ckpt_path=last", command="test")
     fit("--ckpt_path=last", "--data.test_fraction=0.1", command="test")
-    assert "test/perplexity" in capsys.readouterr().out
+    assert "test/loss" in capsys.readouterr().out
 
 
 def test_later_configuration_files_and_flags_win(text_file: Path) -> None:
@@ -169,7 +166,7 @@ WRONG = [
     (["--run.save_every_n_steps=0"], 2, r"run\.save_every_n_steps must be a positive integer, got 0"),
     (["--ckpt_path=nowhere.ckpt"], 2, r"checkpoint 'nowhere\.ckpt' does not exist"),
     (["--ckpt_path=text.ckpt"], 2, r"text\.ckpt is truncated or no checkpoint"),
-    (["--model.init_from=nowhere"], 1, r"checkpoint 'nowhere' does not exist"),
+    (["--model.init_from=nowhere"], 2, r"checkpoint 'nowhere' does not exist"),
     (["--model.lr=-1"], 2, r"model\.lr must be a number of at least 0, got -1"),
     (["--config=typo.yaml"], 2, r"learning_rate"),
     (["--config=nowhere.yaml"], 2, r"nowhere\.yaml"),
@@ -210,7 +207,7 @@ def test_another_corpus_or_architecture_is_not_resumed(fit: Fit, capsys: pytest.
         assert words in capsys.readouterr().err
     with pytest.raises(SystemExit):
         fit("--trainer.max_steps=1", "--model.init_from=runs/t", "--model.config.emb_dim=64")
-    assert "of shape (50257, 32), the model (50257, 64)" in capsys.readouterr().err
+    assert "model.config.emb_dim is 64, but runs/t/version_0/checkpoints/step-00000001.ckpt has 32" in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:

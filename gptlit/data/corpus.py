@@ -5,9 +5,10 @@ import glob
 import hashlib
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from gptlit.errors import InputError
@@ -83,7 +84,7 @@ def _read_texts(paths: list[Path]) -> Iterator[str]:
 def python_docs() -> Iterator[str]:
     """Yield the language reference topic by topic, then the docstrings of the standard library module by module.
 
-    A docstring that came before is left out. Nothing is imported but `pydoc_data`: sources are parsed, not run.
+    A text that came before is left out. Nothing is imported but `pydoc_data`: sources are parsed, not run.
 
     Raises:
         InputError: This Python comes without them.
@@ -94,17 +95,23 @@ def python_docs() -> Iterator[str]:
         raise InputError(
             f"this Python ({sys.executable}) comes without pydoc_data: give --data.source a text file or folder"
         ) from error
-    reference = dict.fromkeys(text.strip() for _, text in sorted(topics.topics.items()))
-    yield from reference
-    seen = set(reference)
+    seen: set[str] = set()
+
+    def new(texts: Iterable[str]) -> str:
+        fresh = [text for text in dict.fromkeys(texts) if text not in seen]
+        seen.update(fresh)
+        return "\n\n".join(fresh)
+
+    topics_of_the_language = ([text.strip()] for _, text in sorted(topics.topics.items()))
+    yield from filter(None, map(new, chain(topics_of_the_language, map(_docstrings, _library_files()))))
+
+
+def _library_files() -> list[Path]:
+    """Return the sources of the standard library, but for its tests."""
     library = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(library.rglob("*.py"), key=lambda path: path.relative_to(library).parts):
-        if {"site-packages", "dist-packages", "test", "tests", "idle_test"} & set(path.relative_to(library).parts):
-            continue
-        docstrings = dict.fromkeys(text for text in _docstrings(path) if text not in seen)
-        seen.update(docstrings)
-        if docstrings:
-            yield "\n\n".join(docstrings)
+    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+    files = {path.relative_to(library).parts: path for path in library.rglob("*.py")}
+    return [files[parts] for parts in sorted(files) if not left_out & set(parts)]
 
 
 def _docstrings(path: Path) -> Iterator[str]:

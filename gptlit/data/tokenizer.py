@@ -1,11 +1,14 @@
 """Tokenizers by name; "gpt2" also where there is no network."""
 
 import hashlib
+import json
 import os
 import tempfile
 from functools import cache
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
@@ -83,3 +86,48 @@ def _gpt2_from(vocab_bpe: Path, encoder_json: Path) -> tiktoken.Encoding:
         special_tokens={"<|endoftext|>": 50256},
         explicit_n_vocab=50257,
     )
+
+
+def save_huggingface(tokenizer: tiktoken.Encoding, context_length: int, folder: Path) -> None:
+    """Write GPT-2's vocabulary and merges the way Hugging Face's tokenizers read them."""
+    end = tokenizer.decode([tokenizer.eot_token])
+    ranks = tokenizer._mergeable_ranks
+    letters = _byte_letters(ranks)
+    spelt = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    vocabulary = {spelt[token]: rank for token, rank in ranks.items()} | {end: tokenizer.eot_token}
+    merges = [_merge(token, ranks) for token in sorted(ranks, key=lambda token: ranks[token]) if len(token) > 1]
+    _write_json(folder / "vocab.json", vocabulary)
+    lines = ["#version: 0.2", *(f"{spelt[left]} {spelt[right]}" for left, right in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    settings = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": context_length,
+        "add_prefix_space": False,
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), end),
+    }
+    _write_json(folder / "tokenizer_config.json", settings)
+
+
+def _byte_letters(ranks: dict[bytes, int]) -> dict[int, str]:
+    """Return GPT-2's printable letter for each byte: itself where it is printable, else one from 256 on.
+
+    Source: `bytes_to_unicode` of OpenAI's GPT-2 code; the order of the single bytes in the vocabulary is its order.
+    """
+    in_order = sorted((token[0] for token in ranks if len(token) == 1), key=lambda byte: ranks[bytes([byte])])
+    printable = [byte for byte in in_order if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in in_order if byte not in set(printable)]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+def _merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """Return the two tokens that byte-pair encoding joins last to make this one."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        pairs = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
+        first = pairs.index(min(pairs))
+        parts[first : first + 2] = [parts[first] + parts[first + 1]]
+    return parts[0], parts[1]
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

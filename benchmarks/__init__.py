@@ -1,0 +1,1 @@
+"""Comparisons that anybody can run: `python -m benchmarks NAME`."""

@@ -1,0 +1,65 @@
+"""What counting gives: unigram and interpolated bigram models of the tokens that a config trains on."""
+
+from pathlib import Path
+
+import numpy as np
+
+from gptlit.data.corpus import open_corpus
+from gptlit.data.tokenizer import load_tokenizer
+from gptlit.data.tokens import Split, TokenData, prepare
+
+
+def run(source: str = "python-docs", val_fraction: float = 0.05, cache_dir: str = "data") -> None:
+    """Print the validation loss, in nats a token, of models counted on the training tokens.
+
+    Args:
+        source: As `data.source`.
+        val_fraction: As `data.val_fraction`.
+        cache_dir: As `data.cache_dir`.
+    """
+    data = prepare(open_corpus(source), Path(cache_dir), load_tokenizer(), Split(val_fraction))
+    train, val = tokens(data, "train"), tokens(data, "val")
+    for name, loss in losses(train, val, load_tokenizer().n_vocab).items():
+        print(f"{name:<42}{loss:.4f}")
+
+
+def tokens(data: TokenData, split: str) -> np.ndarray:
+    """Return all ids of a split."""
+    return np.concatenate([shard.ids for shard in data.shards(split)]).astype(np.int64)
+
+
+def losses(train: np.ndarray, val: np.ndarray, vocab_size: int) -> dict[str, float]:
+    """Return each model's loss on `val`. The weights of the first bigram are the best for `val` itself, to its favour.
+
+    Source: Jelinek and Mercer 1980 (interpolation); Witten and Bell 1991 (a weight from the number of followers).
+    """
+    pairs, pair_counts = np.unique(train[:-1] * vocab_size + train[1:], return_counts=True)
+    wanted = val[:-1] * vocab_size + val[1:]
+    found = np.searchsorted(pairs, wanted).clip(max=len(pairs) - 1)
+    together = np.where(pairs[found] == wanted, pair_counts[found], 0)
+    before = np.bincount(train[:-1], minlength=vocab_size)[val[:-1]]
+    followers = np.bincount(pairs // vocab_size, minlength=vocab_size)[val[:-1]]
+    share = np.bincount(train, minlength=vocab_size)[val[1:]] / len(train)
+
+    def unigram(uniform: float) -> np.ndarray:
+        return (1 - uniform) * share + uniform / vocab_size
+
+    def jelinek_mercer(weight: float, uniform: float) -> float:
+        seen = np.where(before > 0, together / before.clip(min=1), 0)
+        return loss((1 - weight) * seen + weight * unigram(uniform))
+
+    def witten_bell(uniform: float) -> float:
+        smoothed = (together + followers * unigram(uniform)) / (before + followers).clip(min=1)
+        return loss(np.where(before > 0, smoothed, unigram(uniform)))
+
+    def loss(chances: np.ndarray) -> float:
+        return float(-np.log(chances).mean())
+
+    uniforms = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2)
+    return {
+        "unigram": min(loss(unigram(uniform)) for uniform in uniforms),
+        "bigram, interpolated (Jelinek-Mercer)": min(
+            jelinek_mercer(weight, uniform) for weight in np.arange(0.1, 0.9, 0.05) for uniform in uniforms
+        ),
+        "bigram, interpolated (Witten-Bell)": min(map(witten_bell, uniforms)),
+    }

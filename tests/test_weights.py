@@ -1,0 +1,349 @@
+"""Weights in and out, against Transformers, the book's package and an independent statement of nanoGPT's format."""
+
+import json
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from llms_from_scratch.ch04 import GPTModel as BookModel
+from torch import Tensor
+
+from gptlit.config import GPT_CONFIG_124M, GPTConfig
+from gptlit.errors import InputError
+from gptlit.model import GPTModel
+from gptlit.weights import load_pretrained, read_source, save_checkpoint, save_pretrained
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = GPTConfig(vocab_size=50257, context_length=32, emb_dim=64, n_heads=1, n_layers=2, drop_rate=0.0)
+IDS = torch.randint(0, 50257, (2, 20), generator=torch.Generator().manual_seed(1))
+
+
+def huggingface(folder: Path, safe: bool = True, **values: Any) -> Any:
+    """Save a random GPT-2 of Transformers, biases and norms included, and return it."""
+    torch.manual_seed(0)
+    defaults = {"n_positions": 32, "n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": 50257}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**defaults, **values})).eval()
+    for name, value in model.named_parameters():
+        if "bias" in name or "ln_" in name:
+            torch.nn.init.normal_(value, mean=1.0 if "ln_" in name and "weight" in name else 0.0, std=0.1)
+    if safe:
+        model.save_pretrained(folder)
+    else:
+        folder.mkdir()
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+        model.config.save_pretrained(folder)
+    return model
+
+
+def logits_of(model: Any, ids: Tensor = IDS) -> Tensor:
+    with torch.no_grad():
+        output = model(ids)
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def random_model(**changes: Any) -> GPTModel:
+    torch.manual_seed(2)
+    return GPTModel(replace(SMALL, **changes)).eval()
+
+
+def equal_weights(one: GPTModel, two: GPTModel) -> bool:
+    first, second = one.state_dict(), two.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(second[key], value) for key, value in first.items())
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_logits_of_an_imported_model_are_those_of_transformers(tmp_path: Path, safe: bool) -> None:
+    theirs = huggingface(tmp_path / "hf", safe)
+    ours = load_pretrained(tmp_path / "hf")
+    assert ours.config == replace(SMALL, n_heads=4, drop_rate=0.1, qkv_bias=True, tie_weights=True, init="gpt2")
+    torch.testing.assert_close(logits_of(ours), logits_of(theirs), atol=1e-4, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("width", "heads", "layers"), [(768, 12, 12), (1024, 16, 2), (1280, 20, 2), (1600, 25, 2)], ids=str
+)
+def test_all_four_sizes_there_and_back(tmp_path: Path, width: int, heads: int, layers: int) -> None:
+    theirs = huggingface(tmp_path / "hf", n_embd=width, n_head=heads, n_layer=layers, n_positions=1024)
+    ours = load_pretrained(tmp_path / "hf")
+    torch.testing.assert_close(logits_of(ours), logits_of(theirs), atol=1e-4, rtol=0)
+    save_pretrained(ours, tmp_path / "out")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(back.state_dict()[name], value), name
+
+
+def test_a_sharded_folder_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
+    theirs = huggingface(tmp_path / "hf")
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="5MB")
+    shards = sorted((tmp_path / "shards").glob("*.safetensors"))
+    assert len(shards) > 1
+    assert equal_weights(load_pretrained(tmp_path / "shards"), load_pretrained(tmp_path / "hf"))
+    shards[-1].unlink()
+    with pytest.raises(InputError, match="is incomplete: its index names 'model-"):
+        load_pretrained(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}, {"tie_weights": True}, {"drop_rate": 0.2}], ids=str)
+@pytest.mark.parametrize("to", ["huggingface", "book", "safetensors", "checkpoint"])
+def test_every_round_trip_is_exact(tmp_path: Path, to: str, changes: dict[str, Any]) -> None:
+    model = random_model(**changes)
+    if to == "checkpoint":
+        save_pretrained(model, tmp_path / "first", "safetensors")
+        source = read_source(tmp_path / "first" / "model.safetensors")
+        save_checkpoint(source, tmp_path / "a.ckpt")
+        path = tmp_path / "a.ckpt"
+    else:
+        save_pretrained(model, tmp_path / "out", to)
+        files = {"huggingface": "", "book": "model.pth", "safetensors": "model.safetensors"}
+        path = tmp_path / "out" / files[to]
+    back = load_pretrained(path)
+    assert equal_weights(model, back)
+    if to in ("safetensors", "checkpoint"):
+        assert back.config == model.config
+    if to != "book":
+        assert back.config.tie_weights == model.config.tie_weights
+
+
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True, "tie_weights": True}], ids=str)
+def test_an_exported_folder_just_loads_in_transformers(tmp_path: Path, changes: dict[str, Any]) -> None:
+    model = random_model(**changes)
+    save_pretrained(model, tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits_of(theirs), logits_of(model), atol=1e-4, rtol=0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    from gptlit.data.tokenizer import load_tokenizer
+
+    ours = load_tokenizer("gpt2")
+    for text in ("Hello, I am", "naïve  🙂\n\n\tit's 1,234.5 日本", " leading", "don't stop"):
+        assert tokenizer(text)["input_ids"] == ours.encode_ordinary(text)
+        assert tokenizer.decode(ours.encode_ordinary(text), clean_up_tokenization_spaces=False) == text
+    assert tokenizer.eos_token_id == theirs.config.eos_token_id == 50256
+    assert len(tokenizer) == 50257
+
+
+def test_the_written_vocabulary_is_the_official_one(tmp_path: Path) -> None:
+    from gptlit.data.tokenizer import _packaged_files
+
+    save_pretrained(random_model(), tmp_path / "out")
+    files = _packaged_files()
+    assert files is not None
+    assert json.loads((tmp_path / "out" / "vocab.json").read_text()) == json.loads(files[1].read_text())
+    official = files[0].read_text().splitlines()
+    assert (tmp_path / "out" / "merges.txt").read_text().splitlines()[1:] == official[1:]
+
+
+def test_greedy_text_is_that_of_transformers(tmp_path: Path) -> None:
+    from gptlit.generate import generate
+
+    model = random_model(context_length=256, tie_weights=True, init="gpt2")
+    with torch.no_grad():
+        model.tok_emb.weight.mul_(8)  # far from uniform, so that no two logits are close
+    save_pretrained(model, tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    expected = theirs.generate(IDS[:1, :5], max_new_tokens=200, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(generate(model, IDS[:1, :5], 200), expected)
+
+
+@pytest.mark.parametrize("qkv_bias", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_books_file_gives_the_books_logits(tmp_path: Path, qkv_bias: bool, nested: bool) -> None:
+    torch.manual_seed(0)
+    values = {**GPT_CONFIG_124M, "context_length": 32, "emb_dim": 128, "n_heads": 2, "n_layers": 2}
+    book = BookModel({**values, "qkv_bias": qkv_bias}).eval()
+    state = book.state_dict()
+    torch.save({"model_state_dict": state, "optimizer_state_dict": {}} if nested else state, tmp_path / "a.pth")
+    ours = load_pretrained(tmp_path / "a.pth")
+    assert (ours.config.n_heads, ours.config.qkv_bias, ours.config.tie_weights) == (2, qkv_bias, False)
+    torch.testing.assert_close(logits_of(ours), logits_of(book), atol=1e-5, rtol=0)
+
+
+def test_a_book_written_here_loads_in_the_books_code(tmp_path: Path) -> None:
+    model = random_model(emb_dim=64)
+    save_pretrained(model, tmp_path / "out", "book")
+    book = BookModel({key: getattr(model.config, key) for key in GPT_CONFIG_124M}).eval()
+    missing, unexpected = book.load_state_dict(torch.load(tmp_path / "out" / "model.pth"), strict=False)
+    assert not unexpected
+    assert all("mask" in key for key in missing)
+    torch.testing.assert_close(logits_of(model), logits_of(book), atol=1e-5, rtol=0)
+
+
+def nanogpt(vocab_size: int = 50304, bias: bool = True) -> dict[str, Any]:
+    """An independent statement of what nanoGPT's train.py saves: linear weights [out, in], one shared embedding."""
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    model = {"transformer.wte.weight": random(vocab_size, 64), "transformer.wpe.weight": random(32, 64)}
+    for layer in range(2):
+        shapes = {
+            "ln_1.weight": (64,),
+            "attn.c_attn.weight": (192, 64),
+            "attn.c_proj.weight": (64, 64),
+            "ln_2.weight": (64,),
+            "mlp.c_fc.weight": (256, 64),
+            "mlp.c_proj.weight": (64, 256),
+        }
+        for name, shape in shapes.items():
+            model[f"transformer.h.{layer}.{name}"] = random(*shape)
+            if bias:
+                model[f"transformer.h.{layer}.{name.replace('weight', 'bias')}"] = random(shape[0])
+    model["transformer.ln_f.weight"] = random(64)
+    if bias:
+        model["transformer.ln_f.bias"] = random(64)
+    model["lm_head.weight"] = model["transformer.wte.weight"]
+    args = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": 32, "bias": bias, "vocab_size": vocab_size}
+    return {
+        "model": {f"_orig_mod.{name}": value for name, value in model.items()},
+        "optimizer": {"state": {}, "param_groups": []},
+        "model_args": {**args, "dropout": 0.0},
+        "iter_num": 5,
+        "best_val_loss": torch.tensor(3.0),
+        "config": {"dataset": "shakespeare"},
+    }
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_nanogpts_checkpoint(tmp_path: Path, bias: bool) -> None:
+    content = nanogpt(bias=bias)
+    torch.save(content, tmp_path / "ckpt.pt")
+    ours = load_pretrained(tmp_path / "ckpt.pt")
+    theirs = {name.removeprefix("_orig_mod."): value for name, value in content["model"].items()}
+    config = ours.config
+    assert (config.vocab_size, config.n_heads, config.qkv_bias, config.tie_weights) == (50257, 4, bias, True)
+    assert torch.equal(ours.tok_emb.weight, theirs["transformer.wte.weight"][:50257])
+    assert ours.out_head.weight is ours.tok_emb.weight
+    block = ours.trf_blocks[1]
+    for name, value in {
+        "attn.c_attn.weight": block.att.qkv.weight,
+        "attn.c_proj.weight": block.att.out_proj.weight,
+        "mlp.c_fc.weight": block.ff[0].weight,
+        "mlp.c_proj.weight": block.ff[2].weight,
+        "ln_2.weight": block.norm2.weight,
+    }.items():
+        assert torch.equal(value, theirs[f"transformer.h.1.{name}"]), name
+    assert bool((block.ff[0].bias == 0).all()) is not bias
+
+
+def test_rows_that_only_round_the_vocabulary_up_are_not_exported(tmp_path: Path) -> None:
+    model = random_model(vocab_size=50304)
+    save_pretrained(model, tmp_path / "out")
+    back = load_pretrained(tmp_path / "out")
+    assert back.config.vocab_size == 50257
+    assert torch.equal(back.out_head.weight, model.out_head.weight[:50257])
+
+
+# --- bad input --------------------------------------------------------------------------------------------------
+
+
+def change_config(folder: Path, **values: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+class Malicious:
+    def __reduce__(self) -> object:
+        return os.system, ("touch executed",)
+
+
+def edit_state(folder: Path, edit: Callable[[dict[str, Tensor]], Any]) -> None:
+    path = folder / "pytorch_model.bin"
+    state = torch.load(path, weights_only=True)
+    edit(state)
+    torch.save(state, path)
+
+
+C_FC = "transformer.h.1.mlp.c_fc.weight"
+DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "missing": (lambda f: edit_state(f, lambda s: s.pop(C_FC)), rf"has no tensor '{C_FC}' \(shape \(64, 256\)\)"),
+    "wrong": (
+        lambda f: edit_state(f, lambda s: s.update({C_FC: torch.zeros(64, 128)})),
+        rf"has '{C_FC}' of shape \(64, 128\), its architecture asks for \(64, 256\)",
+    ),
+    "left over": (
+        lambda f: edit_state(f, lambda s: s.update(x=torch.zeros(1))),
+        "has the unknown tensor 'transformer.x'",
+    ),
+    "gptj": (lambda f: change_config(f, model_type="gptj"), "holds a model of type 'gptj': only 'gpt2'"),
+    "llama": (lambda f: change_config(f, model_type="llama"), "holds a model of type 'llama': only 'gpt2'"),
+    "gelu": (lambda f: change_config(f, activation_function="relu"), "has activation_function 'relu'"),
+    "heads": (lambda f: change_config(f, n_head=5), "emb_dim 64 is not divisible by n_heads 5"),
+    "no json": (lambda f: (f / "config.json").write_text("{"), r"config\.json is no configuration of a GPT-2"),
+    "cut": (lambda f: truncate(f / "pytorch_model.bin"), r"pytorch_model\.bin (cannot be read|is damaged)"),
+    "absent": (lambda f: (f / "pytorch_model.bin").unlink(), "neither model.safetensors nor pytorch_model.bin"),
+    "code": (
+        lambda f: torch.save({"a": Malicious()}, f / "pytorch_model.bin"),
+        "holds more than tensors and plain values: it is not opened",
+    ),
+    "raw code": (lambda f: (f / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious())), "it is not opened"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_named(tmp_path: Path, damage: str) -> None:
+    huggingface(tmp_path / "hf", safe=False)
+    change, words = DAMAGES[damage]
+    change(tmp_path / "hf")
+    with pytest.raises(InputError, match=words):
+        load_pretrained(tmp_path / "hf")
+    assert not Path("executed").exists()
+
+
+def test_a_half_downloaded_file_is_named(tmp_path: Path) -> None:
+    huggingface(tmp_path / "hf")
+    truncate(tmp_path / "hf" / "model.safetensors")
+    with pytest.raises(InputError, match=r"model\.safetensors cannot be read: it is damaged or downloaded in part"):
+        load_pretrained(tmp_path / "hf")
+
+
+def test_a_mistyped_path_is_not_taken_for_a_hub_name() -> None:
+    with pytest.raises(InputError, match="'gpt2' does not exist"):
+        load_pretrained("gpt2")
+
+
+def test_a_closed_network_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(InputError, match=r"hf:gpt2 could not be fetched from the hub \(OSError\)"):
+        load_pretrained("hf:gpt2")
+
+
+def test_a_book_without_heads_is_asked_for_them(tmp_path: Path) -> None:
+    save_pretrained(random_model(emb_dim=48, n_heads=3), tmp_path / "out", "book")
+    with pytest.raises(InputError, match="emb_dim 48 is no multiple of 64: give --n_heads"):
+        load_pretrained(tmp_path / "out" / "model.pth")
+    assert load_pretrained(tmp_path / "out" / "model.pth", n_heads=3).config.n_heads == 3
+
+
+def test_other_files_are_named(tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "a.pth")
+    with pytest.raises(InputError, match="holds no GPT-2 that is known here"):
+        load_pretrained(tmp_path / "a.pth")
+    torch.save([1, 2], tmp_path / "b.pth")
+    with pytest.raises(InputError, match="it holds a list, no dict"):
+        load_pretrained(tmp_path / "b.pth")
+
+
+def test_an_export_overwrites_nothing_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(InputError, match="out exists and is not empty"):
+        save_pretrained(random_model(), tmp_path / "out")
+    with pytest.raises(InputError, match="no format is named 'onnx'"):
+        save_pretrained(random_model(), tmp_path / "new", "onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
