@@ -30,6 +30,7 @@ def generate(
     json: bool = False,
     precision: Literal["32", "bf16"] = "32",
     quantize: Literal["int8"] | None = None,
+    compile: bool = False,
 ) -> None:
     """Continue prompts with a trained model; texts go to standard output as they are made.
 
@@ -47,6 +48,7 @@ def generate(
         json: Print one JSON object a text, with its token ids and log-probabilities.
         precision: Of weights and arithmetic.
         quantize: Keep the matrices in 8 bits: half the memory of bf16, and faster on a CPU.
+        compile: Compile the blocks first: seconds at the start, twice the speed from then on.
     """
     prompts = _prompts(prompt, prompts_file)
     stop = stop or []
@@ -55,7 +57,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p)
     if max_new_tokens < 0 or num_samples < 1:
         raise InputError(f"max_new_tokens {max_new_tokens} and num_samples {num_samples}: at least 0 and 1 are needed")
-    model, tokenizer = _load(checkpoint, precision, quantize)
+    model, tokenizer = _load(checkpoint, precision, quantize, compile)
     _note_long_prompts(prompts, model, tokenizer)
     rows = [text for text in prompts for _ in range(num_samples)]
     live = len(rows) == 1 and not json
@@ -93,7 +95,9 @@ def _prompts(prompt: str | None, prompts_file: str | None) -> list[str]:
     return prompts
 
 
-def _load(checkpoint: str, precision: str, quantize: str | None) -> "tuple[GPTModel, tiktoken.Encoding]":
+def _load(
+    checkpoint: str, precision: str, quantize: str | None, compile: bool = False
+) -> "tuple[GPTModel, tiktoken.Encoding]":
     import torch
 
     from gptlit.fast_linear import for_generation
@@ -101,7 +105,9 @@ def _load(checkpoint: str, precision: str, quantize: str | None) -> "tuple[GPTMo
 
     model, tokenizer = load_model_and_tokenizer(checkpoint)
     model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
-    return for_generation(model, quantize), tokenizer
+    if torch.cuda.is_available():
+        model.cuda()
+    return for_generation(model, quantize, compile), tokenizer
 
 
 def _note_long_prompts(prompts: list[str], model: "GPTModel", tokenizer: "tiktoken.Encoding") -> None:
@@ -120,6 +126,7 @@ def chat(
     seed: int | None = None,
     precision: Literal["32", "bf16"] = "32",
     quantize: Literal["int8"] | None = None,
+    compile: bool = False,
 ) -> None:
     """Type a text, let the model go on, type again; /help lists the commands.
 
@@ -132,12 +139,13 @@ def chat(
         seed: The same seed and lines give the same answers.
         precision: Of weights and arithmetic.
         quantize: Keep the matrices in 8 bits.
+        compile: Compile the blocks first.
     """
     from gptlit.chat import HELP, Chat
     from gptlit.generate import Sampling
 
     sampling = Sampling(temperature, top_k, top_p)
-    model, tokenizer = _load(checkpoint, precision, quantize)
+    model, tokenizer = _load(checkpoint, precision, quantize, compile)
     talk = Chat(model, tokenizer, sampling, max_new_tokens, seed, lambda text: print(text, end="", flush=True))
     print(HELP)
     while True:

@@ -110,12 +110,14 @@ def stream(
     cache: KVCache | None = None
     for step in range(max_new_tokens):
         if not use_cache or longest + step > context_length:
-            hidden = model.hidden(_padded(rows, context_length, device))
+            with torch.compiler.set_stance("force_eager"):
+                hidden = model.hidden(_padded(rows, context_length, device))
             last = torch.tensor([min(len(row), context_length) - 1 for row in rows], device=device)
         elif cache is None:
             capacity = min(context_length, longest + max_new_tokens)
             cache = KVCache(model.config, len(rows), capacity, device, _activation_dtype(model))
-            hidden = model.hidden(_padded(rows, context_length, device), cache)
+            with torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
+                hidden = model.hidden(_padded(rows, context_length, device), cache)
             cache.advance(torch.tensor([len(row) for row in rows], device=device))
             last = cache.lengths - 1
         else:

@@ -152,7 +152,6 @@ class KVCache:
         self, config: GPTConfig, rows: int, capacity: int, device: torch.device | str, dtype: torch.dtype
     ) -> None:
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens in each row
-        self.longest = 0
         shape = (rows, config.n_heads, capacity, config.emb_dim // config.n_heads)
         self.layers = [LayerCache(self, shape, device, dtype) for _ in range(config.n_layers)]
         self._steps = torch.arange(capacity, device=device)
@@ -160,14 +159,12 @@ class KVCache:
     def positions(self, count: int) -> Tensor:
         """Return the positions (B, count) of the next tokens, and point the layers at them."""
         self.write = (self.lengths[:, None] + self._steps[:count]).clamp(max=len(self._steps) - 1)
-        self.end = min(self.longest + count, len(self._steps))
-        self.seen = self._steps[: self.end] <= self.write[:, None, :, None]  # (B, 1, T, S)
+        self.seen = self._steps <= self.write[:, None, :, None]  # (B, 1, T, S)
         return self.write
 
     def advance(self, counts: Tensor | int) -> None:
         """Count tokens in: as many for each row as were real, and not padding on its right."""
         self.lengths = self.lengths + counts
-        self.longest = int(self.lengths.max())
 
 
 class LayerCache:
@@ -186,4 +183,4 @@ class LayerCache:
         cache = self.cache
         self.keys[self._rows, :, cache.write] = key.transpose(1, 2).to(self.keys.dtype)
         self.values[self._rows, :, cache.write] = value.transpose(1, 2).to(self.values.dtype)
-        return self.keys[:, :, : cache.end], self.values[:, :, : cache.end], cache.seen
+        return self.keys, self.values, cache.seen

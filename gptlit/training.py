@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import logging
+import os
 import platform
 import signal
 import sys
@@ -269,11 +270,13 @@ class TrainingCLI(LightningCLI):
         if newest.is_file():
             configs = " ".join(f"--config {path}" for path in self.config[self.subcommand].config or [])
             prompt = self.config[self.subcommand].run.sample_prompt or "The"
+            active = os.environ.get("VIRTUAL_ENV") == sys.prefix
+            python = "python" if active else os.path.relpath(sys.executable)
             print(
                 f"checkpoint  {newest}\n\nwhat next:\n"
-                f'  python -m gptlit generate --checkpoint {self.run} --prompt "{prompt}"\n'
-                f"  python train.py fit {configs} --ckpt_path last --trainer.max_steps {2 * self.trainer.max_steps}\n"
-                f"  tensorboard --logdir {self.run.parent.parent}"
+                f'  {python} -m gptlit generate --checkpoint {self.run} --prompt "{prompt}"\n'
+                f"  {python} train.py fit {configs} --ckpt_path last --trainer.max_steps {2 * self.trainer.max_steps}\n"
+                f"  {python} -m tensorboard.main --logdir {self.run.parent.parent}"
             )
 
 

@@ -1,21 +1,38 @@
-"""Sampling: probabilities against their definition, and the loop around them."""
+"""Sampling: probabilities against their definition, the loop around them, and the cache against no cache."""
 
 import pytest
+import tiktoken
 import torch
 
 from gptlit.config import GPTConfig
+from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import InputError
-from gptlit.generate import Sampling, generate
+from gptlit.fast_linear import for_generation
+from gptlit.generate import Sampling, complete, generate, stream
 from gptlit.model import GPTModel
 
 LOGITS = torch.tensor([[4.51, 0.89, -1.9, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79]])
 CONFIG = GPTConfig(vocab_size=31, context_length=8, emb_dim=16, n_heads=2, n_layers=2, drop_rate=0.5)
+TEXT_CONFIG = GPTConfig(context_length=24, emb_dim=16, n_heads=2, n_layers=1, drop_rate=0.0)
 
 
 @pytest.fixture
 def model() -> GPTModel:
     torch.manual_seed(0)
     return GPTModel(CONFIG)
+
+
+def greedy_without_cache(model: GPTModel, prompt: list[int], count: int) -> list[int]:
+    """The definition: read the last `context_length` ids, take the likeliest next one."""
+    model.eval()
+    ids = torch.tensor([prompt])
+    for _ in range(count):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids[:, -model.config.context_length :])[:, -1:].argmax(-1)], dim=1)
+    return ids[0, len(prompt) :].tolist()
+
+
+# --- distributions ----------------------------------------------------------------------------------------------
 
 
 def test_top_k_is_the_books() -> None:
@@ -37,24 +54,90 @@ def test_temperature_divides_the_logits() -> None:
     torch.testing.assert_close(Sampling(temperature=2.0).probabilities(LOGITS), torch.softmax(LOGITS / 2.0, dim=-1))
 
 
+def test_top_k_keeps_k_of_equals() -> None:
+    assert int((Sampling(1.0, top_k=2).probabilities(torch.zeros(1, 5)) > 0).sum()) == 2
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(1.0), Sampling(1.7), Sampling(0.6, top_k=4), Sampling(1.3, top_p=0.8)], ids=str
+)
+def test_drawn_frequencies_are_the_probabilities(sampling: Sampling) -> None:
+    """Chi-square over 20,000 draws; 99.99% of the time below mean + 5 deviations."""
+    generator = torch.Generator().manual_seed(5)
+    drawn = sampling.draw(LOGITS.expand(20_000, -1), (generator,))
+    # The definition, written another way: softmax, sort, cut, renormalise.
+    chances = (LOGITS[0].double() / sampling.temperature).exp()
+    chances /= chances.sum()
+    order = chances.argsort(descending=True).tolist()
+    kept = order[: sampling.top_k]
+    if sampling.top_p is not None:
+        total, kept = 0.0, []
+        for token in order:
+            kept.append(token)
+            total += float(chances[token])
+            if total >= sampling.top_p:
+                break
+    expected = {token: 20_000 * float(chances[token] / chances[kept].sum()) for token in kept}
+    counts = torch.bincount(drawn, minlength=9).tolist()
+    assert sum(counts[token] for token in kept) == 20_000
+    chi_square = sum((counts[token] - expected[token]) ** 2 / expected[token] for token in kept)
+    freedom = len(kept) - 1
+    assert chi_square < freedom + 5 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"temperature": -0.1}, "temperature must be at least 0, got -0.1"),
+        ({"temperature": float("nan")}, "temperature must be at least 0, got nan"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
+        ({"top_p": 1.1}, "top_p must be above 0 and at most 1, got 1.1"),
+    ],
+)
+def test_settings_out_of_range_are_named(model: GPTModel, settings: dict[str, float], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        generate(model, torch.tensor([[1]]), 1, **settings)  # type: ignore[arg-type]
+
+
+# --- the loop and its cache -------------------------------------------------------------------------------------
+
+
 def test_greedy_takes_the_likeliest_and_the_window_slides(model: GPTModel) -> None:
     prompt = torch.randint(0, 31, (2, 5))
     ids = generate(model, prompt, 10)
     assert model.training
     assert ids.shape == (2, 15)
     assert ids.dtype == torch.int64
+    for row, start in zip(ids.tolist(), prompt.tolist(), strict=True):
+        assert row == start + greedy_without_cache(model, start, 10)
+
+
+@pytest.mark.parametrize("lengths", [(1, 3, 7), (2, 8, 12), (9,)])
+def test_a_batch_of_any_lengths_is_as_one_by_one_without_a_cache(model: GPTModel, lengths: tuple[int, ...]) -> None:
     model.eval()
-    expected = prompt
-    for _ in range(10):
+    prompts = [torch.randint(0, 31, (length,)).tolist() for length in lengths]
+    steps = list(stream(model, prompts, 14))
+    for row, prompt in enumerate(prompts):
+        assert [int(ids[row]) for ids, _ in steps] == greedy_without_cache(model, prompt, 14)
+
+
+def test_log_probabilities_are_the_models(model: GPTModel) -> None:
+    model.eval()
+    ids = [3, 1, 4]
+    sampling = Sampling(2.0, top_k=3)
+    for next_ids, chances in stream(model, [ids], 4, sampling, generators=(torch.Generator().manual_seed(0),)):
         with torch.no_grad():
-            expected = torch.cat([expected, model(expected[:, -8:])[:, -1:].argmax(-1)], dim=1)
-    assert torch.equal(ids, expected)
+            expected = model(torch.tensor([ids]))[0, -1].log_softmax(-1)[next_ids[0]]
+        torch.testing.assert_close(chances[0], expected)
+        ids = [*ids, int(next_ids[0])]
 
 
 def test_a_seed_reproduces_and_top_k_one_is_greedy(model: GPTModel) -> None:
     def draw(seed: int, **settings: float | int) -> list[int]:
         generator = torch.Generator().manual_seed(seed)
-        return generate(model, torch.tensor([[1, 2]]), 20, temperature=1.5, generator=generator, **settings)[0].tolist()  # type: ignore[arg-type]
+        ids = generate(model, torch.tensor([[1, 2]]), 20, temperature=1.5, generator=generator, **settings)  # type: ignore[arg-type]
+        return ids[0].tolist()
 
     assert draw(1) == draw(1) != draw(2)
     assert draw(1, top_k=1) == generate(model, torch.tensor([[1, 2]]), 20)[0].tolist()
@@ -73,23 +156,119 @@ def test_rows_end_at_the_end_of_text(model: GPTModel) -> None:
     assert alone.shape[1] == greedy[0].tolist().index(eos_id, 1) + 1
 
 
-@pytest.mark.parametrize(
-    ("settings", "words"),
-    [
-        ({"temperature": -0.1}, "temperature must be at least 0, got -0.1"),
-        ({"temperature": float("nan")}, "temperature must be at least 0, got nan"),
-        ({"top_k": 0}, "top_k must be at least 1, got 0"),
-        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
-        ({"top_p": 1.1}, "top_p must be above 0 and at most 1, got 1.1"),
-    ],
-)
-def test_settings_out_of_range_are_named(model: GPTModel, settings: dict[str, float], words: str) -> None:
-    with pytest.raises(InputError, match=words):
-        generate(model, torch.tensor([[1]]), 1, **settings)  # type: ignore[arg-type]
-
-
 def test_bad_prompts_are_named(model: GPTModel) -> None:
     with pytest.raises(InputError, match="the prompt is empty"):
         generate(model, torch.zeros(1, 0, dtype=torch.int64), 1)
     with pytest.raises(ValueError, match="token id 31 is outside the vocabulary"):
         generate(model, torch.tensor([[31]]), 1)
+    with pytest.raises(InputError, match=r"token_ids must be \(rows, tokens\)"):
+        generate(model, torch.zeros(3, dtype=torch.int64), 1)
+    with pytest.raises(InputError, match="max_new_tokens must be at least 0, got -1"):
+        generate(model, torch.tensor([[1]]), -1)
+
+
+# --- fast linear layers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_eight_bits_stay_close(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    config = GPTConfig(vocab_size=300, context_length=32, emb_dim=64, n_heads=2, n_layers=2, drop_rate=0.0, init="gpt2")
+    model = GPTModel(config).eval().to(dtype)
+    ids = torch.randint(0, 300, (3, 30))
+    with torch.no_grad():
+        before = model(ids).float()
+        quantized = for_generation(model, "int8")
+        torch.testing.assert_close(quantized(ids).float(), before, atol=0.02, rtol=0.02)
+        one = quantized(ids[:1, :1]).float()  # a single row takes another way
+        torch.testing.assert_close(one, before[:1, :1], atol=0.02, rtol=0.02)
+    assert quantized.trf_blocks[0].att.qkv.weight.dtype == torch.int8
+
+
+def test_an_unknown_quantisation_is_named(model: GPTModel) -> None:
+    with pytest.raises(InputError, match="no quantisation is named 'int3'"):
+        for_generation(model, "int3")
+
+
+@pytest.mark.slow
+def test_compiled_text_is_the_same(model: GPTModel) -> None:
+    model.eval()
+    prompts = [[1, 2, 3], [4]]
+    expected = [ids.tolist() for ids, _ in stream(model, prompts, 6)]
+    alone = [ids.tolist() for ids, _ in stream(model, prompts[:1], 6)]
+    fast = for_generation(model, compile=True)
+    assert [ids.tolist() for ids, _ in stream(fast, prompts, 6)] == expected
+    assert [ids.tolist() for ids, _ in stream(fast, prompts[:1], 6)] == alone
+
+
+# --- text -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def writer() -> tuple[GPTModel, tiktoken.Encoding]:
+    torch.manual_seed(0)
+    return GPTModel(TEXT_CONFIG).eval(), load_tokenizer("gpt2")
+
+
+def test_text_comes_in_pieces_that_add_up(writer: tuple[GPTModel, tiktoken.Encoding]) -> None:
+    pieces: dict[int, str] = {0: "", 1: ""}
+
+    def show(row: int, text: str) -> None:
+        assert text
+        pieces[row] += text
+
+    results = complete(*writer, ["Hello", "A much longer prompt"], 40, Sampling(1.0), seed=3, on_text=show)
+    tokenizer = writer[1]
+    for row, result in enumerate(results):
+        assert result.text == pieces[row] == tokenizer.decode(result.token_ids)
+        assert len(result.log_probabilities) == len(result.token_ids) == 40
+        assert result.reason == "length"
+
+
+def test_a_rows_text_does_not_depend_on_its_neighbours(writer: tuple[GPTModel, tiktoken.Encoding]) -> None:
+    both = complete(*writer, ["Hello", "Well"], 20, Sampling(1.0), seed=3)
+    assert complete(*writer, ["Hello"], 20, Sampling(1.0), seed=3)[0].text == both[0].text
+    assert complete(*writer, ["Well"], 20, Sampling(1.0), seed=4)[0].text == both[1].text
+    assert (
+        complete(*writer, ["Hello"], 20, Sampling(1.0))[0].text
+        != complete(*writer, ["Hello"], 20, Sampling(1.0))[0].text
+    )
+
+
+def test_a_stop_string_ends_the_text_and_is_not_shown(writer: tuple[GPTModel, tiktoken.Encoding]) -> None:
+    free = complete(*writer, ["Hello"], 30)[0]
+    stop = free.text[20:26]  # spans tokens
+    shown: list[str] = []
+    result = complete(*writer, ["Hello"], 30, stop=["never met", stop], on_text=lambda _, text: shown.append(text))[0]
+    assert result.reason == "stop"
+    assert result.text == free.text[: free.text.index(stop)] == "".join(shown)
+    assert complete(*writer, ["Hello"], 5, stop=["never met"])[0].reason == "length"
+
+
+def test_the_end_of_text_token_ends_it(writer: tuple[GPTModel, tiktoken.Encoding]) -> None:
+    model, tokenizer = writer
+    forced = GPTModel(TEXT_CONFIG).eval()
+    forced.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        forced.final_norm.weight.zero_()
+        forced.final_norm.bias.fill_(1.0)
+        forced.out_head.weight[tokenizer.eot_token] = 9.0
+    result = complete(forced, tokenizer, ["Hello"], 9)[0]
+    assert (result.reason, result.text, result.token_ids) == ("end", "", [tokenizer.eot_token])
+
+
+def test_characters_of_several_tokens_are_not_torn() -> None:
+    from gptlit.generate import Completion, _Writer
+
+    tokenizer = load_tokenizer("gpt2")
+    row = _Writer(tokenizer, Completion(""), [])
+    pieces = [row.add(token, 0.0) for token in tokenizer.encode_ordinary("a 🙂 日本")]
+    assert "".join(pieces) == "a 🙂 日本"
+    assert "\ufffd" not in "".join(pieces)
+
+
+def test_empty_prompts_and_stops_are_refused(writer: tuple[GPTModel, tiktoken.Encoding]) -> None:
+    with pytest.raises(InputError, match="a prompt is empty"):
+        complete(*writer, ["Hello", ""])
+    with pytest.raises(InputError, match="a stop string is empty"):
+        complete(*writer, ["Hello"], stop=[""])

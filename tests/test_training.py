@@ -207,7 +207,8 @@ def test_another_corpus_or_architecture_is_not_resumed(fit: Fit, capsys: pytest.
         assert words in capsys.readouterr().err
     with pytest.raises(SystemExit):
         fit("--trainer.max_steps=1", "--model.init_from=runs/t", "--model.config.emb_dim=64")
-    assert "model.config.emb_dim is 64, but runs/t/version_0/checkpoints/step-00000001.ckpt has 32" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "model.config.emb_dim is 64, but runs/t/version_0/checkpoints/step-00000001.ckpt has 32" in err
 
 
 def test_a_bug_keeps_its_traceback(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
