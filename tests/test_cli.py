@@ -1,12 +1,13 @@
 """The `gptlit` command."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import run_script
+from conftest import ROOT, run_script
 from gptlit.cli import main
 
 
@@ -101,3 +102,108 @@ def test_python_m_gptlit_is_the_command(tmp_path: Path) -> None:
     result = run_script("-m", "gptlit", "generate", "--checkpoint=x", "--prompt=a", cwd=tmp_path)
     assert result.returncode == 1
     assert result.stderr.startswith("error: checkpoint 'x' does not exist")
+
+
+def test_several_prompts_and_samples_as_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("prompts.txt").write_text("The model\n\nA longer prompt about trees\n")
+    flags = ["--prompts_file=prompts.txt", "--num_samples=2", "--max_new_tokens=6", "--seed=1"]
+    capsys.readouterr()
+    main(["generate", f"--checkpoint={run}", *flags, "--json=true", "--stop=[zzz]"])
+    captured = capsys.readouterr()
+    results = [json.loads(line) for line in captured.out.splitlines()]
+    assert [result["prompt"] for result in results] == ["The model"] * 2 + ["A longer prompt about trees"] * 2
+    assert results[0]["text"] != results[1]["text"]
+    for result in results:
+        assert len(result["token_ids"]) == len(result["log_probabilities"]) <= 6
+        assert all(chance <= 0 for chance in result["log_probabilities"])
+    assert captured.err == "no stop string was met in 4 of 4 texts\n"
+    main(["generate", f"--checkpoint={run}", *flags])
+    assert "--- 4 of 4 ---\nA longer prompt" in capsys.readouterr().out
+
+
+def test_a_long_prompt_is_said_to_be_cut(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    main(["generate", f"--checkpoint={run}", "--prompt=" + "word " * 30, "--max_new_tokens=2"])
+    assert "a prompt has 31 tokens, the model reads the last 16 of them" in capsys.readouterr().err
+
+
+def test_evaluate_prints_a_table_or_json(run: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.txt").write_text(text[:2000])
+    capsys.readouterr()
+    main(["evaluate", f"--checkpoint={run}", "--data=mine.txt"])
+    table = capsys.readouterr().out
+    main(["evaluate", f"--checkpoint={run}", "--data=mine.txt", "--json=true", "--precision=bf16", "--quantize=int8"])
+    values = json.loads(capsys.readouterr().out)
+    loss = float(re.search(r"loss +([\d.]+)", table)[1])  # type: ignore[index]
+    assert values["loss"] == pytest.approx(loss, rel=0.01)
+    assert re.search(r"stride +8\n", table)
+    assert "highest loss" in table
+
+
+def test_chat_reads_lines_until_the_end(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = iter(["/max_new_tokens 3", "The model", ""])
+
+    def read(_: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    main(["chat", f"--checkpoint={run}"])
+    assert "max_new_tokens is 3" in capsys.readouterr().out
+
+
+def test_import_train_export_and_transformers_writes(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From a model of Transformers through this project and back, as one would type it."""
+    transformers = pytest.importorskip("transformers")
+    from gptlit.training import main as train
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_positions=32, n_embd=32, n_head=2, n_layer=2)
+    transformers.GPT2LMHeadModel(config).save_pretrained("theirs")
+    Path("mine.txt").write_text(text)
+    main(["import", "--source=theirs", "--out=ours.ckpt"])
+    assert "2 layers, 2 heads, 32 wide, context 32, vocabulary 50,257" in capsys.readouterr().out
+    finetune = [f"--config={ROOT / 'configs' / 'finetune.yaml'}", "--trainer.max_steps=20", "--data.source=mine.txt"]
+    tiny = ["--model.config.context_length=16", "--data.batch_size=4", "--data.micro_batch_size=2", "--model.lr=3e-3"]
+    train(["fit", *finetune, *tiny, "--model.init_from=ours.ckpt", "--trainer.enable_progress_bar=false"])
+    assert "the table of positions is cut: from 32 to 16 tokens" in capsys.readouterr().err
+    main(["export", "--checkpoint=runs/finetune", "--out=back"])
+    model = transformers.AutoModelForCausalLM.from_pretrained("back")
+    tokenizer = transformers.AutoTokenizer.from_pretrained("back")
+    ids = model.generate(**tokenizer("the model", return_tensors="pt"), max_new_tokens=5, do_sample=False)
+    main(["generate", "--checkpoint=runs/finetune", "--prompt=the model", "--max_new_tokens=5", "--temperature=0"])
+    assert capsys.readouterr().out.splitlines()[-1] in tokenizer.decode(ids[0])
+    assert not torch.equal(
+        model.transformer.wte.weight, transformers.GPT2LMHeadModel.from_pretrained("theirs").lm_head.weight
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["import", "--source=nowhere", "--out=a.ckpt"], "checkpoint 'nowhere' does not exist"),
+        (["import", "--source=nowhere", "--out=a.pth"], "--out 'a.pth' must end in .ckpt"),
+        (["export", "--checkpoint=nowhere", "--out=b"], "checkpoint 'nowhere' does not exist"),
+        (["export", "--checkpoint=nowhere", "--out=b", "--to=onnx"], "onnx"),
+        (["evaluate", "--checkpoint=nowhere", "--data=python-docs"], "checkpoint 'nowhere' does not exist"),
+        (["evaluate", "--checkpoint=nowhere", "--data=none.txt"], "'none.txt' does not exist"),
+        (["generate", "--checkpoint=nowhere", "--prompt=a", "--quantize=int3"], "int3"),
+        (["chat", "--checkpoint=nowhere", "--top_k=0"], "top_k must be at least 1, got 0"),
+    ],
+)
+def test_other_commands_answer_in_one_line_too(
+    capsys: pytest.CaptureFixture[str], command: list[str], words: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(command)
+    assert exit_.value.code in (1, 2)
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
+    assert words in err
+    assert not list(Path().glob("*.ckpt"))

@@ -1,0 +1,131 @@
+"""Fair comparisons: a process for each contender, only one active at a time, interleaved rounds, paired ratios."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+Contender = tuple[str, dict[str, Any]]  # a module with a function `contender`, and that function's arguments
+PACKAGES = ("torch", "lightning", "transformers")
+
+
+class Process:
+    """A contender in a process of its own: it prepares and warms up once, then measures when it is asked to."""
+
+    def __init__(self, contender: Contender) -> None:
+        module, arguments = contender
+        command = [sys.executable, "-m", "benchmarks.contenders", module, json.dumps(arguments)]
+        environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._read()
+
+    def _read(self) -> dict[str, float]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return dict(json.loads(line))
+        raise RuntimeError("the contender ended without a result; what it printed is above")
+
+    def measure(self) -> dict[str, float]:
+        """Let it run once."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        """End it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def serve(module: str, arguments: dict[str, Any]) -> None:
+    """Be a contender: warm up twice, then measure once for each line on standard input."""
+    from importlib import import_module
+
+    once = import_module(module).contender(**arguments)
+    for _ in range(2):
+        once()
+    print("{}", flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(once()), flush=True)
+
+
+def compare(
+    title: str,
+    contenders: dict[str, Contender],
+    pairs: Sequence[tuple[str, str]],
+    figure: str,
+    out: Path,
+    rounds: int,
+) -> None:
+    """Measure all contenders in interleaved rounds; print and write each one's figures and the paired ratios.
+
+    Args:
+        title: What is measured.
+        contenders: By name.
+        pairs: Which to divide by which.
+        figure: The key that is divided.
+        out: JSON file.
+        rounds: How often each is measured; every other round goes backwards.
+    """
+    processes = {name: Process(contender) for name, contender in track(contenders.items(), "preparing")}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
+    try:
+        for number in track(range(rounds), "measuring"):
+            for name in list(contenders)[:: 1 if number % 2 == 0 else -1]:
+                results[name].append(processes[name].measure())
+    finally:
+        for process in processes.values():
+            process.close()
+    ratios = {
+        f"{ours} / {theirs}": [a[figure] / b[figure] for a, b in zip(results[ours], results[theirs], strict=True)]
+        for ours, theirs in pairs
+    }
+    _print(title, results, ratios)
+    values = {"title": title, "machine": machine(), "results": results, "ratios": ratios}
+    out.write_text(json.dumps(values, indent=1) + "\n")
+
+
+def _print(title: str, results: dict[str, list[dict[str, float]]], ratios: dict[str, list[float]]) -> None:
+    console = Console()
+    figures = Table("contender", *next(iter(results.values()))[0], title=f"{title} (medians)")
+    for name, runs in results.items():
+        figures.add_row(name, *(f"{statistics.median(run[key] for run in runs):.4g}" for key in runs[0]))
+    console.print(figures)
+    table = Table("pair", "median ratio", "lowest", "highest")
+    for name, values in ratios.items():
+        table.add_row(name, f"{statistics.median(values):.2f}", f"{min(values):.2f}", f"{max(values):.2f}")
+    console.print(table)
+    console.print("\n".join(f"{key}: {value}" for key, value in machine().items()))
+
+
+def machine() -> dict[str, str]:
+    """Describe what the figures were measured on."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {"processor": f"{os.cpu_count()} x {model}", "python": platform.python_version(), **versions}
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], json.loads(sys.argv[2]))

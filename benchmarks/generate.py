@@ -1,0 +1,90 @@
+"""Generation beside Transformers: the same weights, prompts and greedy tokens; one process a contender, interleaved."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+PROMPT = 32  # tokens
+
+
+def run(
+    out: str = "generate.json",
+    new_tokens: int = 64,
+    rounds: int = 4,
+    batch_sizes: tuple[int, ...] = (1, 8),
+) -> None:
+    """Compare tokens a second of the 124M model: fp32, bf16 and int8 here, fp32 and bf16 in Transformers.
+
+    Args:
+        out: JSON file for the figures; a table is printed.
+        new_tokens: Length of a continuation.
+        rounds: Rounds over all contenders, in A B B A order.
+        batch_sizes: Prompts at once.
+    """
+    from benchmarks.contenders import compare
+
+    contenders = {
+        f"{name} batch {size}": ("benchmarks.generate", {"name": name, "size": size, "new_tokens": new_tokens})
+        for size in batch_sizes
+        for name in ("transformers fp32", "gptlit fp32", "transformers bf16", "gptlit bf16", "gptlit int8")
+    }
+    pairs = [
+        (f"gptlit {ours} batch {size}", f"transformers {theirs} batch {size}")
+        for size in batch_sizes
+        for ours, theirs in (("fp32", "fp32"), ("bf16", "bf16"), ("int8", "bf16"))
+    ]
+    compare("tokens a second", contenders, pairs, "steady", Path(out), rounds=rounds)
+
+
+def contender(name: str, size: int, new_tokens: int) -> Any:
+    """Return a function that generates once and returns its figures; called in the contender's own process."""
+    import torch
+
+    project, precision = name.split()
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    torch.manual_seed(0)
+    prompts = torch.randint(0, 50257, (size, PROMPT))
+    if project == "transformers":
+        return _transformers(prompts, new_tokens, dtype)
+    return _gptlit(prompts, new_tokens, dtype, "int8" if precision == "int8" else None)
+
+
+def _gptlit(prompts: Any, new_tokens: int, dtype: Any, quantize: str | None) -> Any:
+    from gptlit.config import GPTConfig
+    from gptlit.fast_linear import for_generation
+    from gptlit.generate import stream
+    from gptlit.model import GPTModel
+
+    model = GPTModel(GPTConfig(tie_weights=True, qkv_bias=True, init="gpt2")).eval().to(dtype)
+    for_generation(model, quantize, compile=len(prompts) == 1)
+    rows = prompts.tolist()
+
+    def once() -> dict[str, float]:
+        began = time.perf_counter()
+        steps = stream(model, rows, new_tokens + 1)
+        next(steps)
+        first = time.perf_counter()
+        count = sum(1 for _ in steps)
+        return {"first": first - began, "steady": count * len(rows) / (time.perf_counter() - first)}
+
+    return once
+
+
+def _transformers(prompts: Any, new_tokens: int, dtype: Any) -> Any:
+    import torch
+    import transformers
+
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval().to(dtype)
+    options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    mask = torch.ones_like(prompts)
+
+    def seconds(count: int) -> float:
+        began = time.perf_counter()
+        model.generate(prompts, attention_mask=mask, max_new_tokens=count, **options)
+        return time.perf_counter() - began
+
+    def once() -> dict[str, float]:
+        first = seconds(1)
+        return {"first": first, "steady": new_tokens * len(prompts) / (seconds(new_tokens + 1) - first)}
+
+    return once

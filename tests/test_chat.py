@@ -1,0 +1,70 @@
+"""The prompt loop: what a line typed does."""
+
+import pytest
+import torch
+
+from gptlit import chat as module
+from gptlit.chat import Chat
+from gptlit.config import GPTConfig
+from gptlit.data.tokenizer import load_tokenizer
+from gptlit.generate import Sampling, complete
+from gptlit.model import GPTModel
+
+
+@pytest.fixture
+def written() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def chat(written: list[str]) -> Chat:
+    torch.manual_seed(0)
+    model = GPTModel(GPTConfig(context_length=32, emb_dim=16, n_heads=2, n_layers=1)).eval()
+    return Chat(model, load_tokenizer("gpt2"), Sampling(1.0), 6, 1, written.append)
+
+
+def test_an_answer_continues_all_that_was_said(chat: Chat, written: list[str]) -> None:
+    assert chat.say("Hello")
+    first = complete(chat.model, chat.tokenizer, ["Hello"], 6, Sampling(1.0), seed=1)[0].text
+    assert "".join(written) == first + "\n"
+    assert chat.history == "Hello" + first
+    chat.say("More")
+    assert chat.history.startswith("Hello" + first + "\nMore")
+    second = complete(chat.model, chat.tokenizer, ["Hello" + first + "\nMore"], 6, Sampling(1.0), seed=2)[0].text
+    assert chat.history.endswith(second)
+    chat.say("/reset")
+    assert chat.history == ""
+
+
+def test_settings_change_and_a_wrong_value_changes_nothing(chat: Chat, written: list[str]) -> None:
+    for line in ("/temperature 0.5", "/top_k 7", "/top_p 0.9", "/max_new_tokens 3"):
+        assert chat.say(line)
+    assert chat.sampling == Sampling(0.5, 7, 0.9)
+    assert chat.max_new_tokens == 3
+    written.clear()
+    for line in ("/temperature -1", "/top_k 0", "/top_p two", "/max_new_tokens 0", "/tmeperature 1"):
+        assert chat.say(line)
+    assert chat.sampling == Sampling(0.5, 7, 0.9)
+    assert "temperature must be at least 0" in written[0]
+    assert "top_k must be at least 1" in written[1]
+    assert "two" in written[2]
+    assert "max_new_tokens must be at least 1" in written[3]
+    assert "no command is named /tmeperature" in written[4]
+
+
+def test_ctrl_c_stops_one_answer_only(chat: Chat, written: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, on_text: object, **__: object) -> None:
+        on_text(0, " part")  # type: ignore[operator]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "complete", interrupted)
+    assert chat.say("Hello")
+    assert chat.history == "Hello part"
+    assert "".join(written) == " part [stopped]\n"
+
+
+def test_quit_ends_and_help_helps(chat: Chat, written: list[str]) -> None:
+    assert chat.say("/help")
+    assert "/temperature" in written[0]
+    assert chat.say("")
+    assert not chat.say("/quit")
