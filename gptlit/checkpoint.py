@@ -7,7 +7,6 @@ dicts and tensors and are only ever read with `weights_only=True`, so that none 
 import os
 import pickle
 import re
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
-from gptlit.errors import InputError
+from gptlit.errors import InputError, note
 
 SUFFIX = ".ckpt"
 
@@ -127,7 +126,7 @@ def newest_checkpoint(run: Path) -> Path | None:
             errors.append(str(error))
             continue
         for error_text in errors:
-            print(f"passed over: {error_text}", file=sys.stderr)
+            note(f"passed over: {error_text}")
         return path
     if errors:
         raise InputError(f"none of the {len(errors)} checkpoints of {run} loads: {errors[0]}")

@@ -1,6 +1,5 @@
 """The `gptlit` command: all that is not training. Heavy imports wait until a command needs them."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from jsonargparse import ArgumentParser, auto_cli
 
 from gptlit import __version__
-from gptlit.errors import InputError, OneLineErrors, fail
+from gptlit.errors import InputError, OneLineErrors, fail, note
 
 if TYPE_CHECKING:
     import tiktoken
@@ -77,7 +76,7 @@ def generate(
         for number, result in enumerate(results, 1):
             print(f"--- {number} of {len(results)} ---\n{result.prompt}{result.text}")
     if stop and (unmet := sum(result.reason != "stop" for result in results)):
-        print(f"no stop string was met in {unmet} of {len(results)} texts", file=sys.stderr)
+        note(f"no stop string was met in {unmet} of {len(results)} texts")
 
 
 def _prompts(prompt: str | None, prompts_file: str | None) -> list[str]:
@@ -114,7 +113,7 @@ def _note_long_prompts(prompts: list[str], model: "GPTModel", tokenizer: "tiktok
     length = model.config.context_length
     longest = max(len(tokenizer.encode_ordinary(prompt)) for prompt in prompts)
     if longest > length:
-        print(f"a prompt has {longest} tokens, the model reads the last {length} of them", file=sys.stderr)
+        note(f"a prompt has {longest} tokens, the model reads the last {length} of them")
 
 
 def chat(

@@ -10,6 +10,12 @@ class InputError(ValueError):
     """Something from outside (a file, a flag, a key) is wrong; the message names it, its value and the remedy."""
 
 
+def note(message: str) -> None:
+    """Say a word on standard error, once and not on every device."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print(message, file=sys.stderr)
+
+
 def fail(error: object, status: int = 1) -> NoReturn:
     """Print one line and exit with `status`. With GPTLIT_TRACEBACK=1 in the environment the traceback comes back."""
     if isinstance(error, BaseException) and os.environ.get("GPTLIT_TRACEBACK"):

@@ -41,7 +41,7 @@ from gptlit.checkpoint import (  # noqa: E402
 )
 from gptlit.data.datamodule import TokenDataModule  # noqa: E402
 from gptlit.data.tokenizer import load_tokenizer  # noqa: E402
-from gptlit.errors import InputError, OneLineErrors, fail  # noqa: E402
+from gptlit.errors import InputError, OneLineErrors, fail, note  # noqa: E402
 from gptlit.module import GPTModule  # noqa: E402
 from gptlit.weights import agree, read_source  # noqa: E402
 
@@ -134,11 +134,10 @@ class TrainingCLI(LightningCLI):
         """Lightning would let a checkpoint's hyper-parameters override configuration and flags: not here."""
 
     def before_instantiate_classes(self) -> None:
-        """Settle what depends on the machine or the disk: vocabulary, precision, run folder, checkpoint."""
+        """Settle what depends on the machine or the disk: precision, run folder, checkpoint, architecture."""
         try:
             config = self.config[self.subcommand]
             self._settle_trainer(config)
-            self._settle_vocabulary(config)
             self._settle_run(config)
             self._settle_architecture(config)
         except ValueError as error:
@@ -154,15 +153,8 @@ class TrainingCLI(LightningCLI):
         endless = trainer.max_steps == -1 and trainer.max_epochs is None and not trainer.fast_dev_run
         if endless and self.subcommand == "fit":
             raise InputError("a run needs an end: set trainer.max_steps or trainer.max_epochs")
-        trainer.val_check_interval = config.run.val_every_n_steps
-        trainer.check_val_every_n_epoch = None
         if trainer.precision is None:
             trainer.precision = best_precision(trainer.accelerator)
-
-    def _settle_vocabulary(self, config: Any) -> None:
-        """The tokenizer decides vocab_size, unless it was given: then the datamodule compares the two."""
-        if "vocab_size" not in self._given("model", "config"):
-            config.model.config.vocab_size = load_tokenizer(config.data.tokenizer).n_vocab
 
     def _given(self, *keys: str) -> dict[str, Any]:
         """Return what files and flags say under a key, defaults left out."""
@@ -172,18 +164,25 @@ class TrainingCLI(LightningCLI):
         return dict(given)
 
     def _settle_architecture(self, config: Any) -> None:
-        """With `init_from` the architecture comes from there; what was given besides must not contradict it."""
-        if config.model.init_from is None or config.ckpt_path is not None:
-            return
-        source = read_source(config.model.init_from)
+        """What is not given of the architecture comes from the checkpoint, from `init_from`, or the tokenizer.
+
+        What is given and contradicts them is refused: here, by the module or by the datamodule.
+        """
         given = self._given("model", "config")
-        agree(given, source)
-        for key, value in {**asdict(source.config), **given}.items():
+        if config.ckpt_path is not None:
+            found = read_checkpoint(Path(config.ckpt_path))["hyper_parameters"]["config"]
+        elif config.model.init_from is not None:
+            source = read_source(config.model.init_from)
+            agree(given, source)
+            found = asdict(source.config)
+            length, theirs = given.get("context_length", found["context_length"]), found["context_length"]
+            if length != theirs:
+                what = "cut" if length < theirs else "extended with untrained rows"
+                note(f"the table of positions is {what}: from {theirs} to {length} tokens")
+        else:
+            found = {"vocab_size": load_tokenizer(config.data.tokenizer).n_vocab}
+        for key, value in {**found, **given}.items():
             config.model.config[key] = value
-        length, theirs = config.model.config.context_length, source.config.context_length
-        if length != theirs:
-            what = "cut" if length < theirs else "extended with untrained rows"
-            print(f"the table of positions is {what}: from {theirs} to {length} tokens", file=sys.stderr)
 
     def _settle_run(self, config: Any) -> None:
         """Choose the checkpoint to go on from and the folder to write to."""
@@ -195,10 +194,13 @@ class TrainingCLI(LightningCLI):
             found = last_checkpoint(root, config.run.name, must_exist=self.subcommand != "fit")
         else:
             found = Path(config.ckpt_path)
-            read_checkpoint(found)
+            if "optimizer_states" not in read_checkpoint(found) and self.subcommand == "fit":
+                raise InputError(
+                    f"{found} holds weights only, there is no run to resume: use --model.init_from {found}"
+                )
         config.ckpt_path = None if found is None else str(found)
         if found is not None:
-            print(f"{'resuming from' if self.subcommand == 'fit' else 'checkpoint'} {found}", file=sys.stderr)
+            note(f"{'resuming from' if self.subcommand == 'fit' else 'checkpoint'} {found}")
             self.run = folder_to_continue(found) or self.run
 
     def instantiate_classes(self) -> None:
@@ -223,6 +225,7 @@ class TrainingCLI(LightningCLI):
             kwargs["logger"] = self._tensorboard(config)
         self.trainer_defaults["callbacks"] = callbacks
         self.save_config_kwargs = {"run": self.run}
+        kwargs["val_check_interval"], kwargs["check_val_every_n_epoch"] = run.val_every_n_steps, None
         kwargs["plugins"] = [*(config.trainer.plugins or []), DurableCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
 
@@ -268,14 +271,14 @@ class TrainingCLI(LightningCLI):
         print()
         self._print_result("val")
         if newest.is_file():
-            configs = " ".join(f"--config {path}" for path in self.config[self.subcommand].config or [])
             prompt = self.config[self.subcommand].run.sample_prompt or "The"
             active = os.environ.get("VIRTUAL_ENV") == sys.prefix
             python = "python" if active else os.path.relpath(sys.executable)
             print(
                 f"checkpoint  {newest}\n\nwhat next:\n"
                 f'  {python} -m gptlit generate --checkpoint {self.run} --prompt "{prompt}"\n'
-                f"  {python} train.py fit {configs} --ckpt_path last --trainer.max_steps {2 * self.trainer.max_steps}\n"
+                f"  {python} train.py fit --config {self.run / 'config.yaml'} --ckpt_path last "
+                f"--trainer.max_steps {2 * self.trainer.max_steps}\n"
                 f"  {python} -m tensorboard.main --logdir {self.run.parent.parent}"
             )
 
@@ -303,7 +306,7 @@ def last_checkpoint(root: Path, name: str, must_exist: bool = False) -> Path | N
         state = f"the newest run {folders[-1]} has no checkpoint" if folders else f"there is no run in {root / name}"
         if must_exist:
             raise InputError(f"--ckpt_path last: {state}: fit one first")
-        print(f"--ckpt_path last: {state} yet: starting a new one", file=sys.stderr)
+        note(f"--ckpt_path last: {state} yet: starting a new one")
     return found
 
 

@@ -96,6 +96,35 @@ def test_last_without_a_run_says_so_and_starts(fit: Fit, capsys: pytest.CaptureF
     assert checkpoints(RUN)
 
 
+def test_the_saved_configuration_goes_on_with_the_run(fit: Fit) -> None:
+    """What the closing words propose: the whole configuration again, architecture and corpus included."""
+    from gptlit.training import main
+
+    fit("--trainer.max_steps=2", "--data.micro_batch_size=2")
+    main(["fit", f"--config={RUN / 'config.yaml'}", "--ckpt_path=last", "--trainer.max_steps=4"])
+    assert list(losses(RUN)) == [1, 2, 3, 4]
+    main(["fit", f"--config={RUN / 'config.yaml'}"])
+    assert losses(Path("runs/t/version_1")) == {step: loss for step, loss in losses(RUN).items() if step <= 2}
+
+
+def test_what_is_not_given_of_the_architecture_comes_from_the_checkpoint(text_file: Path, fit: Fit) -> None:
+    from gptlit.training import main
+
+    fit("--trainer.max_steps=1")
+    rest = [flag for flag in TINY if "model.config" not in flag]
+    main(["fit", *rest, f"--data.source={text_file}", "--ckpt_path=last", "--trainer.max_steps=2"])
+    assert list(losses(RUN)) == [1, 2]
+
+
+def test_weights_alone_are_not_resumed(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    fit("--trainer.max_steps=1")
+    checkpoint = read_checkpoint(checkpoints(RUN)[-1])
+    torch.save({key: checkpoint[key] for key in ("state_dict", "hyper_parameters", "global_step")}, "weights.ckpt")
+    with pytest.raises(SystemExit):
+        fit("--trainer.max_steps=2", "--ckpt_path=weights.ckpt")
+    assert "weights.ckpt holds weights only, there is no run to resume" in capsys.readouterr().err
+
+
 def test_init_from_takes_weights_only(fit: Fit) -> None:
     fit("--trainer.max_steps=3")
     fit("--trainer.max_steps=1", "--model.init_from=runs/t/version_0", "--model.lr=0", "--model.initial_lr=0")
