@@ -3,7 +3,7 @@
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from gptlit.data.corpus import open_corpus
 from gptlit.data.tokenizer import load_tokenizer
-from gptlit.data.tokens import SPLITS, Split, prepare
+from gptlit.data.tokens import MANIFEST, SPLITS, Split, TokenData, check_vocabulary, open_foreign, open_tokens, prepare
 from gptlit.data.windows import EvalOrder, TrainOrder, Windows
 from gptlit.errors import InputError
 
@@ -22,7 +22,8 @@ class TokenDataModule(pl.LightningDataModule):
 
     Args:
         source: "python-docs" (the documentation that comes with Python), a UTF-8 text file, a folder of .txt files,
-            or a glob.
+            or a glob; or a folder of tokens: one that was prepared here, nanoGPT's `train.bin` and `val.bin`, llm.c's
+            shards.
         batch_size: Windows in one optimizer step, over all devices.
         micro_batch_size: Windows that one device takes at once; None: as many as one step needs. What is missing to
             `batch_size` is accumulated.
@@ -31,6 +32,7 @@ class TokenDataModule(pl.LightningDataModule):
         stride: Tokens between the starts of two windows; None: `context_length`.
         val_fraction: Share of the corpus that validates: of the documents, or of the characters of a single text.
         test_fraction: Share that tests.
+        dtype: Number type of token files without a header (nanoGPT's).
         seed: Of the order of windows; None: that of `seed_everything`.
         num_workers: Processes that read ahead; 0 reads in the training process.
         cache_dir: Folder for tokenised corpora.
@@ -49,6 +51,7 @@ class TokenDataModule(pl.LightningDataModule):
         stride: int | None = None,
         val_fraction: float = 0.05,
         test_fraction: float = 0.0,
+        dtype: Literal["uint16", "uint32"] = "uint16",
         seed: int | None = None,
         num_workers: int = 0,
         cache_dir: str = "data",
@@ -72,6 +75,7 @@ class TokenDataModule(pl.LightningDataModule):
         self.stride = stride
         self.split = Split(val_fraction, test_fraction)
         self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+        self.dtype = dtype
         self.num_workers = num_workers
         self.cache_dir = Path(cache_dir)
         self.accumulation = 1
@@ -107,12 +111,29 @@ class TokenDataModule(pl.LightningDataModule):
             self._configure(self._trainer())
 
     def _load(self, stage: str | None) -> None:
-        self.data = prepare(open_corpus(self.source), self.cache_dir, self.tokenizer, self.split)
+        self.data = self._open()
         length = self._agree_with_model()
         self.windows = {name: Windows(self.data.shards(name), length, self.stride or length) for name in SPLITS}
         needed = {"fit": ["train"] + ["val"] * (self.split.val_fraction > 0), "validate": ["val"], "test": ["test"]}
         for name in needed.get(stage or "", []):
             self._require(name)
+
+    def _open(self) -> TokenData:
+        """Open a folder of token files, or tokenise a corpus unless that is done already."""
+        folder = Path(self.source).expanduser()
+        if (folder / MANIFEST).is_file():
+            data = open_tokens(folder)
+            if data.tokenizer != self.tokenizer.name:
+                raise InputError(
+                    f"data.tokenizer {self.tokenizer.name!r} contradicts {folder}, which {data.tokenizer!r} made: "
+                    f"set data.tokenizer to {data.tokenizer!r}"
+                )
+            return data
+        if folder.is_dir() and any(folder.glob("*.bin")):
+            data = open_foreign(folder, self.dtype)
+            check_vocabulary(data, self.vocab_size)
+            return data
+        return prepare(open_corpus(self.source), self.cache_dir, self.tokenizer, self.split)
 
     def _trainer(self) -> pl.Trainer:
         if self.trainer is None:
@@ -142,7 +163,8 @@ class TokenDataModule(pl.LightningDataModule):
         """Insist on at least one window in a split."""
         windows = self.windows[name]
         if not len(windows):
-            share = "" if name == "train" else f"a larger data.{name}_fraction, "
+            is_cut_here = name != "train" and self.data.folder.parent == self.cache_dir
+            share = f"a larger data.{name}_fraction, " if is_cut_here else ""
             raise InputError(
                 f"the {name} part of {self.source!r} has {self.data.tokens(name)} tokens, too few for one window of "
                 f"{windows.context_length} + 1: use {share}a longer text or a smaller model.config.context_length"

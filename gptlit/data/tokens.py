@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -83,55 +83,58 @@ class Shard:
         path: The file.
         dtype: "uint16" or "uint32", little-endian on disk.
         tokens: How many ids it holds.
+        header: Bytes before the first id.
     """
 
     path: Path
     dtype: str
     tokens: int
+    header: int = 0
 
     @cached_property
     def ids(self) -> np.ndarray:
         """The ids as a read-only memory map, opened on first use in each process."""
-        return np.memmap(self.path, dtype=np.dtype(self.dtype).newbyteorder("<"), mode="r")
+        order = np.dtype(self.dtype).newbyteorder("<")
+        return np.memmap(self.path, dtype=order, mode="r", offset=self.header, shape=(self.tokens,))
 
     def __getstate__(self) -> dict[str, Any]:  # a worker process opens the map anew rather than get a copy of it
         return {key: value for key, value in self.__dict__.items() if key != "ids"}
 
 
-@dataclass
+@dataclass(frozen=True)
 class TokenData:
-    """A prepared folder, as its manifest describes it."""
+    """Token ids on disk, by split.
+
+    Args:
+        folder: Where they are.
+        splits: The shards of each split, in order.
+        fingerprint: Hexadecimal digest that changes when the tokens do.
+        tokenizer: Name of the tokenizer that made them; None where the files do not say.
+        manifest: What `manifest.json` says; empty for files of other projects.
+    """
 
     folder: Path
-    manifest: dict[str, Any]
+    splits: dict[str, list[Shard]]
+    fingerprint: str
+    tokenizer: str | None = None
+    manifest: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def tokenizer(self) -> str:
-        return str(self.manifest["tokenizer"])
-
-    @property
-    def fingerprint(self) -> str:
-        """Changes when any token of any split does."""
-        hashes = [entry["sha256"] for split in SPLITS for entry in self.manifest["splits"][split]["shards"]]
-        return hashlib.sha256("".join(hashes).encode()).hexdigest()
+    def shards(self, split: str) -> list[Shard]:
+        """The shards of a split, in order."""
+        return self.splits.get(split, [])
 
     def tokens(self, split: str) -> int:
         """Number of tokens in a split."""
         return sum(shard.tokens for shard in self.shards(split))
 
-    def shards(self, split: str) -> list[Shard]:
-        """The shards of a split, in order."""
-        entries = self.manifest["splits"][split]["shards"]
-        return [Shard(self.folder / entry["file"], self.manifest["dtype"], entry["tokens"]) for entry in entries]
-
     def verify(self) -> None:
-        """Check every shard against its SHA-256.
+        """Check every shard against its SHA-256, where there is a manifest.
 
         Raises:
             InputError: A shard was changed after it was written.
         """
-        for split in SPLITS:
-            for entry in self.manifest["splits"][split]["shards"]:
+        for split in self.manifest.get("splits", {}).values():
+            for entry in split["shards"]:
                 with (self.folder / entry["file"]).open("rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                         raise InputError(
@@ -149,22 +152,97 @@ def open_tokens(folder: Path) -> TokenData:
     again = f"delete the folder {folder}, it is made again"
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
-        data = TokenData(folder, manifest)
-        width = np.dtype(manifest["dtype"]).itemsize
-        expected = {shard.path: shard.tokens * width for split in SPLITS for shard in data.shards(split)}
-        if manifest["format"] != FORMAT or manifest["dtype"] not in ("uint16", "uint32"):
-            raise ValueError(f"format {manifest['format']} of {manifest['dtype']}")
-        if any(path.parent != folder for path in expected):
+        dtype = manifest["dtype"]
+        if manifest["format"] != FORMAT or dtype not in ("uint16", "uint32"):
+            raise ValueError(f"format {manifest['format']} of {dtype}")
+        entries = {split: manifest["splits"][split]["shards"] for split in SPLITS}
+        splits = {
+            split: [Shard(folder / entry["file"], dtype, int(entry["tokens"])) for entry in entries[split]]
+            for split in SPLITS
+        }
+        if any(shard.path.parent != folder for shards in splits.values() for shard in shards):
             raise ValueError("a shard outside the folder")
-        assert isinstance(data.fingerprint + data.tokenizer, str)
+        hashes = "".join(entry["sha256"] for split in SPLITS for entry in entries[split])
+        data = TokenData(
+            folder, splits, hashlib.sha256(hashes.encode()).hexdigest(), str(manifest["tokenizer"]), manifest
+        )
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / MANIFEST} cannot be used ({type(error).__name__}: {error}): {again}") from error
-    for path, size in expected.items():
-        found = path.stat().st_size if path.is_file() else None
+    for shard in chain(*splits.values()):
+        size = shard.tokens * np.dtype(dtype).itemsize
+        found = shard.path.stat().st_size if shard.path.is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
-            raise InputError(f"{path} {state}, its {MANIFEST} says {size}: {again}")
+            raise InputError(f"{shard.path} {state}, its {MANIFEST} says {size}: {again}")
     return data
+
+
+LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER = 20240520, 1, 1024  # of llm.c's token files: 256 int32 before the ids
+
+
+def open_foreign(folder: Path, dtype: str = "uint16") -> TokenData:
+    """Open token files of other projects in place: nanoGPT's `train.bin`, llm.c's `*_train_*.bin` with a header.
+
+    A file belongs to the split that its name contains: train, val or test.
+
+    Args:
+        folder: Where the `.bin` files are.
+        dtype: Number type of files without a header.
+
+    Raises:
+        InputError: There is no such file, or one is truncated or of another version.
+    """
+    splits: dict[str, list[Shard]] = {split: [] for split in SPLITS}
+    for path in sorted(folder.glob("*.bin")):
+        for split in SPLITS:
+            if split in path.stem:
+                splits[split].append(_foreign_shard(path, dtype))
+                break
+    if not splits["train"]:
+        raise InputError(f"{folder} has no .bin file with 'train' in its name, and no {MANIFEST}")
+    digest = hashlib.sha256()
+    for shard in chain(*splits.values()):
+        with shard.path.open("rb") as file:
+            digest.update(f"{shard.path.name} {shard.tokens}".encode() + file.read(2**20))
+            file.seek(max(0, shard.path.stat().st_size - 2**20))
+            digest.update(file.read())
+    return TokenData(folder, splits, digest.hexdigest())
+
+
+def _foreign_shard(path: Path, dtype: str) -> Shard:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = np.frombuffer(file.read(12), dtype="<i4")
+    if len(start) == 3 and start[0] == LLMC_MAGIC:
+        if start[1] != LLMC_VERSION:
+            raise InputError(f"{path} is an llm.c file of version {start[1]}: only version {LLMC_VERSION} can be read")
+        if size != LLMC_HEADER + 2 * int(start[2]):
+            raise InputError(
+                f"{path} has {size} bytes, its header says {LLMC_HEADER + 2 * int(start[2])}: it is truncated"
+            )
+        return Shard(path, "uint16", int(start[2]), LLMC_HEADER)
+    width = np.dtype(dtype).itemsize
+    if size % width:
+        raise InputError(
+            f"{path} has {size} bytes, no multiple of the {width} of {dtype}: it is truncated, or set data.dtype"
+        )
+    return Shard(path, dtype, size // width)
+
+
+def check_vocabulary(data: TokenData, vocab_size: int) -> None:
+    """Insist that the ids of foreign files are in the vocabulary: all of them, or the ends of very large files.
+
+    Raises:
+        InputError: An id is not; the file is named.
+    """
+    for shard in chain(*data.splits.values()):
+        parts = [shard.ids] if shard.tokens <= VERIFY_LIMIT // 4 else [shard.ids[: 2**24], shard.ids[-(2**24) :]]
+        for part in parts:
+            if len(part) and int(part.max()) >= vocab_size:
+                raise InputError(
+                    f"{shard.path} has the id {int(part.max())}, outside the vocabulary of {vocab_size}: "
+                    "set data.tokenizer to the one that made it, or data.dtype"
+                )
 
 
 def prepare(corpus: Corpus, root: Path, tokenizer: tiktoken.Encoding, split: Split) -> TokenData:
