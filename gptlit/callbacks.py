@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ class StepCheckpoint(Checkpoint):
         trainer.save_checkpoint(checkpoint_path(self.run, step))
         self._saved_step = step
         if trainer.is_global_zero and self.keep_last > 0:
-            for path in checkpoints(self.run)[: -self.keep_last]:
+            newest = checkpoint_path(self.run, step)  # what has a higher number is damaged, or not of this timeline
+            for path in [path for path in checkpoints(self.run) if path <= newest][: -self.keep_last]:
                 path.unlink()
 
 
@@ -200,7 +202,7 @@ class StepProgress(ProgressBar):
             return
         self._shown_step = step
         rate = (time.monotonic() - self._began) / (step - self._first_step)
-        left = time.strftime("%H:%M:%S", time.gmtime(rate * (trainer.max_steps - step)))
+        left = timedelta(seconds=int(rate * (trainer.max_steps - step)))
         self.print(
             f"step {step}/{trainer.max_steps}  {_figures(trainer)}  {left} left", highlight=False, soft_wrap=True
         )

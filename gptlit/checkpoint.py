@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,9 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read without executing anything, whatever `weights_only` says."""
-        return read_checkpoint(Path(path))
+        checkpoint = read_checkpoint(Path(path))
+        checkpoint.setdefault("pytorch-lightning_version", version("lightning"))  # weights that were imported
+        return checkpoint
 
 
 def _sync_folder(folder: Path) -> None:
@@ -67,7 +70,7 @@ def load_plain(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} is damaged, or holds more than tensors and plain values: it is not opened") from error
-    except (RuntimeError, OSError, EOFError, KeyError, ValueError) as error:
+    except Exception as error:  # bytes that are no pickle make the reader fail in a dozen ways
         raise InputError(f"{path} cannot be read ({type(error).__name__}): it is damaged or no checkpoint") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is a checkpoint of another kind: it holds a {type(content).__name__}, no dict")

@@ -1,5 +1,6 @@
 """The `gptlit` command: all that is not training. Heavy imports wait until a command needs them."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -106,6 +107,8 @@ def _load(
     model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     if torch.cuda.is_available():
         model.cuda()
+    if compile and (quantize or torch.cuda.is_available()):
+        note("--compile is left out: it is for unquantised weights on a CPU")
     return for_generation(model, quantize, compile), tokenizer
 
 
@@ -186,7 +189,8 @@ def evaluate(
     from gptlit.evaluate import evaluate as run
 
     model, tokenizer = _load(checkpoint, precision, quantize)
-    stride = stride or max(1, model.config.context_length // 2)
+    if stride is None:
+        stride = max(1, model.config.context_length // 2)
     columns = (TextColumn("{task.completed} documents, {task.fields[tokens]:,} tokens"),)
     seen = 0
     from rich.console import Console
@@ -281,6 +285,9 @@ class Parser(OneLineErrors, ArgumentParser):
 
 def main(args: list[str] | None = None) -> None:
     """Run a command; errors that a user can mend are one line."""
+    args = list(sys.argv[1:] if args is None else args)
+    if args[:1] == ["import"] and args[1:] and not args[1].startswith("-"):
+        args.insert(1, "--source")  # `gptlit import SOURCE --out FILE` reads better
     try:
         auto_cli(
             COMMANDS,  # type: ignore[arg-type]

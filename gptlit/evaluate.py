@@ -89,6 +89,8 @@ def evaluate(
     Raises:
         InputError: The stride is out of its range, or there is no text.
     """
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
     if not 1 <= stride <= model.config.context_length:
         raise InputError(f"stride must be between 1 and context_length {model.config.context_length}, got {stride}")
     result = Evaluation()

@@ -46,7 +46,8 @@ class Sampling:
 
         Source: Fan et al. 2018 (top-k); Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration" (top-p).
         """
-        logits = logits.float() / self.temperature
+        logits = logits.float()
+        logits = (logits - logits.amax(dim=-1, keepdim=True)) / self.temperature  # however small, nothing overflows
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             kept, order = torch.topk(logits, self.top_k)  # exactly k, also where logits are equal
             logits = torch.full_like(logits, -torch.inf).scatter(-1, order, kept)

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,4 +15,6 @@ def next_token_loss(logits: Tensor, targets: Tensor, reduction: Literal["mean", 
         targets: int64 (B, T), the inputs shifted by one.
         reduction: What becomes of the B * T losses.
     """
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()  # as autocast does: a mean of thousands of losses needs the digits
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -14,8 +14,10 @@ from gptlit.config import GPTConfig
 from gptlit.errors import InputError
 from gptlit.loss import next_token_loss
 from gptlit.model import GPTModel
-from gptlit.optimizer import make_optimizer, set_values
+from gptlit.optimizer import OptimizerName, make_optimizer, set_values
 from gptlit.weights import copy_weights, read_source
+
+ScheduleName = Literal["cosine", "constant"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Schedule:
     Source: Raschka, appendix D; Loshchilov and Hutter 2017, "SGDR" (cosine).
     """
 
-    kind: Literal["cosine", "constant"]
+    kind: ScheduleName
     initial: float
     peak: float
     minimum: float
@@ -72,9 +74,9 @@ class GPTModule(pl.LightningModule):
     def __init__(
         self,
         config: GPTConfig = GPTConfig(),  # noqa: B008  (frozen)
-        optimizer: Literal["adamw", "muon"] = "adamw",
+        optimizer: OptimizerName = "adamw",
         lr: float = 6e-4,
-        schedule: Literal["cosine", "constant"] = "cosine",
+        schedule: ScheduleName = "cosine",
         initial_lr: float = 1e-5,
         min_lr: float = 6e-5,
         warmup_steps: int = 0,
@@ -92,6 +94,12 @@ class GPTModule(pl.LightningModule):
         for key, value in {"beta1": beta1, "beta2": beta2}.items():
             if not 0 <= value < 1:
                 raise ValueError(f"model.{key} must be at least 0 and below 1, got {value}")
+        for key, name, known in (
+            ("schedule", schedule, get_args(ScheduleName)),
+            ("optimizer", optimizer, get_args(OptimizerName)),
+        ):
+            if name not in known:
+                raise ValueError(f"model.{key} must be one of {', '.join(known)}, got {name!r}")
         if warmup_steps < 0:
             raise ValueError(f"model.warmup_steps must be at least 0, got {warmup_steps}")
         self.config = GPTConfig(**config) if isinstance(config, dict) else config  # a dict: from a checkpoint
@@ -126,14 +134,10 @@ class GPTModule(pl.LightningModule):
         if hasattr(self, "model"):
             return
         self.model = GPTModel(self.config)
-        if self.init_from is not None and not self._resuming:
+        if self.init_from is not None:
             copy_weights(self.model, read_source(self.init_from))
         if self.compile_model:
             self.model.compile()  # in place: the keys of the state dict stay as they are
-
-    @property
-    def _resuming(self) -> bool:
-        return self._trainer is not None and bool(self._trainer.ckpt_path)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Token ids (B, T) -> logits (B, T, V)."""
@@ -152,7 +156,7 @@ class GPTModule(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Set the learning rate of this step: a function of the step alone, so nothing of it is in a checkpoint."""
         for group in optimizer.param_groups:
-            group["lr"] = self.schedule.at(self.global_step, self.trainer.max_steps)
+            group["lr"] = self.schedule.at(self.global_step, self._max_steps)
 
     def configure_gradient_clipping(
         self,
@@ -187,14 +191,16 @@ class GPTModule(pl.LightningModule):
         return make_optimizer(self.model, self.optimizer_name, lr=self.schedule.peak, fused=fused, **self._values)
 
     def on_train_start(self) -> None:
-        """After a resume the configuration's values hold, not the checkpoint's."""
+        """After a resume the configuration's values hold, not the checkpoint's; the schedule's length is known now."""
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
         set_values(optimizer, **self._values)
-        if self.schedule.warmup_steps >= self.trainer.max_steps > 0:
+        steps = self.trainer.max_steps
+        self._max_steps = steps if steps > 0 else int(self.trainer.estimated_stepping_batches)
+        if self.schedule.warmup_steps >= self._max_steps:
             rank_zero_warn(
                 f"model.warmup_steps {self.schedule.warmup_steps} is no shorter than the run of "
-                f"{self.trainer.max_steps} steps: the learning rate never reaches {self.schedule.peak}"
+                f"{self._max_steps} steps: the learning rate never reaches {self.schedule.peak}"
             )
 
     # --- evaluation ---------------------------------------------------------------------------------------------
@@ -242,8 +248,9 @@ class GPTModule(pl.LightningModule):
             InputError: A key of the architecture differs; it is named, with both values.
         """
         theirs = checkpoint["hyper_parameters"]["config"]
+        is_fit = self._trainer is not None and self._trainer.state.fn == "fit"
         optimizer = checkpoint["hyper_parameters"].get("optimizer", self.optimizer_name)
-        if optimizer != self.optimizer_name:
+        if is_fit and optimizer != self.optimizer_name:
             raise InputError(
                 f"model.optimizer is {self.optimizer_name!r}, but the checkpoint was trained with {optimizer!r}: "
                 "set it to that, or start a new run with --model.init_from"
@@ -256,8 +263,8 @@ class GPTModule(pl.LightningModule):
                     f"{theirs.get(field.name)}: set it to that, or start a new run"
                 )
         self.tokens = checkpoint.get("tokens", 0)
-        if self._trainer is not None and self._trainer.state.fn == "fit":
-            self._set_step(self._trainer, checkpoint["global_step"])
+        if is_fit:
+            self._set_step(self.trainer, checkpoint["global_step"])
 
     def _set_step(self, trainer: pl.Trainer, step: int) -> None:
         """Let Lightning count on from `step` optimizer steps, with the accumulation of this run.

@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
-Name = Literal["adamw", "muon"]
+OptimizerName = Literal["adamw", "muon"]
 
 
 def make_optimizer(
     model: nn.Module,
-    name: Name,
+    name: OptimizerName,
     *,
     lr: float,
     weight_decay: float,

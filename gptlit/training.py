@@ -34,6 +34,7 @@ from gptlit.checkpoint import (  # noqa: E402
     DurableCheckpointIO,
     checkpoint_path,
     checkpoints,
+    find_checkpoint,
     new_run_folder,
     newest_checkpoint,
     read_checkpoint,
@@ -89,6 +90,7 @@ class EndTogether(Callback):
         launcher = trainer.strategy.launcher
         if isinstance(exception, InputError | OSError) and isinstance(launcher, _SubprocessScriptLauncher):
             launcher.kill(signal.SIGKILL)
+            launcher.procs = []  # Lightning's observer would take their end for a failure, and kill this process
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -189,19 +191,25 @@ class TrainingCLI(LightningCLI):
         root = Path(config.trainer.default_root_dir)
         self.run = new_run_folder(root, config.run.name)
         if config.ckpt_path is None:
+            if self.subcommand != "fit" and config.model.init_from is None:
+                note("there is neither --ckpt_path nor --model.init_from: untrained weights are measured")
             return
+        is_fit = self.subcommand == "fit"
         if config.ckpt_path == "last":
-            found = last_checkpoint(root, config.run.name, must_exist=self.subcommand != "fit")
+            found = last_checkpoint(root, config.run.name, must_exist=not is_fit)
+            folder = found.parent.parent if found is not None else None
         else:
-            found = Path(config.ckpt_path)
-            if "optimizer_states" not in read_checkpoint(found) and self.subcommand == "fit":
+            found = find_checkpoint(Path(config.ckpt_path))
+            if is_fit and "optimizer_states" not in read_checkpoint(found):
                 raise InputError(
                     f"{found} holds weights only, there is no run to resume: use --model.init_from {found}"
                 )
+            folder = folder_to_continue(found, config.run.name)
         config.ckpt_path = None if found is None else str(found)
+        self.run = folder or self.run
         if found is not None:
-            note(f"{'resuming from' if self.subcommand == 'fit' else 'checkpoint'} {found}")
-            self.run = folder_to_continue(found) or self.run
+            config.model.init_from = None  # the weights are the checkpoint's
+            note(f"{'resuming from' if is_fit else 'checkpoint'} {found}")
 
     def instantiate_classes(self) -> None:
         """A value that a class refuses is the user's to mend."""
@@ -274,11 +282,13 @@ class TrainingCLI(LightningCLI):
             prompt = self.config[self.subcommand].run.sample_prompt or "The"
             active = os.environ.get("VIRTUAL_ENV") == sys.prefix
             python = "python" if active else os.path.relpath(sys.executable)
+            config = max(self.run.glob("config*.yaml"), key=lambda path: (len(path.name), path.name))
+            epochs = self.config[self.subcommand].trainer.max_epochs
+            more = f"max_epochs {2 * epochs}" if epochs else f"max_steps {2 * self.trainer.max_steps}"
             print(
                 f"checkpoint  {newest}\n\nwhat next:\n"
                 f'  {python} -m gptlit generate --checkpoint {self.run} --prompt "{prompt}"\n'
-                f"  {python} train.py fit --config {self.run / 'config.yaml'} --ckpt_path last "
-                f"--trainer.max_steps {2 * self.trainer.max_steps}\n"
+                f"  {python} train.py fit --config {config} --ckpt_path last --trainer.{more}\n"
                 f"  {python} -m tensorboard.main --logdir {self.run.parent.parent}"
             )
 
@@ -295,24 +305,26 @@ def best_precision(accelerator: Any) -> str:
 
 
 def last_checkpoint(root: Path, name: str, must_exist: bool = False) -> Path | None:
-    """Return the checkpoint to go on from in the newest run of that name; None, and a word, when there is none.
+    """Return the newest checkpoint that loads of the newest run of that name that has any; None when there is none.
 
     Raises:
-        InputError: None of its checkpoints loads; or there is none and there must be.
+        InputError: None of a run's checkpoints loads; or there is none and there must be.
     """
-    folders = run_folders(root, name)
-    found = newest_checkpoint(folders[-1]) if folders else None
-    if found is None:
-        state = f"the newest run {folders[-1]} has no checkpoint" if folders else f"there is no run in {root / name}"
-        if must_exist:
-            raise InputError(f"--ckpt_path last: {state}: fit one first")
-        note(f"--ckpt_path last: {state} yet: starting a new one")
-    return found
+    for folder in reversed(run_folders(root, name)):
+        if (found := newest_checkpoint(folder)) is not None:
+            return found
+        note(f"--ckpt_path last: {folder} has no checkpoint")
+    if must_exist:
+        raise InputError(f"--ckpt_path last: there is no checkpoint in {root / name}: fit a model first")
+    note(f"--ckpt_path last: there is no run in {root / name} yet: starting a new one")
+    return None
 
 
-def folder_to_continue(path: Path) -> Path | None:
-    """Return the run that a checkpoint is the newest of; from an earlier one a new run branches off."""
+def folder_to_continue(path: Path, name: str) -> Path | None:
+    """Return the run of that name that a checkpoint is the newest of; from any other one a new run branches off."""
     run = path.resolve().parent.parent
+    if run.parent.name != name:
+        return None
     is_newest = path.parent.name == "checkpoints" and checkpoints(run)[-1:] == [path.resolve()]
     return path.parent.parent if is_newest else None
 

@@ -165,6 +165,13 @@ def read_source(source: str | Path, n_heads: int | None = None) -> Source:
     Raises:
         InputError: There is nothing of that name, or it is something else, damaged or incomplete.
     """
+    found = _find_source(source, n_heads)
+    if n_heads is not None and found.config.n_heads != n_heads:
+        raise InputError(f"n_heads is {n_heads}, but {found.path} says {found.config.n_heads}: leave it out")
+    return found
+
+
+def _find_source(source: str | Path, n_heads: int | None) -> Source:
     if str(source).startswith(HUB):
         return _read_huggingface(_download(str(source).removeprefix(HUB)))
     path = Path(source).expanduser()
@@ -193,7 +200,8 @@ def _config(path: Path, **values: Any) -> GPTConfig:
 def _read_own(checkpoint: dict[str, Any], path: Path) -> Source:
     config = _config(path, **checkpoint["hyper_parameters"]["config"])
     weights = {k.removeprefix(PREFIX): v for k, v in checkpoint["state_dict"].items() if k.startswith(PREFIX)}
-    tokenizer = checkpoint.get("TokenDataModule", {}).get("tokenizer", "gpt2")
+    data = checkpoint.get("TokenDataModule")
+    tokenizer = str(data.get("tokenizer", "gpt2")) if isinstance(data, dict) else "gpt2"
     return Source(path, config, from_format(weights, OWN, config, path), tokenizer)
 
 
@@ -339,23 +347,24 @@ def _cut_vocabulary(source: Source) -> Source:
 
 def _read_book(content: dict[str, Any], path: Path, n_heads: int | None) -> Source:
     weights = content.get("model_state_dict", content)
-    if not isinstance(weights, dict) or not isinstance(weights.get("tok_emb.weight"), Tensor):
+    embedding = weights.get("tok_emb.weight") if isinstance(weights, dict) else None
+    if not isinstance(embedding, Tensor) or embedding.dim() != 2:
         raise InputError(f"{path} holds no GPT-2 that is known here: no hyper_parameters, model_args or tok_emb.weight")
     blocks = {int(m[1]) for name in weights if (m := re.match(r"trf_blocks\.(\d+)\.", name))}
-    vocab_size, emb_dim = weights["tok_emb.weight"].shape
+    vocab_size, emb_dim = embedding.shape
     if n_heads is None and emb_dim % 64:
         raise InputError(
             f"{path} does not say its number of heads, and its emb_dim {emb_dim} is no multiple of 64: give --n_heads"
         )
     positions = weights.get("pos_emb.weight")
-    if not isinstance(positions, Tensor):
+    if not isinstance(positions, Tensor) or positions.dim() != 2:
         raise InputError(f"{path} has no tensor 'pos_emb.weight'")
     config = _config(
         path,
         vocab_size=vocab_size,
         context_length=positions.shape[0],
         emb_dim=emb_dim,
-        n_heads=n_heads or emb_dim // 64,
+        n_heads=emb_dim // 64 if n_heads is None else n_heads,
         n_layers=len(blocks),
         qkv_bias="trf_blocks.0.att.W_query.bias" in weights,
     )

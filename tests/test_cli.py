@@ -167,7 +167,7 @@ def test_import_train_export_and_transformers_writes(
     config = transformers.GPT2Config(n_positions=32, n_embd=32, n_head=2, n_layer=2)
     transformers.GPT2LMHeadModel(config).save_pretrained("theirs")
     Path("mine.txt").write_text(text)
-    main(["import", "--source=theirs", "--out=ours.ckpt"])
+    main(["import", "theirs", "--out=ours.ckpt"])
     assert "2 layers, 2 heads, 32 wide, context 32, vocabulary 50,257" in capsys.readouterr().out
     finetune = [f"--config={ROOT / 'configs' / 'finetune.yaml'}", "--trainer.max_steps=20", "--data.source=mine.txt"]
     tiny = ["--model.config.context_length=16", "--data.batch_size=4", "--data.micro_batch_size=2", "--model.lr=3e-3"]
@@ -192,6 +192,7 @@ def test_import_train_export_and_transformers_writes(
         (["export", "--checkpoint=nowhere", "--out=b"], "checkpoint 'nowhere' does not exist"),
         (["export", "--checkpoint=nowhere", "--out=b", "--to=onnx"], "onnx"),
         (["evaluate", "--checkpoint=nowhere", "--data=python-docs"], "checkpoint 'nowhere' does not exist"),
+        (["import", "text.pth", "--out=a.ckpt"], "text.pth cannot be read"),
         (["evaluate", "--checkpoint=nowhere", "--data=none.txt"], "'none.txt' does not exist"),
         (["generate", "--checkpoint=nowhere", "--prompt=a", "--quantize=int3"], "int3"),
         (["chat", "--checkpoint=nowhere", "--top_k=0"], "top_k must be at least 1, got 0"),
@@ -200,6 +201,7 @@ def test_import_train_export_and_transformers_writes(
 def test_other_commands_answer_in_one_line_too(
     capsys: pytest.CaptureFixture[str], command: list[str], words: str
 ) -> None:
+    Path("text.pth").write_text("the cat sat on the mat")
     with pytest.raises(SystemExit) as exit_:
         main(command)
     assert exit_.value.code in (1, 2)

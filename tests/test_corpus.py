@@ -29,6 +29,14 @@ def test_a_file_a_folder_and_a_glob(tmp_path: Path) -> None:
     assert list(open_corpus(str(tmp_path / "[ab].txt")).documents()) == ["first\nline", "second"]
 
 
+def test_the_name_is_fit_for_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "my texts").mkdir()
+    for name in ("a b.txt", "c.txt"):
+        (tmp_path / "my texts" / name).write_text("words")
+    names = [open_corpus(str(tmp_path / source)).name for source in ("my texts", "my texts/*.txt", "my texts/a b.txt")]
+    assert names == ["my_texts", "my_texts", "a_b"]
+
+
 def test_the_fingerprint_follows_the_text(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one")

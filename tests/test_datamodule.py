@@ -110,6 +110,72 @@ def test_a_text_too_short_for_one_window_is_named(tmp_path: Path, words: int, sp
         fit(TokenDataModule(str(path), batch_size=1))
 
 
+def write_nanogpt(folder: Path, ids: np.ndarray) -> None:
+    """Write files as nanoGPT's prepare.py does: raw uint16, no header."""
+    folder.mkdir()
+    for name, part in (("train", ids[:900]), ("val", ids[900:])):
+        (folder / f"{name}.bin").write_bytes(b"".join(int(i).to_bytes(2, "little") for i in part))
+    (folder / "meta.pkl").write_bytes(b"never opened")
+
+
+def write_llmc(folder: Path, ids: np.ndarray) -> None:
+    """Write files as llm.c does: 256 int32 of header, then uint16."""
+    folder.mkdir()
+    for name, part in (("x_train_000001", ids[:500]), ("x_train_000002", ids[500:900]), ("x_val_000000", ids[900:])):
+        header = [20240520, 1, len(part), *[0] * 253]
+        numbers = b"".join(n.to_bytes(4, "little") for n in header)
+        (folder / f"{name}.bin").write_bytes(numbers + b"".join(int(i).to_bytes(2, "little") for i in part))
+
+
+@pytest.mark.parametrize("write", [write_nanogpt, write_llmc])
+def test_token_files_of_others_are_trained_on_in_place(tmp_path: Path, write: Any) -> None:
+    ids = np.random.default_rng(0).integers(0, 50257, 1200)
+    write(tmp_path / "tokens", ids)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "tokens").iterdir()}
+    datamodule = TokenDataModule(str(tmp_path / "tokens"), batch_size=4)
+    assert fit(datamodule).global_step == 2
+    assert datamodule.data.tokens("train") == 900
+    assert datamodule.windows["val"][np.array([0])][0][0].tolist() == ids[900:916].tolist()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "tokens").iterdir()} == before
+
+
+def test_a_prepared_folder_is_a_source(text_file: Path) -> None:
+    first = TokenDataModule(str(text_file), context_length=16, val_fraction=0.1)
+    first.setup()
+    second = TokenDataModule(str(first.data.folder), context_length=16)
+    second.setup()
+    assert second.data.fingerprint == first.data.fingerprint
+    other = TokenDataModule(str(first.data.folder), context_length=16)
+    other.tokenizer = type("T", (), {"name": "r50k_base"})()  # type: ignore[assignment]
+    with pytest.raises(InputError, match="data.tokenizer 'r50k_base' contradicts"):
+        other.setup()
+
+
+def test_damaged_token_files_of_others_are_named(tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).integers(0, 50257, 1200)
+    write_llmc(tmp_path / "cut", ids)
+    path = tmp_path / "cut" / "x_train_000002.bin"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(InputError, match=r"x_train_000002.bin has 1822 bytes, its header says 1824: it is truncated"):
+        fit(TokenDataModule(str(tmp_path / "cut")))
+    write_llmc(tmp_path / "new", ids)
+    path = tmp_path / "new" / "x_train_000001.bin"
+    path.write_bytes(path.read_bytes()[:4] + b"\x07" + path.read_bytes()[5:])
+    with pytest.raises(InputError, match="is an llm.c file of version 7: only version 1"):
+        fit(TokenDataModule(str(tmp_path / "new")))
+    write_nanogpt(tmp_path / "odd", ids)
+    (tmp_path / "odd" / "train.bin").write_bytes(b"x" * 2001)
+    with pytest.raises(InputError, match="train.bin has 2001 bytes, no multiple of the 2 of uint16"):
+        fit(TokenDataModule(str(tmp_path / "odd")))
+    write_nanogpt(tmp_path / "wide", np.full(1200, 60000))
+    with pytest.raises(InputError, match="train.bin has the id 60000, outside the vocabulary of 50257"):
+        fit(TokenDataModule(str(tmp_path / "wide")))
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "other.bin").touch()
+    with pytest.raises(InputError, match="has no .bin file with 'train' in its name"):
+        fit(TokenDataModule(str(tmp_path / "none")))
+
+
 def test_a_test_part_is_needed_to_test(text_file: Path) -> None:
     datamodule = TokenDataModule(str(text_file), context_length=16)
     with pytest.raises(InputError, match="use a larger data.test_fraction"):

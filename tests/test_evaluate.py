@@ -65,6 +65,11 @@ def test_a_stride_out_of_range_is_named(model: GPTModel, stride: int) -> None:
         evaluate(model, TOKENIZER, DOCUMENTS, stride)
 
 
+def test_a_batch_size_out_of_range_is_named(model: GPTModel) -> None:
+    with pytest.raises(InputError, match="batch_size must be at least 1, got 0"):
+        evaluate(model, TOKENIZER, DOCUMENTS, 8, batch_size=0)
+
+
 def test_no_text_is_named(model: GPTModel) -> None:
     with pytest.raises(InputError, match="there is no text"):
         evaluate(model, TOKENIZER, [], 8)

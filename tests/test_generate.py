@@ -54,6 +54,11 @@ def test_temperature_divides_the_logits() -> None:
     torch.testing.assert_close(Sampling(temperature=2.0).probabilities(LOGITS), torch.softmax(LOGITS / 2.0, dim=-1))
 
 
+def test_a_tiny_temperature_is_greedy() -> None:
+    probabilities = Sampling(temperature=1e-40).probabilities(LOGITS)[0]
+    assert probabilities.tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0]
+
+
 def test_top_k_keeps_k_of_equals() -> None:
     assert int((Sampling(1.0, top_k=2).probabilities(torch.zeros(1, 5)) > 0).sum()) == 2
 

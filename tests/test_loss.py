@@ -13,3 +13,5 @@ def test_mean_and_sum_leave_out_what_has_no_target() -> None:
     expected = -sum(chances[b, t, targets[b, t]] for b, t in ((0, 0), (0, 2), (1, 0), (1, 1)))
     torch.testing.assert_close(next_token_loss(logits, targets, reduction="sum"), expected)
     torch.testing.assert_close(next_token_loss(logits, targets), expected / 4)
+    half = logits.bfloat16()
+    torch.testing.assert_close(next_token_loss(half, targets), next_token_loss(half.float(), targets))

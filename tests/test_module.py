@@ -1,6 +1,8 @@
 """GPTModule: the schedule, the optimizer's groups, and a checkpoint that loads without running code."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -43,9 +45,10 @@ def test_only_matrices_decay(decay_all: bool) -> None:
         assert value == (0.3 if is_matrix or decay_all else 0.0), name
 
 
-def test_one_batch_can_be_learnt_by_heart() -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_one_batch_can_be_learnt_by_heart(optimizer: Any) -> None:
     torch.manual_seed(0)
-    module = GPTModule(TINY, lr=1e-2, schedule="constant")
+    module = GPTModule(TINY, lr=1e-2, schedule="constant", optimizer=optimizer)
     loader = batches(1)
     long = torch.utils.data.DataLoader([next(iter(loader))] * 120, batch_size=None)  # type: ignore[arg-type]
     fitter = trainer(max_steps=120, log_every_n_steps=120)
@@ -92,6 +95,18 @@ def test_clipping_is_honoured_and_the_norm_logged_is_from_before(algorithm: str)
     assert seen["norm" if algorithm == "norm" else "largest"] == pytest.approx(1e-3, rel=1e-2)
 
 
+def test_the_schedule_knows_the_end_of_a_run_in_epochs() -> None:
+    module = GPTModule(TINY, lr=1e-2, min_lr=0.0)
+    seen: list[float] = []
+
+    class Watch(pl.Callback):
+        def on_before_zero_grad(self, trainer: pl.Trainer, *_: object) -> None:
+            seen.append(trainer.optimizers[0].param_groups[0]["lr"])  # of the step before
+
+    trainer(max_steps=-1, max_epochs=2, callbacks=[Watch()]).fit(module, batches(5))
+    assert min(seen) == pytest.approx(1e-2 * 0.5 * (1 + math.cos(math.pi * 0.8)))
+
+
 def test_a_long_warm_up_warns_and_goes_on() -> None:
     with pytest.warns(UserWarning, match="model.warmup_steps 9 is no shorter than the run of 5 steps"):
         trainer().fit(GPTModule(TINY, warmup_steps=9), batches(5))
@@ -102,6 +117,8 @@ def test_a_long_warm_up_warns_and_goes_on() -> None:
     [
         ({"lr": -1.0}, "model.lr must be a number of at least 0, got -1.0"),
         ({"min_lr": float("nan")}, "model.min_lr must be a number of at least 0, got nan"),
+        ({"schedule": "linear"}, "model.schedule must be one of cosine, constant, got 'linear'"),
+        ({"optimizer": "sgd"}, "model.optimizer must be one of adamw, muon, got 'sgd'"),
         ({"beta2": 1.0}, "model.beta2 must be at least 0 and below 1, got 1.0"),
         ({"warmup_steps": -2}, "model.warmup_steps must be at least 0, got -2"),
     ],

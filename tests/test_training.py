@@ -162,6 +162,85 @@ def test_fast_dev_run_leaves_nothing_behind(fit: Fit) -> None:
     assert not list(Path("runs").rglob("*.ckpt"))
 
 
+def test_muon_resumes_with_its_state_and_its_values(fit: Fit) -> None:
+    muon = ("--model.optimizer=muon", "--trainer.max_steps=6", "--run.save_every_n_steps=3")
+    fit(*muon, "--run.name=whole")
+    fit(*muon, "--run.name=stop")
+    checkpoints(Path("runs/stop/version_0"))[-1].unlink()
+    fit(*muon, "--run.name=stop", "--ckpt_path=last")
+    assert losses(Path("runs/stop/version_0")) == losses(Path("runs/whole/version_0"))
+    state = read_checkpoint(checkpoints(Path("runs/stop/version_0"))[-1])["optimizer_states"][0]
+    assert "momentum_buffer" in state["state"][0]
+    fit("--trainer.max_steps=6", "--run.name=stop", "--ckpt_path=last", command="validate")
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    fit("--trainer.max_steps=4", "--run.save_every_n_steps=2")
+    first, newest = checkpoints(RUN)
+    newest.write_bytes(newest.read_bytes()[:1000])
+    fit("--trainer.max_steps=5", "--ckpt_path=last", "--run.keep_last=1")
+    assert "step-00000004.ckpt is truncated" in capsys.readouterr().err
+    assert list(losses(RUN)) == [1, 2, 3, 4, 5]
+    assert [path.name for path in checkpoints(RUN)] == ["step-00000005.ckpt"]
+    assert not first.exists()
+
+
+def test_a_run_that_died_before_its_first_checkpoint_does_not_hide_the_one_before(fit: Fit) -> None:
+    fit("--trainer.max_steps=1")
+    Path("runs/t/version_1").mkdir()
+    fit("--trainer.max_steps=2", "--ckpt_path=last")
+    assert list(losses(RUN)) == [1, 2]
+
+
+def test_a_checkpoint_under_another_name_branches_off(fit: Fit) -> None:
+    fit("--trainer.max_steps=1")
+    fit("--trainer.max_steps=2", "--ckpt_path=runs/t", "--run.name=other")
+    assert list(losses(RUN)) == [1]
+    assert list(losses(Path("runs/other/version_0"))) == [2]
+
+
+def test_a_run_in_epochs_resumes_at_its_position(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    fit("--trainer.max_epochs=1")
+    steps = len(losses(RUN))
+    out = capsys.readouterr().out
+    assert "config.yaml --ckpt_path last --trainer.max_epochs 2" in out
+    with pytest.raises(SystemExit):
+        fit("--trainer.max_epochs=1", "--ckpt_path=last")
+    assert f"the run has made its {steps} steps already" in capsys.readouterr().err
+    fit("--trainer.max_epochs=2", "--ckpt_path=last", "--data.batch_size=8")
+    windows = read_checkpoint(checkpoints(RUN)[-1])["TokenDataModule"]["windows"]
+    assert len(losses(RUN)) == steps + -(-(windows - 4 * steps) // 8)
+    assert 2 * (windows // 8) - 2 <= steps * 2 <= 2 * (windows // 8) + 2
+
+
+def test_a_run_goes_on_without_what_it_was_started_from(fit: Fit) -> None:
+    fit("--trainer.max_steps=1")
+    source = checkpoints(RUN)[-1]
+    fit("--trainer.max_steps=1", f"--model.init_from={source}", "--run.name=b")
+    source.unlink()
+    fit("--trainer.max_steps=2", f"--model.init_from={source}", "--run.name=b", "--ckpt_path=last")
+    assert list(losses(Path("runs/b/version_0"))) == [1, 2]
+
+
+def test_imported_weights_can_be_validated(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    from gptlit.weights import read_source, save_checkpoint
+
+    fit("--trainer.max_steps=1")
+    save_checkpoint(read_source(RUN), Path("weights.ckpt"))
+    fit("--ckpt_path=weights.ckpt", command="validate")
+    assert f"{losses(RUN, 'val/loss')[1]:.4f}" in capsys.readouterr().out
+    fit(command="validate")
+    assert "untrained weights are measured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--data.seed=9", "--data.stride=3", "--model.optimizer=muon"])
+def test_another_order_or_optimizer_is_not_resumed(fit: Fit, capsys: pytest.CaptureFixture[str], flag: str) -> None:
+    fit("--trainer.max_steps=1")
+    with pytest.raises(SystemExit):
+        fit("--trainer.max_steps=2", "--ckpt_path=last", flag)
+    assert flag.strip("-").split("=")[0] in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_config_is_complete(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from gptlit.training import main

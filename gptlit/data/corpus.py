@@ -3,6 +3,7 @@
 import ast
 import glob
 import hashlib
+import re
 import sys
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
@@ -44,8 +45,9 @@ def open_corpus(source: str) -> Corpus:
     for path in paths:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    name = paths[0].stem if len(paths) == 1 else Path(source.rstrip("/*?[]")).name or "text"
-    return Corpus(name, digest.hexdigest(), partial(_read_texts, paths))
+    words = [paths[0].stem] if len(paths) == 1 else [part for part in Path(source).parts if not set(part) & set("*?[]")]
+    name = re.sub(r"[^\w-]+", "_", words[-1]).strip("_") if words else ""
+    return Corpus(name or "text", digest.hexdigest(), partial(_read_texts, paths))
 
 
 def _text_files(source: str) -> list[Path]:

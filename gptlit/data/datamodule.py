@@ -79,6 +79,8 @@ class TokenDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.cache_dir = Path(cache_dir)
         self.accumulation = 1
+        self._micro_batch_size = micro_batch_size or batch_size
+        self._limits: tuple[int, int | None] = (-1, None)
         self.start = 0  # position of the first window of this fit, over all devices
         self.start_step = 0
         self.max_steps = -1
@@ -111,7 +113,8 @@ class TokenDataModule(pl.LightningDataModule):
             self._configure(self._trainer())
 
     def _load(self, stage: str | None) -> None:
-        self.data = self._open()
+        if not hasattr(self, "data"):  # `setup` comes after `prepare_data` on the first device, alone on the others
+            self.data = self._open()
         length = self._agree_with_model()
         self.windows = {name: Windows(self.data.shards(name), length, self.stride or length) for name in SPLITS}
         needed = {"fit": ["train"] + ["val"] * (self.split.val_fraction > 0), "validate": ["val"], "test": ["test"]}
@@ -170,9 +173,13 @@ class TokenDataModule(pl.LightningDataModule):
                 f"{windows.context_length} + 1: use {share}a longer text or a smaller model.config.context_length"
             )
 
-    def _plan(self, trainer: pl.Trainer) -> tuple[int, int, int]:
-        """Return (micro-batch size, accumulation, optimizer steps of the whole run)."""
-        if trainer.accumulate_grad_batches != 1 and trainer is not self._configured:
+    def _plan(self, trainer: pl.Trainer) -> tuple[int, int]:
+        """Return (micro-batch size, accumulation), and remember what limits the run."""
+        if trainer is self._configured:
+            return self._micro_batch_size, self.accumulation
+        self._limits = trainer.max_steps, trainer.max_epochs
+        self._steps()
+        if trainer.accumulate_grad_batches != 1:
             raise InputError(
                 f"trainer.accumulate_grad_batches {trainer.accumulate_grad_batches} is not for setting: it follows "
                 "from data.batch_size, data.micro_batch_size and the number of devices"
@@ -189,24 +196,32 @@ class TokenDataModule(pl.LightningDataModule):
                 f"data.batch_size {self.batch_size} is not divisible by data.micro_batch_size {micro_batch_size} x "
                 f"{devices} device{'s' if devices > 1 else ''}: set it to a multiple of {at_once}"
             )
-        return micro_batch_size, self.batch_size // at_once, self._steps(trainer)
+        if devices > 1 and trainer._accelerator_connector.use_distributed_sampler:
+            raise InputError("trainer.use_distributed_sampler must be false: windows are dealt out to the devices here")
+        return micro_batch_size, self.batch_size // at_once
+
+    def _set_steps(self, trainer: pl.Trainer) -> None:
+        self.max_steps = trainer.fit_loop.epoch_loop.max_steps = self._steps()
 
     def _configure(self, trainer: pl.Trainer) -> None:
         """Tell the Trainer; it counts accumulation and the interval of validation in micro-batches."""
-        self.micro_batch_size, self.accumulation, self.max_steps = self._plan(trainer)
+        self.start = self.start_step = 0
+        self._micro_batch_size, self.accumulation = self._plan(trainer)
+        self._set_steps(trainer)
         trainer.accumulate_grad_batches = self.accumulation
-        trainer.fit_loop.epoch_loop.max_steps = self.max_steps
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.limit_train_batches = int(trainer.limit_train_batches) * self.accumulation
         if isinstance(trainer.val_check_interval, int):
             trainer.val_check_interval *= self.accumulation
         self._configured = trainer
 
-    def _steps(self, trainer: pl.Trainer) -> int:
-        """Return the optimizer steps of the whole run, from trainer.max_steps or trainer.max_epochs."""
-        limits = [trainer.max_steps] if trainer.max_steps != -1 else []
-        if trainer.max_epochs not in (None, -1):
-            limits.append(math.ceil(trainer.max_epochs * len(self.windows["train"]) / self.batch_size))
+    def _steps(self) -> int:
+        """Return the optimizer steps of the whole run, counted from its beginning."""
+        max_steps, max_epochs = self._limits
+        limits = [max_steps] if max_steps != -1 else []
+        if max_epochs is not None and max_epochs != -1:
+            left = max_epochs * len(self.windows["train"]) - self.start
+            limits.append(self.start_step + max(0, math.ceil(left / self.batch_size)))
         if not limits:
             raise InputError("a run needs an end: set trainer.max_steps or trainer.max_epochs")
         return min(limits)
@@ -228,7 +243,7 @@ class TokenDataModule(pl.LightningDataModule):
         order = TrainOrder(
             len(self.windows["train"]),
             batch_size=self.batch_size,
-            micro_batch_size=self.micro_batch_size or 1,
+            micro_batch_size=self._micro_batch_size,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             seed=self.seed,
@@ -264,6 +279,8 @@ class TokenDataModule(pl.LightningDataModule):
             "source": self.source,
             "tokenizer": self.tokenizer.name,
             "corpus": self.data.fingerprint,
+            "seed": self.seed,
+            "stride": self.windows["train"].stride,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -280,4 +297,17 @@ class TokenDataModule(pl.LightningDataModule):
                 f"{state['source']!r} ({state['corpus'][:12]}): resume with that corpus and the same shares and "
                 "tokenizer, or start a new run with --model.init_from"
             )
+        now = {"seed": self.seed, "stride": self.windows["train"].stride}
+        for key, value in now.items():
+            if state.get(key, value) != value:
+                raise InputError(
+                    f"data.{key} is {value}, but the checkpoint was trained with {state[key]}: its position would be "
+                    "one in another order; set it to that, or start a new run with --model.init_from"
+                )
         self.start, self.start_step = state["windows"], state["step"]
+        self._set_steps(self._trainer())
+        if self.start_step >= self.max_steps:
+            raise InputError(
+                f"the run has made its {self.start_step} steps already (trainer.max_steps {self.max_steps}): raise "
+                "trainer.max_steps or trainer.max_epochs, which count from its beginning"
+            )

@@ -6,10 +6,11 @@ temporary name and renamed when it is whole, so a folder with a manifest is alwa
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import chain, islice
@@ -26,7 +27,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val", "test")
 VERIFY_LIMIT = 2**31  # bytes: shards up to this total are hashed again each time a run starts
-BATCH = 512  # documents handed to the tokenizer's threads at once
+BATCH = 2**24  # characters handed to the tokenizer's threads at once
+FEW = 10  # a corpus is small when its smallest split would get fewer documents than that
 
 
 @dataclass(frozen=True)
@@ -49,17 +51,30 @@ class Split:
                 f"val_fraction {self.val_fraction} and test_fraction {self.test_fraction} leave nothing to train on"
             )
 
-    def divide(self, documents: Iterable[str]) -> Iterator[tuple[str, str]]:
-        """Yield (split, text): whole documents where there are several, shares of characters where there is one."""
-        documents = iter(documents)
-        first = list(islice(documents, 2))
-        if len(first) == 1:
-            yield from self._cut(first[0])
+    def divide(self, documents: Callable[[], Iterator[str]]) -> Iterator[tuple[str, str]]:
+        """Yield (split, text): whole documents where there are several, shares of characters where there is one.
+
+        A document's split follows from its own text, so that it keeps it when the corpus grows. Of few documents the
+        ones with the lowest numbers are taken, so that every split gets some.
+        """
+        few = math.ceil(FEW / min(f for f in (self.val_fraction, self.test_fraction, 1.0) if f))
+        numbers = sorted(map(_number, islice(documents(), few)))
+        if len(numbers) == 1:
+            yield from self._cut(next(documents()))
             return
-        for text in first:
-            yield self._of(text), text
-        for text in documents:
-            yield self._of(text), text
+        val, test = self.val_fraction, self.val_fraction + self.test_fraction
+        if 1 < len(numbers) < few:
+            val, test = self._thresholds(numbers)
+        for text in documents():
+            number = _number(text)
+            yield "val" if number < val else "test" if number < test else "train", text
+
+    def _thresholds(self, numbers: list[float]) -> tuple[float, float]:
+        """Return the numbers below which a document validates and tests; one at least is left to train on."""
+        vals, tests = (max(1, round(len(numbers) * f)) if f else 0 for f in (self.val_fraction, self.test_fraction))
+        vals = min(vals, len(numbers) - 1)
+        tests = min(tests, len(numbers) - 1 - vals)
+        return numbers[vals], numbers[vals + tests]
 
     def _cut(self, text: str) -> Iterator[tuple[str, str]]:
         """The first characters train, the next validate, the last test."""
@@ -67,12 +82,10 @@ class Split:
         val = int(len(text) * (1 - self.test_fraction))
         yield from (("train", text[:train]), ("val", text[train:val]), ("test", text[val:]))
 
-    def _of(self, text: str) -> str:
-        """A document's split follows from its own text, so that it keeps it when the corpus grows."""
-        share = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-        if share < self.val_fraction:
-            return "val"
-        return "test" if share < self.val_fraction + self.test_fraction else "train"
+
+def _number(text: str) -> float:
+    """Return a document's own number, from 0 to 1."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 @dataclass(frozen=True)
@@ -271,7 +284,7 @@ def _write_folder(
     try:
         dtype = "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"
         writers = {name: _ShardWriter(temporary / f"{name}-00000.bin", dtype, tokenizer.eot_token) for name in SPLITS}
-        for name, ids, size in _encode(split.divide(corpus.documents()), tokenizer):
+        for name, ids, size in _encode(split.divide(corpus.documents), tokenizer):
             writers[name].add(ids, size)
         manifest = {
             **settings,
@@ -291,10 +304,24 @@ def _write_folder(
 
 def _encode(texts: Iterator[tuple[str, str]], tokenizer: tiktoken.Encoding) -> Iterator[tuple[str, list[int], int]]:
     """Yield (split, ids, bytes of text). Text that spells a special token stays ordinary text."""
-    while batch := list(islice(texts, BATCH)):
+    for batch in _batches(texts):
         encoded = tokenizer.encode_ordinary_batch([text for _, text in batch], num_threads=os.cpu_count() or 1)
         for (name, text), ids in zip(batch, encoded, strict=True):
             yield name, ids, len(text.encode())
+
+
+def _batches(texts: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Collect documents until they have `BATCH` characters."""
+    batch: list[tuple[str, str]] = []
+    size = 0
+    for name, text in texts:
+        batch.append((name, text))
+        size += len(text)
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 @dataclass
