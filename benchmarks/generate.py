@@ -41,7 +41,8 @@ def contender(name: str, size: int, new_tokens: int) -> Any:
     import torch
 
     project, precision = name.split()
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    alone = size == 1  # then 8-bit weights are packed and compiled, with activations in fp32
+    dtype = torch.float32 if precision == "fp32" or (precision == "int8" and alone) else torch.bfloat16
     torch.manual_seed(0)
     prompts = torch.randint(0, 50257, (size, PROMPT))
     if project == "transformers":

@@ -107,8 +107,8 @@ def _load(
     model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     if torch.cuda.is_available():
         model.cuda()
-    if compile and (quantize or torch.cuda.is_available()):
-        note("--compile is left out: it is for unquantised weights on a CPU")
+    if compile and torch.cuda.is_available():
+        note("--compile is left out: it pays on a CPU only")
     return for_generation(model, quantize, compile), tokenizer
 
 

@@ -1,7 +1,7 @@
 """Linear layers for generation on a CPU: one row at a time, a product reads every weight once, and memory is the limit.
 
 BLAS reads weights at a fraction of the memory's speed there. The product written as multiply-and-sum, and compiled,
-comes close to it; with 8-bit weights a quarter of the bytes are read.
+comes close to it; with 8-bit weights a quarter of the bytes is read.
 """
 
 import torch
@@ -27,34 +27,61 @@ class RowLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with 8-bit weights and one scale an output: (..., I) -> (..., O)."""
+    """A linear layer with 8-bit weights and one scale an output: (..., I) -> (..., O).
 
-    weight: Tensor
-    scale: Tensor
+    Args:
+        linear: The layer to copy.
+        packed: Keep four weights in an int32, which a compiled product with a single row reads fastest; everything
+            else has to unpack them first.
+    """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    weight: Tensor  # int8 (O, I), or packed: int32 (O, I/4), whose byte k of word j is the weight k * I/4 + j
+    scale: Tensor  # (O,)
+
+    def __init__(self, linear: nn.Linear, packed: bool) -> None:
         super().__init__()
-        scale = linear.weight.detach().float().abs().amax(dim=1).clamp(min=1e-12) / 127
-        self.register_buffer("weight", (linear.weight.detach().float() / scale[:, None]).round().to(torch.int8))
+        self.packed = packed and linear.in_features % 4 == 0
+        full = linear.weight.detach().float()
+        scale = full.abs().amax(dim=1).clamp(min=1e-12) / 127
+        weight = (full / scale[:, None]).round().to(torch.int8)
+        if self.packed:
+            planes = weight.view(len(weight), 4, -1).transpose(1, 2)  # (O, I/4, 4)
+            weight = planes.contiguous().view(torch.int32)[..., 0]
+        self.register_buffer("weight", weight)
         self.register_buffer("scale", scale.to(linear.weight.dtype))
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
+        if self.packed and len(rows) == 1:
+            return _packed_row_product(self.weight, x, self.bias, self.scale)
+        weight = self._unpacked() if self.packed else self.weight
         if len(rows) <= 16 and x.device.type == "cpu":
-            product = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+            product = torch._weight_int8pack_mm(rows, weight, self.scale)
         else:
-            product = F.linear(rows, self.weight.to(x.dtype)) * self.scale
+            product = F.linear(rows, weight.to(x.dtype)) * self.scale
         if self.bias is not None:
             product = product + self.bias
         return product.view(*x.shape[:-1], -1)
 
+    def _unpacked(self) -> Tensor:
+        planes = self.weight[..., None].view(torch.int8).transpose(1, 2)  # (O, 4, I/4)
+        return planes.reshape(len(self.weight), -1)
 
-def _row_product(weight: Tensor, x: Tensor, bias: Tensor | None, scale: Tensor | None = None) -> Tensor:
+
+def _packed_row_product(weight: Tensor, x: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
+    """Return weight @ x for a single row and packed weights: a shift up and one down bring out a signed byte."""
+    planes = x.reshape(4, -1).float()  # (4, I/4)
+    parts = [((weight << (24 - 8 * k)) >> 24).float() * planes[k] for k in range(4)]
+    product = (parts[0] + parts[1] + parts[2] + parts[3]).sum(dim=-1) * scale.float()  # (O,)
+    if bias is not None:
+        product = product + bias.float()
+    return product.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def _row_product(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
     """Return weight @ x for a single row, summed in float32."""
     product = (weight.float() * x.reshape(1, -1).float()).sum(dim=-1)  # (O,)
-    if scale is not None:
-        product = product * scale
     if bias is not None:
         product = product + bias.float()
     return product.to(x.dtype).view(*x.shape[:-1], -1)
@@ -66,21 +93,22 @@ def for_generation(model: GPTModel, quantize: str | None = None, compile: bool =
     Args:
         model: The model, not to be trained afterwards.
         quantize: "int8" keeps the matrices in 8 bits; None leaves them as they are.
-        compile: Compile block by block: seconds at first, and faster from then on (with 8 bits there is nothing to
-            gain). Nothing is compiled for a device other than the CPU.
+        compile: Compile block by block: seconds at first, and faster from then on for one row at a time. Only a CPU
+            has anything to gain; on another device nothing is compiled.
 
     Raises:
         InputError: The quantisation is unknown, or there is no compiler.
     """
     if quantize not in (None, "int8"):
         raise InputError(f"no quantisation is named {quantize!r}: 'int8' is the only one")
-    compile = compile and quantize is None and model.pos_emb.weight.device.type == "cpu"
+    compile = compile and model.pos_emb.weight.device.type == "cpu"
+    if quantize and compile:
+        model.float()  # the weights are in 8 bits; activations in bf16 would only be converted back and forth
     if quantize or compile:
-        kind = Int8Linear if quantize else RowLinear
         for module in list(model.modules()):
             for name, child in module.named_children():
                 if type(child) is nn.Linear:
-                    setattr(module, name, kind(child))
+                    setattr(module, name, Int8Linear(child, packed=compile) if quantize else RowLinear(child))
     if compile:
         _insist_on_a_compiler()
         for module in (*model.trf_blocks, model.out_head):

@@ -1,5 +1,7 @@
 """Sampling: probabilities against their definition, the loop around them, and the cache against no cache."""
 
+import copy
+
 import pytest
 import tiktoken
 import torch
@@ -7,7 +9,7 @@ import torch
 from gptlit.config import GPTConfig
 from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import InputError
-from gptlit.fast_linear import for_generation
+from gptlit.fast_linear import Int8Linear, for_generation
 from gptlit.generate import Sampling, complete, generate, stream
 from gptlit.model import GPTModel
 
@@ -190,6 +192,19 @@ def test_eight_bits_stay_close(dtype: torch.dtype) -> None:
     assert quantized.trf_blocks[0].att.qkv.weight.dtype == torch.int8
 
 
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_packed_and_plain_8_bits_are_the_same_numbers(rows: int) -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(24, 10)
+    plain, packed = Int8Linear(linear, packed=False), Int8Linear(linear, packed=True)
+    assert packed.weight.shape == (10, 6)
+    x = torch.randn(2, rows, 24)[:1] if rows == 1 else torch.randn(1, rows, 24)
+    expected = x @ (plain.weight.float() * plain.scale[:, None]).T + linear.bias
+    torch.testing.assert_close(packed(x), expected)
+    torch.testing.assert_close(plain(x), expected, atol=2e-2, rtol=2e-2)
+    assert not Int8Linear(torch.nn.Linear(6, 3), packed=True).packed
+
+
 def test_an_unknown_quantisation_is_named(model: GPTModel) -> None:
     with pytest.raises(InputError, match="no quantisation is named 'int3'"):
         for_generation(model, "int3")
@@ -201,9 +216,15 @@ def test_compiled_text_is_the_same(model: GPTModel) -> None:
     prompts = [[1, 2, 3], [4]]
     expected = [ids.tolist() for ids, _ in stream(model, prompts, 6)]
     alone = [ids.tolist() for ids, _ in stream(model, prompts[:1], 6)]
-    fast = for_generation(model, compile=True)
+    fast = for_generation(copy.deepcopy(model), compile=True)
     assert [ids.tolist() for ids, _ in stream(fast, prompts, 6)] == expected
     assert [ids.tolist() for ids, _ in stream(fast, prompts[:1], 6)] == alone
+    eager = for_generation(copy.deepcopy(model), "int8")
+    packed = for_generation(copy.deepcopy(model), "int8", compile=True)
+    for (_, one), (_, two) in zip(stream(eager, prompts[:1], 1), stream(packed, prompts[:1], 1), strict=True):
+        torch.testing.assert_close(one, two, atol=1e-2, rtol=1e-2)
+    texts = [[int(ids[0]) for ids, _ in stream(fast, prompts[:1], 6)] for fast in (eager, packed)]
+    assert texts[0] == texts[1]
 
 
 # --- text -------------------------------------------------------------------------------------------------------
