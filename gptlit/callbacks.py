@@ -212,7 +212,7 @@ class StepProgress(ProgressBar):
     ) -> None:
         """Say in the bar that a validation is going on."""
         if self._progress is not None and self._task is not None:
-            total = self.total_val_batches_current_dataloader
+            total = sum(trainer.num_val_batches)
             self._progress.update(self._task, description=f"validating {batch_idx + 1}/{total}")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -269,9 +269,8 @@ def _summary(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
         lines.append(
             f"data   {datamodule.source}: {tokens['train']:,} tokens to train on, {tokens['val']:,} to validate"
         )
-        lines.append(
-            f"run    {trainer.max_steps} steps of {datamodule.batch_size} windows "
-            f"({datamodule.batch_size * config.context_length:,} tokens), accumulated over "
-            f"{datamodule.accumulation} micro-batches of {datamodule.micro_batch_size}"
-        )
+        step = f"{datamodule.batch_size} windows ({datamodule.batch_size * config.context_length:,} tokens)"
+        if datamodule.accumulation > 1:
+            step += f", accumulated over {datamodule.accumulation} micro-batches on each device"
+        lines.append(f"run    {trainer.max_steps} steps of {step}")
     return lines

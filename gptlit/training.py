@@ -107,7 +107,7 @@ class SaveRunConfig(SaveConfigCallback):
         self.run.mkdir(parents=True, exist_ok=True)
         names = chain(["config.yaml"], (f"config_{n}.yaml" for n in count(1)))
         path = next(path for name in names if not (path := self.run / name).exists())
-        self.parser.save(self.config, path, skip_none=False, overwrite=False, multifile=False)
+        self.parser.save(self.config, path, skip_unset=False, overwrite=False, multifile=False)
 
 
 class TrainingCLI(LightningCLI):

@@ -33,6 +33,27 @@ def test_a_fit_leaves_curves_configuration_and_checkpoints(fit: Fit, capsys: pyt
     assert "generate --checkpoint" in out
 
 
+def test_the_log_of_a_fit_without_a_terminal(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    fit("--trainer.max_steps=2", "--trainer.enable_progress_bar=true", "--data.micro_batch_size=1")
+    err = capsys.readouterr().err
+    assert re.search(r"model  [\d,]+ parameters: 2 layers, 2 heads, 32 wide, context 16; 32-true on 1 x cpu", err)
+    assert re.search(r"data   .*words.txt: [\d,]+ tokens to train on, [\d,]+ to validate", err)
+    assert "run    2 steps of 4 windows (64 tokens), accumulated over 4 micro-batches on each device" in err
+    assert re.search(r"step 2/2  loss \d+\.\d+  tokens/s [\d,]+  0:00:00 left", err)
+    assert f"step 2: val/loss {losses(RUN, 'val/loss')[2]:.4f}, perplexity" in err
+    assert "sample" in err
+
+
+def test_the_bar_on_a_terminal(fit: Fit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes this for a terminal
+    monkeypatch.setenv("COLUMNS", "120")
+    fit("--trainer.max_steps=4", "--trainer.enable_progress_bar=true", "--run.val_every_n_steps=2")
+    err = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    assert re.search(r"training .* 4/4 loss \d+\.\d+  val \d+\.\d+  tokens/s [\d,]+ +0:00:00", err)
+    assert "step 4: val/loss" in err
+    assert "step 4/4  loss" not in err  # the lines are for logs only
+
+
 def test_samples_are_in_tensorboards_text_tab(fit: Fit) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
