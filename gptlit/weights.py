@@ -22,7 +22,7 @@ from gptlit import __version__
 from gptlit.checkpoint import DurableCheckpointIO, find_checkpoint, load_plain, read_checkpoint
 from gptlit.config import GPTConfig
 from gptlit.data.tokenizer import load_tokenizer, save_huggingface
-from gptlit.errors import InputError
+from gptlit.errors import InputError, note
 from gptlit.model import GPTModel
 
 PREFIX = "model."  # the GPTModel inside a GPTModule
@@ -331,6 +331,7 @@ def _read_nanogpt(content: dict[str, Any], path: Path) -> Source:
         with torch.device("meta"):
             shapes = {openai_names(name)[0]: value.shape for name, value in GPTModel(config).state_dict().items()}
         weights = {name: torch.zeros(shape) for name, shape in shapes.items() if name.endswith("bias")} | weights
+    note(f"{path}: nanoGPT has the exact GELU, GPT-2 and this project its tanh form: logits differ in the third digit")
     return _cut_vocabulary(Source(path, config, from_format(weights, NANOGPT, config, path)))
 
 

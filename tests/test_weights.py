@@ -211,10 +211,11 @@ def nanogpt(vocab_size: int = 50304, bias: bool = True) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_nanogpts_checkpoint(tmp_path: Path, bias: bool) -> None:
+def test_nanogpts_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str], bias: bool) -> None:
     content = nanogpt(bias=bias)
     torch.save(content, tmp_path / "ckpt.pt")
     ours = load_pretrained(tmp_path / "ckpt.pt")
+    assert "nanoGPT has the exact GELU" in capsys.readouterr().err
     theirs = {name.removeprefix("_orig_mod."): value for name, value in content["model"].items()}
     config = ours.config
     assert (config.vocab_size, config.n_heads, config.qkv_bias, config.tie_weights) == (50257, 4, bias, True)
