@@ -46,6 +46,7 @@ class StepCheckpoint(Checkpoint):
         self.run = run
         self.every_n_steps = every_n_steps
         self.keep_last = keep_last
+        self.seconds = 0.0  # spent on saving
         self._saved_step = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -69,7 +70,9 @@ class StepCheckpoint(Checkpoint):
         step = trainer.global_step
         if step == self._saved_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        began = time.perf_counter()
         trainer.save_checkpoint(checkpoint_path(self.run, step))
+        self.seconds += time.perf_counter() - began
         self._saved_step = step
         if trainer.is_global_zero and self.keep_last > 0:
             newest = checkpoint_path(self.run, step)  # what has a higher number is damaged, or not of this timeline
@@ -87,29 +90,42 @@ class FinalValidation(Callback):
 
 
 class Throughput(Callback):
-    """Logs perf/tokens_per_second: of all devices, since the last log point, without validations and checkpoints."""
+    """Logs perf/tokens_per_second: of all devices, between two log points, without validations and checkpoints.
+
+    It is the wall clock that counts: a GPU works on after each call has returned, but not from one log point to the
+    next. Must come after the callbacks that work at the end of a validation.
+    """
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""
-        self._spent = 0.0
-        self._mark(pl_module)
+        self._validating = 0.0
+        self._mark(trainer, pl_module)
 
-    def _mark(self, pl_module: pl.LightningModule) -> None:
+    def _mark(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, GPTModule)
-        self._tokens = pl_module.tokens
+        self._began, self._tokens, self._paused = time.perf_counter(), pl_module.tokens, self._pauses(trainer)
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        """The clock runs from the start of a micro-batch..."""
-        self._began = time.perf_counter()
+    def _pauses(self, trainer: pl.Trainer) -> float:
+        """Return the seconds that validations and checkpoints have taken so far."""
+        saves = [c.seconds for c in trainer.checkpoint_callbacks if isinstance(c, StepCheckpoint)]
+        return self._validating + sum(saves)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop the clock."""
+        self._stopped = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let it go on."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._validating += time.perf_counter() - self._stopped
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """...to its end. (Fetching the batch lies outside, and is measured on its own.)"""
+        """Log at a log point, and begin anew."""
         assert isinstance(pl_module, GPTModule)
-        self._spent += time.perf_counter() - self._began
         if trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate():
-            pl_module.log("perf/tokens_per_second", (pl_module.tokens - self._tokens) / self._spent)
-            self._spent = 0.0
-            self._mark(pl_module)
+            spent = time.perf_counter() - self._began - (self._pauses(trainer) - self._paused)
+            pl_module.log("perf/tokens_per_second", (pl_module.tokens - self._tokens) / spent)
+            self._mark(trainer, pl_module)
 
 
 class SampleText(Callback):

@@ -222,13 +222,14 @@ class TrainingCLI(LightningCLI):
         """Add this project's logger, callbacks and durable writer to what the configuration asks for."""
         config = self.config_init[self.subcommand]
         run: RunConfig = config.run
-        callbacks: list[Any] = [EndTogether(), FinalValidation(), Throughput()]
+        callbacks: list[Any] = [EndTogether(), FinalValidation()]
         if config.trainer.enable_checkpointing is not False:
             callbacks.append(StepCheckpoint(self.run, run.save_every_n_steps, run.keep_last))
         if run.sample_prompt:
             callbacks.append(SampleText(run.sample_prompt))
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(StepProgress())
+        callbacks.append(Throughput())
         if config.trainer.logger in (None, True):
             kwargs["logger"] = self._tensorboard(config)
         self.trainer_defaults["callbacks"] = callbacks

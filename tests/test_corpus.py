@@ -15,7 +15,7 @@ def test_python_docs_are_technical_english_in_a_fixed_order() -> None:
     assert len(set(documents)) == len(documents) > 500
     assert 1_500_000 < sum(map(len, documents)) < 4_000_000
     assert any("Assert statements are a convenient way" in document for document in documents)  # the reference
-    assert any("Return an enumerate object" not in d and "Encode bytes-like object" in d for d in documents)
+    assert any("Encode bytes-like object" in document for document in documents)  # a docstring, of base64
 
 
 def test_a_file_a_folder_and_a_glob(tmp_path: Path) -> None:

@@ -294,9 +294,8 @@ def _write_folder(
         }
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         temporary.chmod(0o755)
-        if folder.exists():  # an interrupted deletion, or another process was faster
-            shutil.rmtree(folder) if not (folder / MANIFEST).is_file() else None
-        if not folder.exists():
+        if not (folder / MANIFEST).is_file():  # another process may have been faster
+            shutil.rmtree(folder, ignore_errors=True)  # what an interrupted deletion left
             os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
