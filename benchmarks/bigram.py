@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from gptlit.data.corpus import open_corpus
+from gptlit.data.prepare import Split, prepare_cached
 from gptlit.data.tokenizer import load_tokenizer
-from gptlit.data.tokens import Split, TokenData, prepare
+from gptlit.data.tokens import TokenData
 
 
 def run(source: str = "python-docs", val_fraction: float = 0.05, cache_dir: str = "data") -> None:
@@ -17,7 +18,7 @@ def run(source: str = "python-docs", val_fraction: float = 0.05, cache_dir: str 
         val_fraction: As `data.val_fraction`.
         cache_dir: As `data.cache_dir`.
     """
-    data = prepare(open_corpus(source), Path(cache_dir), load_tokenizer(), Split(val_fraction))
+    data = prepare_cached(open_corpus(source), Path(cache_dir), load_tokenizer(), Split(val_fraction))
     train, val = tokens(data, "train"), tokens(data, "val")
     for name, loss in losses(train, val, load_tokenizer().n_vocab).items():
         print(f"{name:<42}{loss:.4f}")

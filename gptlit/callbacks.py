@@ -128,6 +128,16 @@ class Throughput(Callback):
             self._mark(trainer, pl_module)
 
 
+class DrawnWindows(Callback):
+    """Logs data/NAME: the windows served of each corpus since the run began, where there are several."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Log at a log point."""
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        if trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate():
+            pl_module.log_dict({f"data/{name}": float(count) for name, count in datamodule.drawn().items()})
+
+
 class SampleText(Callback):
     """Continues a prompt after each validation: in TensorBoard's text tab and on the terminal.
 
@@ -282,9 +292,9 @@ def _summary(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     if isinstance(datamodule, TokenDataModule):
         tokens = {name: datamodule.data.tokens(name) for name in ("train", "val")}
-        lines.append(
-            f"data   {datamodule.source}: {tokens['train']:,} tokens to train on, {tokens['val']:,} to validate"
-        )
+        source = datamodule.source if isinstance(datamodule.source, str) else f"{len(datamodule.sources)} corpora"
+        lines.append(f"data   {source}: {tokens['train']:,} tokens to train on, {tokens['val']:,} to validate")
+        lines += [f"       {line}" for line in datamodule.describe_mix()]
         step = f"{datamodule.batch_size} windows ({datamodule.batch_size * config.context_length:,} tokens)"
         if datamodule.accumulation > 1:
             step += f", accumulated over {datamodule.accumulation} micro-batches on each device"

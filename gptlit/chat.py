@@ -4,8 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import tiktoken
-
+from gptlit.data.tokenizer import Tokenizer
 from gptlit.errors import InputError
 from gptlit.generate import Sampling, complete
 from gptlit.model import GPTModel
@@ -30,7 +29,7 @@ class Chat:
     def __init__(
         self,
         model: GPTModel,
-        tokenizer: tiktoken.Encoding,
+        tokenizer: Tokenizer,
         sampling: Sampling,
         max_new_tokens: int,
         seed: int | None,

@@ -1,9 +1,10 @@
 """The `gptlit` command: all that is not training. Heavy imports wait until a command needs them."""
 
+import inspect as introspection
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ArgumentParser, auto_cli
 
@@ -11,9 +12,138 @@ from gptlit import __version__
 from gptlit.errors import InputError, OneLineErrors, fail, note
 
 if TYPE_CHECKING:
-    import tiktoken
-
+    from gptlit.data.tokenizer import Tokenizer
     from gptlit.model import GPTModel
+
+
+def prepare(
+    source: list[str],
+    out: str,
+    tokenizer: str = "gpt2",
+    val_fraction: float = 0.05,
+    test_fraction: float = 0.0,
+    val_source: list[str] | None = None,
+    test_source: list[str] | None = None,
+    text_key: str = "text",
+    separator: str | None = None,
+    shard_tokens: int = 100_000_000,
+    num_workers: int | None = None,
+    skip_bad: bool = False,
+    overwrite: bool = False,
+) -> None:
+    """Turn texts into token shards to train on. Killed at any moment, the same command goes on where it was.
+
+    Args:
+        source: One or several of: python-docs; the-verdict, tiny-shakespeare, tinystories, fineweb-edu-sample (they
+            are downloaded); files, folders or globs of .txt, .jsonl (.gz, .zst) and .parquet; hf:OWNER/NAME[/PATH].
+        out: The folder for shards and manifest.json, to be named as data.source.
+        tokenizer: Name of a tiktoken encoding, or the path of a Hugging Face tokenizer.json.
+        val_fraction: Share that validates: of the documents, or of the characters of a single text.
+        test_fraction: Share that tests.
+        val_source: Other sources that validate, whole, instead of a share.
+        test_source: Other sources that test.
+        text_key: Key or column of the text in .jsonl and .parquet.
+        separator: What stands between two documents of a text file; without it a file is one document.
+        shard_tokens: Length of a shard, in tokens.
+        num_workers: Processes that encode; the default is one a core.
+        skip_bad: Leave out what cannot be read, and count it, rather than stop.
+        overwrite: Replace what another source, tokenizer or setting made in that folder.
+    """
+    from gptlit.data.corpus import Reading, open_corpus
+    from gptlit.data.prepare import Split
+    from gptlit.data.prepare import prepare as run
+    from gptlit.data.progress import downloading, preparing
+    from gptlit.data.tokenizer import load_tokenizer
+
+    split = Split(0.0 if val_source else val_fraction, 0.0 if test_source else test_fraction)
+    encoding = load_tokenizer(tokenizer)
+    corpora = {}
+    for name, sources in {"train": source, "val": val_source, "test": test_source}.items():
+        if sources:
+            with downloading(" ".join(sources)) as show:
+                corpora[name] = open_corpus(sources, Reading(text_key, separator), report=show)
+    with preparing(out) as report:
+        data = run(
+            corpora,
+            Path(out).expanduser(),
+            encoding,
+            split,
+            shard_tokens=shard_tokens,
+            num_workers=num_workers,
+            skip_bad=skip_bad,
+            overwrite=overwrite,
+            report=report,
+        )
+    parts = data.manifest["splits"]
+    print(f"{'':8}{'documents':>14}{'tokens':>18}{'text bytes':>18}{'bytes/token':>13}{'shards':>8}")
+    for name, part in parts.items():
+        if tokens := data.tokens(name):
+            ratio = part["bytes"] / tokens
+            print(f"{name:8}{part['documents']:>14,}{tokens:>18,}{part['bytes']:>18,}{ratio:>13.2f}", end="")
+            print(f"{len(part['shards']):>8,}")
+    if data.manifest["skipped"]:
+        print(f"left out, for they could not be read: {data.manifest['skipped']:,} documents")
+    print(f"\nnext: python train.py fit --config configs/quickstart.yaml --data.source {out}")
+
+
+def inspect(
+    folder: str,
+    split: Literal["train", "val", "test"] = "train",
+    position: int = 0,
+    length: int = 100,
+    tokenizer: str | None = None,
+    dtype: Literal["uint16", "uint32"] = "uint16",
+    verify: bool = False,
+    json: bool = False,
+) -> None:
+    """Show what is in a folder of tokens, prepared here or by nanoGPT or llm.c.
+
+    Args:
+        folder: With the .bin files.
+        split: Of which to show a window.
+        position: Where the window begins, in tokens.
+        length: Of the window, in tokens.
+        tokenizer: For files that do not say it; gpt2 by default.
+        dtype: Number type of files without a header.
+        verify: Read every shard and check its SHA-256.
+        json: Print one JSON object instead of a table.
+    """
+    from gptlit.data.inspection import open_folder, summaries, window_text
+
+    if position < 0 or length < 1:
+        raise InputError(f"position {position} and length {length}: at least 0 and 1 are needed")
+    data, encoding = open_folder(Path(folder).expanduser(), tokenizer, dtype)
+    if verify and not data.manifest:
+        raise InputError(f"{folder} has no manifest.json, there are no hashes to verify")
+    if verify:
+        from rich.console import Console
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("verifying", total=sum(map(data.tokens, data.splits)))
+            data.verify(lambda shard: progress.update(task, advance=shard.tokens))
+    found = summaries(data, encoding.eot_token)
+    text = window_text(data, split, encoding, position, length)
+    shards = sum(summary.shards for summary in found.values())
+    if json:
+        from dataclasses import asdict
+        from json import dumps
+
+        splits = {name: asdict(summary) for name, summary in found.items()}
+        values = {"tokenizer": encoding.name, "fingerprint": data.fingerprint, "verified": verify, "splits": splits}
+        print(dumps({**values, "window": text}, ensure_ascii=False))
+        return
+    print(f"{folder}: tokenizer {encoding.name}, {encoding.n_vocab:,} ids, fingerprint {data.fingerprint[:12]}")
+    print(f"\n{'':8}{'documents':>14}{'tokens':>18}{'text bytes':>18}{'median':>10}{'longest':>12}{'shards':>8}")
+    for name, summary in found.items():
+        size = f"{summary.text_bytes:,}" if summary.text_bytes is not None else "unknown"
+        print(f"{name:8}{summary.documents:>14,}{summary.tokens:>18,}{size:>18}", end="")
+        print(f"{summary.median:>10,}{summary.longest:>12,}{summary.shards:>8,}")
+        if summary.measured < summary.tokens:
+            print(f"{'':8}(documents counted and measured in the first {summary.measured:,} tokens)")
+    if verify:
+        print(f"\nverified: {shards:,} shard{'s' * (shards != 1)} as they were written")
+    print(f"\n{split}, tokens {position:,} to {position + length:,}:\n{text}")
 
 
 def generate(
@@ -95,9 +225,7 @@ def _prompts(prompt: str | None, prompts_file: str | None) -> list[str]:
     return prompts
 
 
-def _load(
-    checkpoint: str, precision: str, quantize: str | None, compile: bool = False
-) -> "tuple[GPTModel, tiktoken.Encoding]":
+def _load(checkpoint: str, precision: str, quantize: str | None, compile: bool = False) -> "tuple[GPTModel, Tokenizer]":
     import torch
 
     from gptlit.fast_linear import for_generation
@@ -112,7 +240,7 @@ def _load(
     return for_generation(model, quantize, compile), tokenizer
 
 
-def _note_long_prompts(prompts: list[str], model: "GPTModel", tokenizer: "tiktoken.Encoding") -> None:
+def _note_long_prompts(prompts: list[str], model: "GPTModel", tokenizer: "Tokenizer") -> None:
     length = model.config.context_length
     longest = max(len(tokenizer.encode_ordinary(prompt)) for prompt in prompts)
     if longest > length:
@@ -271,27 +399,58 @@ def export(checkpoint: str, out: str, to: Literal["huggingface", "book", "safete
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "prepare": prepare,
+    "inspect": inspect,
     "generate": generate,
     "chat": chat,
     "evaluate": evaluate,
     "import": import_,
     "export": export,
 }
+POSITIONAL = {"prepare": "source", "inspect": "folder", "import": "source"}  # `gptlit inspect FOLDER` reads better
 
 
 class Parser(OneLineErrors, ArgumentParser):
-    """jsonargparse with one-line errors."""
+    """jsonargparse with one-line errors; a file that is named is a source, not a value to be read from it."""
+
+    def add_argument(self, *args: Any, sub_configs: bool = False, **kwargs: Any) -> Any:
+        """Add an argument whose value is what is typed."""
+        return super().add_argument(*args, sub_configs=False, **kwargs)
+
+
+def _spelt_out(args: list[str]) -> list[str]:
+    """Write in full what may be written shorter: the first words without their key, `--verify` for `--verify true`,
+    the items of a list one after the other.
+    """
+    command, words = args[:1], args[1:]
+    if not command or command[0] not in COMMANDS:
+        return args
+    parameters = introspection.signature(COMMANDS[command[0]]).parameters
+    if words and not words[0].startswith("-") and command[0] in POSITIONAL:
+        words.insert(0, f"--{POSITIONAL[command[0]]}")
+    found = list(command)
+    while words:
+        key, is_joined, value = words.pop(0).partition("=")
+        count = next((n for n, word in enumerate(words) if word.startswith("--")), len(words))
+        values = [value] if is_joined else [words.pop(0) for _ in range(count)]
+        kind = str(getattr(parameters.get(key.removeprefix("--")), "annotation", ""))
+        if kind == str(bool) and not values:
+            values = ["true"]
+        if kind.startswith("list") and values and not values[0].startswith("["):
+            from json import dumps
+
+            values = [dumps(values)]
+        found += [f"{key}={values[0]}", *values[1:]] if values else [key]
+    return found
 
 
 def main(args: list[str] | None = None) -> None:
     """Run a command; errors that a user can mend are one line."""
     args = list(sys.argv[1:] if args is None else args)
-    if args[:1] == ["import"] and args[1:] and not args[1].startswith("-"):
-        args.insert(1, "--source")  # `gptlit import SOURCE --out FILE` reads better
     try:
         auto_cli(
             COMMANDS,  # type: ignore[arg-type]
-            args=args,
+            args=_spelt_out(args),
             as_positional=False,
             prog="gptlit",
             version=__version__,

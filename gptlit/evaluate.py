@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
-import tiktoken
 import torch
 from torch import Tensor
 
+from gptlit.data.tokenizer import Tokenizer
 from gptlit.errors import InputError
 from gptlit.model import GPTModel
 
@@ -64,7 +64,7 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     model: GPTModel,
-    tokenizer: tiktoken.Encoding,
+    tokenizer: Tokenizer,
     documents: Iterable[str],
     stride: int,
     batch_size: int = 8,
@@ -111,7 +111,7 @@ def evaluate(
 Window = tuple[Score, list[int], int, bool]  # its document's score, its ids, how many of them are new, the last one?
 
 
-def _windows(documents: Iterable[str], tokenizer: tiktoken.Encoding, length: int, stride: int) -> Iterator[Window]:
+def _windows(documents: Iterable[str], tokenizer: Tokenizer, length: int, stride: int) -> Iterator[Window]:
     for text in documents:
         ids = [tokenizer.eot_token, *tokenizer.encode_ordinary(text)]
         score = Score(len(ids) - 1, len(text.encode()), start=" ".join(text[:200].split())[:60])

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import tiktoken
 import torch
 from torch import Tensor
 
+from gptlit.data.tokenizer import Tokenizer
 from gptlit.errors import InputError
 from gptlit.model import GPTModel, KVCache
 
@@ -218,7 +218,7 @@ class _Writer:
     Text is held back while it may still be the beginning of a stop string or of a character.
     """
 
-    def __init__(self, tokenizer: tiktoken.Encoding, completion: Completion, stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, completion: Completion, stop: Sequence[str]) -> None:
         self.completion = completion
         self.finished = False
         self._tokenizer = tokenizer
@@ -261,7 +261,7 @@ def _overlap(text: str, stop: str) -> int:
 
 def complete(
     model: GPTModel,
-    tokenizer: tiktoken.Encoding,
+    tokenizer: Tokenizer,
     prompts: Sequence[str],
     max_new_tokens: int = 100,
     sampling: Sampling = Sampling(),

@@ -23,6 +23,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher  # noqa: E402
 
 from gptlit.callbacks import (  # noqa: E402
+    DrawnWindows,
     FinalValidation,
     SampleText,
     StepCheckpoint,
@@ -40,7 +41,7 @@ from gptlit.checkpoint import (  # noqa: E402
     read_checkpoint,
     run_folders,
 )
-from gptlit.data.datamodule import TokenDataModule  # noqa: E402
+from gptlit.data.datamodule import TokenDataModule, tokenizer_for  # noqa: E402
 from gptlit.data.tokenizer import load_tokenizer  # noqa: E402
 from gptlit.errors import InputError, OneLineErrors, fail, note  # noqa: E402
 from gptlit.module import GPTModule  # noqa: E402
@@ -123,6 +124,14 @@ class TrainingCLI(LightningCLI):
             "test": loaders | {"dataloaders", "verbose"},
         }
 
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the arguments of Trainer, model and data. `data.source` is a name: as it may be a list too, jsonargparse
+        would read the file of that name in search of the list.
+        """
+        super().add_core_arguments_to_parser(parser)
+        source = next(action for action in parser._actions if action.dest == "data.source")
+        source._enable_path = False  # type: ignore[attr-defined]
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the `run` group."""
         parser.add_class_arguments(RunConfig, "run")
@@ -182,7 +191,7 @@ class TrainingCLI(LightningCLI):
                 what = "cut" if length < theirs else "extended with untrained rows"
                 note(f"the table of positions is {what}: from {theirs} to {length} tokens")
         else:
-            found = {"vocab_size": load_tokenizer(config.data.tokenizer).n_vocab}
+            found = {"vocab_size": load_tokenizer(tokenizer_for(config.data.source, config.data.tokenizer)).n_vocab}
         for key, value in {**found, **given}.items():
             config.model.config[key] = value
 
@@ -229,6 +238,8 @@ class TrainingCLI(LightningCLI):
             callbacks.append(SampleText(run.sample_prompt))
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(StepProgress())
+        if isinstance(self.config[self.subcommand].data.source, list):
+            callbacks.append(DrawnWindows())
         callbacks.append(Throughput())
         if config.trainer.logger in (None, True):
             kwargs["logger"] = self._tensorboard(config)

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import tiktoken
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -21,7 +20,7 @@ from torch import Tensor
 from gptlit import __version__
 from gptlit.checkpoint import DurableCheckpointIO, find_checkpoint, load_plain, read_checkpoint
 from gptlit.config import GPTConfig
-from gptlit.data.tokenizer import load_tokenizer, save_huggingface
+from gptlit.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer, save_huggingface
 from gptlit.errors import InputError, note
 from gptlit.model import GPTModel
 
@@ -395,7 +394,7 @@ def build(source: Source) -> GPTModel:
     return model.eval()
 
 
-def load_model_and_tokenizer(path: str | Path) -> tuple[GPTModel, tiktoken.Encoding]:
+def load_model_and_tokenizer(path: str | Path) -> tuple[GPTModel, Tokenizer]:
     """Like `load_pretrained`, with the tokenizer that belongs to the model.
 
     Raises:
@@ -406,7 +405,7 @@ def load_model_and_tokenizer(path: str | Path) -> tuple[GPTModel, tiktoken.Encod
     if source.config.vocab_size != tokenizer.n_vocab:
         raise InputError(
             f"{source.path} has a vocabulary of {source.config.vocab_size} ids, but its tokenizer "
-            f"{source.tokenizer!r} has {tokenizer.n_vocab}: its text cannot be read"
+            f"{tokenizer.name!r} has {tokenizer.n_vocab}: its text cannot be read"
         )
     return build(source), tokenizer
 
@@ -463,7 +462,7 @@ def save_pretrained(model: GPTModel, folder: str | Path, to: str = "huggingface"
         folder: Must not exist, or be empty.
         to: "huggingface" (a folder that Transformers loads, with its tokenizer), "book" (`model.pth`, a state dict
             under the book's names) or "safetensors" (`model.safetensors` under the names used here).
-        tokenizer: Name of the tokenizer, written along.
+        tokenizer: What `load_tokenizer` makes the tokenizer of; it is written along.
 
     Raises:
         InputError: The folder is in use, or the format is unknown.
@@ -530,7 +529,7 @@ def _write_huggingface(source: Source, folder: Path) -> None:
     save_file(_untied(weights, "lm_head", source), folder / "model.safetensors", {"format": "pt"})
     _write_json(folder / "config.json", values)
     _write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end})
-    if source.tokenizer == "gpt2":
+    if source.tokenizer == "gpt2" or isinstance(tokenizer, HuggingFaceTokenizer):
         save_huggingface(tokenizer, config.context_length, folder)
 
 

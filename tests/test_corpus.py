@@ -1,11 +1,42 @@
 """Where documents come from."""
 
+import gzip
+import io
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import regex
+from backports import zstd
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiktoken_ext import openai_public
 
-from gptlit.data.corpus import open_corpus
+from gptlit.data import corpus as module
+from gptlit.data.corpus import Bad, Reading, open_corpus
+from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import InputError
+
+GPT2 = load_tokenizer()
+
+
+def newer_patterns() -> list[str]:
+    """The patterns of cl100k_base and o200k_base, without their vocabularies."""
+    found = []
+    for build in (openai_public.cl100k_base, openai_public.o200k_base):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: {})
+            found.append(build()["pat_str"])
+    return found
+
+
+NEWER_PATTERNS = newer_patterns()
 
 
 def test_python_docs_are_technical_english_in_a_fixed_order() -> None:
@@ -53,8 +84,213 @@ def test_bad_sources_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"empty\.txt is empty"):
         open_corpus("empty.txt")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(InputError, match=r"'folder' has no \.txt file"):
+    with pytest.raises(InputError, match=r"'folder' has no \.txt, \.jsonl, \.parquet file"):
         open_corpus("folder")
     (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
     with pytest.raises(InputError, match=r"latin\.txt is not UTF-8: byte 0xe9 at position 1;"):
         list(open_corpus("latin.txt").documents())
+
+
+# --- JSON lines, Parquet, packed files
+
+TEXTS = ["first text", "second\r\ntext", "naïve 🙂", ""]
+
+
+def jsonl(texts: list[str], key: str = "text") -> bytes:
+    return b"".join(json.dumps({"id": n, key: text}).encode() + b"\n" for n, text in enumerate(texts))
+
+
+def write_parquet(path: Path, **columns: Any) -> None:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"), [("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress), ("a.jsonl.zst", zstd.compress)]
+)
+def test_json_lines_plain_and_packed(tmp_path: Path, name: str, pack: Callable[[bytes], bytes]) -> None:
+    (tmp_path / name).write_bytes(pack(jsonl(TEXTS) + b"\n"))
+    corpus = open_corpus(name)
+    assert list(corpus.documents()) == TEXTS
+    assert corpus.name == "a"
+    assert corpus.size == (tmp_path / name).stat().st_size
+
+
+def test_packed_text_and_parquet(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress("déjà\r\nvu".encode()))
+    write_parquet(tmp_path / "b.parquet", text=TEXTS, id=[1, 2, 3, 4])
+    assert list(open_corpus("a.txt.gz").documents()) == ["déjà\nvu"]
+    assert list(open_corpus("b.parquet").documents()) == TEXTS
+    assert list(open_corpus(".").documents()) == ["déjà\nvu", *TEXTS]
+
+
+def test_another_key_and_several_sources(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["one"], key="content"))
+    write_parquet(tmp_path / "b.parquet", content=["two"])
+    corpus = open_corpus(["a.jsonl", "b.parquet"], Reading(text_key="content"))
+    assert list(corpus.documents()) == ["one", "two"]
+    assert corpus.name == "a-b"
+    assert corpus.fingerprint != open_corpus(["a.jsonl", "b.parquet"]).fingerprint
+
+
+@given(st.lists(st.text(alphabet="ab <|en", max_size=12), max_size=8), st.integers(1, 9))
+def test_a_separator_divides_a_file(texts: list[str], block: int) -> None:
+    expected = [text.strip() for text in "<|end|>".join(texts).split("<|end|>")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BLOCK", block)
+        found = list(module._separated("a", "<|end|>", io.BytesIO("<|end|>".join(texts).encode())))
+    assert found == expected
+
+
+@given(st.text(max_size=60), st.integers(1, 7))
+def test_a_text_does_not_depend_on_how_it_is_read(text: str, block: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BLOCK", block)
+        found = "".join(module._decoded("a", io.BytesIO(text.encode())))
+    assert found == text.removeprefix("\ufeff").replace("\r\n", "\n")
+
+
+@settings(max_examples=300)
+@given(st.lists(st.sampled_from(["a", "B", "é", "²", "5", " ", "  ", "\n", "\t", "'s", "!", "_", "日", "/", "\u0301"])))
+def test_pieces_are_cut_where_the_tokenizer_cuts(parts: list[str]) -> None:
+    text = "".join(parts)
+    pieces = list(module.pieces(iter(parts), size=2))
+    assert "".join(pieces) == text
+    assert [i for piece in pieces for i in GPT2.encode_ordinary(piece)] == GPT2.encode_ordinary(text)
+
+
+@settings(max_examples=300)
+@given(st.lists(st.sampled_from(["a", "B", "é", "²", "5", " ", "  ", "\n", "\r", "'s", "!", "_", "日", "/", "\u0301"])))
+def test_pieces_are_cut_where_newer_patterns_cut_too(parts: list[str]) -> None:
+    text = "".join(parts)
+    pieces = list(module.pieces(iter(parts), size=2))
+    for pattern in NEWER_PATTERNS:
+        assert [t for piece in pieces for t in regex.findall(pattern, piece)] == regex.findall(pattern, text)
+
+
+def test_a_text_without_words_is_cut_somewhere() -> None:
+    pieces = list(module.pieces(iter(["=" * 10] * 10), size=5, longest=25))
+    assert pieces == ["=" * 30, "=" * 30, "=" * 30, "=" * 10]
+
+
+BAD = [
+    ("a.jsonl", b'{"text": "ok"}\nnot json\n{"text": "more"}\n', ["ok", "more"], "a.jsonl line 2 is not JSON"),
+    ("a.jsonl", b'{"text": "ok"}\n\xff\xfe\n', ["ok"], "a.jsonl line 2 is not JSON"),
+    ("a.jsonl", b'{"text": 5}\n{"text": "ok"}\n', ["ok"], "a.jsonl line 1: 'text' is int, not text"),
+    ("a.jsonl", b'{"body": "x", "id": 1}\n', [], "a.jsonl line 1 has no 'text', only 'body', 'id': set text_key"),
+    ("a.jsonl", b"[1]\n", [], "a.jsonl line 1 has no 'text', only list"),
+    ("a.jsonl.gz", gzip.compress(jsonl(["x" * 99] * 999))[:200], None, "a.jsonl.gz is damaged after"),
+    ("a.jsonl.gz", b"not gzip at all", [], "a.jsonl.gz is damaged after 0 documents"),
+    ("a.jsonl.zst", zstd.compress(jsonl(["y" * 99] * 999))[:-5], None, "a.jsonl.zst is damaged after"),
+    ("a.jsonl.zst", b"not zstd at all", [], "a.jsonl.zst is damaged after 0 documents"),
+    ("a.parquet", b"PAR1 not parquet", [], "a.parquet is damaged after row 0"),
+    ("a.txt", "déjà".encode("latin-1"), [], "a.txt is not UTF-8: byte 0xe9 at position 1"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "good", "words"), BAD, ids=[f"{n}-{w[-20:]}" for n, _, _, w in BAD])
+def test_what_cannot_be_read_is_named(
+    tmp_path: Path, name: str, content: bytes, good: list[str] | None, words: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    corpus = open_corpus(name)
+    with pytest.raises(InputError, match=words):
+        list(corpus.documents())
+    found = list(corpus.parts[0].read())
+    assert sum(isinstance(text, Bad) for text in found) == 1
+    assert good is None or [text for text in found if isinstance(text, str)] == good
+
+
+def test_a_damaged_parquet_file_keeps_what_came_before(tmp_path: Path) -> None:
+    table = pyarrow.table({"text": [f"{n} " + "words " * 500 for n in range(1000)]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=100, compression=None)
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[len(content) // 2 : len(content) * 3 // 4] = b"\xff" * (len(content) * 3 // 4 - len(content) // 2)
+    (tmp_path / "a.parquet").write_bytes(content)
+    found = list(open_corpus("a.parquet").parts[0].read())
+    assert isinstance(found[-1], Bad)
+    assert "a.parquet is damaged after row" in found[-1].reason
+    assert 200 < len(found) <= 501
+
+
+def test_a_missing_column_names_those_that_are_there(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", body=["x"], url=["y"])
+    with pytest.raises(InputError, match="a.parquet has no column 'text', only 'body', 'url': set text_key"):
+        list(open_corpus("a.parquet").documents())
+
+
+def test_half_characters_in_json_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(r'{"text": "a \ud83d b \ud83d\ude42"}')
+    assert list(open_corpus("a.jsonl").documents()) == ["a \ufffd b 🙂"]
+
+
+def test_reading_reports_the_bytes_of_the_packed_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl([str(n) * 50 for n in range(5000)])))
+    part = open_corpus("a.jsonl.gz").parts[0]
+    told: list[int] = []
+    assert len(list(part.read(told.append))) == 5000
+    assert told == sorted(told)
+    assert told[-1] == part.size
+
+
+def test_two_large_files_are_told_apart_by_their_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "DIGEST_LIMIT", 100)
+    prints = []
+    for text in ("a" * 200, "a" * 199 + "b", "b" + "a" * 199, "a" * 201):
+        (tmp_path / "a.txt").write_text(text)
+        prints.append(open_corpus("a.txt").fingerprint)
+    assert len(set(prints)) == 4
+
+
+# --- the hub, with a folder in its place
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data set on a file system that answers as the hub's does."""
+    root = tmp_path / "hub"
+    data = root / "datasets" / "someone" / "stories"
+    (data / "data").mkdir(parents=True)
+    write_parquet(data / "data" / "train-00000-of-00002.parquet", text=["one", "two"])
+    write_parquet(data / "data" / "train-00001-of-00002.parquet", text=["three"])
+    write_parquet(data / "data" / "validation-00000-of-00001.parquet", text=["held out"])
+    (data / "README.md").write_text("about")
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", lambda: DirFileSystem(str(root), LocalFileSystem()))
+    return data
+
+
+def test_a_data_set_of_the_hub_gives_what_is_for_training(hub: Path) -> None:
+    corpus = open_corpus("hf:someone/stories")
+    assert list(corpus.documents()) == ["one", "two", "three"]
+    assert corpus.name == "stories"
+    assert corpus.size == sum(path.stat().st_size for path in hub.glob("data/train*"))
+
+
+def test_a_path_in_a_data_set_gives_what_it_names(hub: Path) -> None:
+    assert list(open_corpus("hf:someone/stories/data/validation-*.parquet").documents()) == ["held out"]
+    assert list(open_corpus("hf:someone/stories/data/train-00001-of-00002.parquet").documents()) == ["three"]
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("hf:gpt2", "'hf:gpt2' is no data set: write hf:OWNER/NAME"),
+        ("hf:someone/else", "'hf:someone/else' has no .txt, .jsonl, .parquet file for training"),
+    ],
+)
+def test_what_is_not_on_the_hub_is_named(hub: Path, source: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        open_corpus(source)
+
+
+def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    class Closed:
+        def glob(self, *_: Any, **__: Any) -> None:
+            raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "HfFileSystem", Closed)
+    with pytest.raises(InputError, match=r"'hf:a/b' cannot be listed \(ConnectionError: no route\)"):
+        open_corpus("hf:a/b")

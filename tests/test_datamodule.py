@@ -1,5 +1,6 @@
 """TokenDataModule: without a Trainer, and what it refuses. What it does in a fit is in test_training.py."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,12 @@ import pytest
 import torch
 
 from gptlit import GPTConfig, GPTModule, TokenDataModule
+from gptlit.data import tokens
+from gptlit.data.corpus import open_corpus
+from gptlit.data.datamodule import Weighted
+from gptlit.data.prepare import Split, prepare
+from gptlit.data.tokenizer import load_tokenizer
+from gptlit.data.tokens import MANIFEST, SPLITS
 from gptlit.errors import InputError
 
 
@@ -145,10 +152,10 @@ def test_a_prepared_folder_is_a_source(text_file: Path) -> None:
     second = TokenDataModule(str(first.data.folder), context_length=16)
     second.setup()
     assert second.data.fingerprint == first.data.fingerprint
-    other = TokenDataModule(str(first.data.folder), context_length=16)
-    other.tokenizer = type("T", (), {"name": "r50k_base"})()  # type: ignore[assignment]
-    with pytest.raises(InputError, match="data.tokenizer 'r50k_base' contradicts"):
-        other.setup()
+    manifest = first.data.folder / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"tokenizer_sha256": "', '"tokenizer_sha256": "f'))
+    with pytest.raises(InputError, match="tokenizer 'gpt2' contradicts .*, which 'gpt2' made: leave"):
+        TokenDataModule(str(first.data.folder), context_length=16).setup()
 
 
 def test_damaged_token_files_of_others_are_named(tmp_path: Path) -> None:
@@ -174,6 +181,78 @@ def test_damaged_token_files_of_others_are_named(tmp_path: Path) -> None:
     (tmp_path / "none" / "other.bin").touch()
     with pytest.raises(InputError, match="has no .bin file with 'train' in its name"):
         fit(TokenDataModule(str(tmp_path / "none")))
+
+
+def test_separate_sources_validate_and_test(tmp_path: Path) -> None:
+    for name, word in (("a", " tree"), ("b", " river"), ("c", " winter")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"body": word * 100}) + "\n")
+    datamodule = TokenDataModule(
+        "a.jsonl", val_source="b.jsonl", test_source="c.jsonl", text_key="body", context_length=16, batch_size=2
+    )
+    datamodule.setup("test")
+    texts = [datamodule.tokenizer.decode(datamodule.windows[name][np.array([0])][0][0].tolist()) for name in SPLITS]
+    assert texts == [" tree" * 16, " river" * 16, " winter" * 16]
+    prepared = TokenDataModule(str(datamodule.data.folder), val_source="b.jsonl", context_length=16)
+    with pytest.raises(InputError, match="data.val_source and data.test_source cannot be set: .* has its own parts"):
+        prepared.setup()
+
+
+def test_several_corpora_are_mixed_by_weight(tmp_path: Path) -> None:
+    for name, word in (("trees", " tree"), ("rivers", " river")):
+        (tmp_path / f"{name}.txt").write_text(word * 2000)
+    sources = [Weighted("trees.txt", 3.0), Weighted("rivers.txt", 1.0)]
+    datamodule = TokenDataModule(sources, batch_size=16, seed=1, val_fraction=0.1)
+    trainer = fit(datamodule, max_steps=50)
+    drawn = datamodule.drawn()
+    assert sum(drawn.values()) == 50 * 16
+    assert drawn["trees.txt"] == pytest.approx(600, abs=60)
+    tree = datamodule.tokenizer.encode_ordinary(" tree")[0]
+    served = np.concatenate(list(datamodule.train_dataloader().sampler))
+    starts = datamodule.windows["train"][served][0][:, 0]
+    assert int((starts == tree).sum()) == drawn["trees.txt"]
+    assert len(datamodule.windows["val"]) == 2 * (200 // 16)
+    state = datamodule.state_dict()
+    torch.save(state, tmp_path / "state")
+    assert torch.load(tmp_path / "state", weights_only=True)["source"][0] == {"path": "trees.txt", "weight": 3.0}
+    other = TokenDataModule([Weighted("trees.txt", 1.0), sources[1]], batch_size=16, seed=1, val_fraction=0.1)
+    fit(other, max_steps=1)
+    with pytest.raises(InputError, match=r"the list of weights is \[1.0, 1.0\], but the checkpoint .* \[3.0, 1.0\]"):
+        other.load_state_dict({**state, "corpus": other.data.fingerprint})
+    assert trainer.global_step == 50
+
+
+def test_a_corpus_of_a_mix_that_is_too_short_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("word " * 500)
+    (tmp_path / "b.txt").write_text("short")
+    with pytest.raises(InputError, match="the train part of 'b.txt' is too short for one window of 16"):
+        fit(TokenDataModule([Weighted("a.txt"), Weighted("b.txt")], batch_size=2))
+    with pytest.raises(InputError, match="the weight -1.0 in data.source must be a positive number"):
+        fit(TokenDataModule([Weighted("a.txt"), Weighted("a.txt", -1.0)], batch_size=2))
+    with pytest.raises(ValueError, match="data.source is empty"):
+        TokenDataModule([])
+
+
+def test_the_tokenizer_of_a_prepared_folder_comes_by_itself(tmp_path: Path, text: str, tokenizer_json: Path) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_json))
+    (tmp_path / "a.txt").write_text(text)
+    folder = prepare(open_corpus("a.txt"), tmp_path / "out", tokenizer, Split(0.1)).folder
+    datamodule = TokenDataModule(str(folder), batch_size=2)
+    assert datamodule.vocab_size == tokenizer.n_vocab
+    config = GPTConfig(tokenizer.n_vocab, 16, 16, 2, 1, 0.0)
+    fit(datamodule, config)
+    assert load_tokenizer(datamodule.state_dict()["tokenizer"]).n_vocab == tokenizer.n_vocab
+    inputs, _ = datamodule.windows["train"][np.array([0])]
+    assert text.startswith(datamodule.tokenizer.decode(inputs[0].tolist()))
+
+
+def test_an_id_outside_the_vocabulary_stops_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a file too large to be looked through before the run."""
+    monkeypatch.setattr(tokens, "SAMPLE", 2)
+    ids = np.zeros(1000, dtype="<u2")
+    ids[500] = 60000
+    ids.tofile(tmp_path / "train.bin")
+    with pytest.raises(InputError, match=r"train.bin has the id 60000 in the window at 496"):
+        fit(TokenDataModule(str(tmp_path), batch_size=2, val_fraction=0.0), max_steps=-1, max_epochs=1)
 
 
 def test_a_test_part_is_needed_to_test(text_file: Path) -> None:

@@ -10,23 +10,35 @@ PACKAGE = ROOT / "gptlit"
 # Each module with the ones of this project that it may import.
 BASE = {"errors"}
 MODEL = {"config", "model", *BASE}
-DATA = ["data.tokenizer", "data.corpus", "data.tokens", "data.windows", "data.datamodule"]
+DATA = [
+    "data.tokenizer",
+    "data.download",
+    "data.python_docs",
+    "data.corpus",
+    "data.encoder",
+    "data.tokens",
+    "data.inspection",
+    "data.prepare",
+    "data.progress",
+    "data.windows",
+    "data.datamodule",
+]
 ALLOWED = {
     "errors": set(),
     "config": set(),
     "model": {"config"},
     "loss": set(),
-    "generate": MODEL,
+    "generate": {*MODEL, "data.tokenizer"},
     "checkpoint": BASE,
     "fast_linear": MODEL,
-    "evaluate": MODEL,
-    "chat": {*MODEL, "generate"},
+    "evaluate": {*MODEL, "data.tokenizer"},
+    "chat": {*MODEL, "generate", "data.tokenizer"},
     "weights": {*MODEL, "__init__", "checkpoint", "data.tokenizer"},
     "optimizer": set(),
     "module": {*MODEL, "loss", "optimizer", "weights"},
     "callbacks": {*MODEL, "checkpoint", "generate", "module", "data.datamodule"},
     "training": {*MODEL, "callbacks", "checkpoint", "module", "weights", "data.datamodule", "data.tokenizer"},
-    "cli": {*MODEL, "__init__", "generate", "weights", "evaluate", "chat", "fast_linear", "data.corpus"},
+    "cli": {*MODEL, "__init__", "generate", "weights", "evaluate", "chat", "fast_linear", *DATA},
     "__main__": {"cli"},
     "__init__": {"config", "model", "module", "data.datamodule"},
     "data.__init__": set(),

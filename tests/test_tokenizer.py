@@ -1,5 +1,6 @@
 """The GPT-2 tokenizer, with and without files at hand."""
 
+import pickle
 import shutil
 import socket
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from gptlit.data import tokenizer as module
-from gptlit.data.tokenizer import load_tokenizer
+from gptlit.data.tokenizer import fingerprint, load_tokenizer, tokenizer_spec
 from gptlit.errors import InputError
 
 
@@ -77,3 +78,39 @@ def test_nothing_at_hand_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(InputError, match="no tokenizer is named 'gpt5': choose one of .*gpt2"):
         load_tokenizer("gpt5")
+
+
+# --- Hugging Face's tokenizer.json
+
+
+@pytest.mark.parametrize("text", ["", "the trees", "naïve 🙂 日本", "  two\n\n\tspaces", "a <|endoftext|> b"])
+def test_a_tokenizer_json_round_trips_and_streams(tokenizer_json: Path, text: str) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_json))
+    ids = tokenizer.encode_ordinary(text)
+    assert tokenizer.decode(ids) == text
+    assert b"".join(map(tokenizer.decode_single_token_bytes, ids)) == text.encode()
+    assert tokenizer.encode_to_numpy(text, disallowed_special=()).tolist() == ids
+    assert tokenizer.eot_token not in ids
+    assert max(ids, default=0) < tokenizer.n_vocab < 400
+
+
+def test_a_tokenizer_travels_in_what_a_checkpoint_keeps(tokenizer_json: Path) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_json))
+    again = load_tokenizer(tokenizer_spec(tokenizer))
+    copied = pickle.loads(pickle.dumps(tokenizer))
+    for other in (again, copied):
+        assert other.encode_ordinary("the trees") == tokenizer.encode_ordinary("the trees")
+        assert fingerprint(other) == fingerprint(tokenizer)
+    assert tokenizer_spec(load_tokenizer("gpt2")) == "gpt2"
+    assert fingerprint(load_tokenizer("gpt2")) != fingerprint(tokenizer)
+
+
+def test_a_tokenizer_json_that_is_none_is_named(tmp_path: Path, tokenizer_json: Path) -> None:
+    with pytest.raises(InputError, match="tokenizer 'nowhere.json' cannot be read"):
+        load_tokenizer("nowhere.json")
+    (tmp_path / "a.json").write_text('{"model": 5}')
+    with pytest.raises(InputError, match="tokenizer.json cannot be used"):
+        load_tokenizer(str(tmp_path / "a.json"))
+    (tmp_path / "b.json").write_text(tokenizer_json.read_text().replace("<|endoftext|>", "<|other|>"))
+    with pytest.raises(InputError, match=r"has no token that ends a document: one of <\|endoftext\|>"):
+        load_tokenizer(str(tmp_path / "b.json"))

@@ -1,20 +1,117 @@
-"""Where documents come from: a corpus is a name, a fingerprint and an iterator of texts in a fixed order."""
+"""Where documents come from: a corpus is a list of parts, each with its documents in a fixed order."""
 
-import ast
+import codecs
 import glob
+import gzip
 import hashlib
+import io
+import json
 import re
 import sys
-import sysconfig
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path
+from typing import Any, BinaryIO
 
+from gptlit.data.download import CATALOGUE, fetch
+from gptlit.data.python_docs import python_docs
 from gptlit.errors import InputError
 
 PYTHON_DOCS = "python-docs"
+HUB = "hf:"
+KINDS = (".txt", ".jsonl", ".parquet")  # what is looked for in a folder; .gz and .zst may follow the first two
+PACKED = (".gz", ".zst")
+BLOCK = 2**20  # bytes read at once
+PIECE = 2**20  # characters: a text is read, and encoded, in pieces of about this size
+LONGEST = 2**24  # characters after which a text without a good place to cut is cut anywhere
+DIGEST_LIMIT = 2**26  # bytes: larger files are told apart by their size and this much of them
+
+# A text may be cut here and its halves encoded apart, with the same ids as together: for the patterns of all of
+# tiktoken's encodings, a new word begins at a space or line end between two letters.
+CUT = re.compile(r"(?<=[^\W\d_])(?=[ \n][^\W\d_])")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files are read.
+
+    Args:
+        text_key: Key or column of the text in JSON lines and Parquet.
+        separator: What stands between two documents of a text file; None: a file is one document.
+    """
+
+    text_key: str = "text"
+    separator: str | None = None
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A document that cannot be read, and why, in one line."""
+
+    reason: str
+
+
+class _NotTextError(ValueError):
+    """Bytes that are not UTF-8."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of a corpus.
+
+    Args:
+        name: For people.
+        size: Bytes on disk; 0 where there is no file.
+        fingerprint: Hexadecimal digest that changes when the documents may have changed.
+        open: Opens the file.
+        parse: From the file to its documents.
+        whole: Everything that `parse` yields is one document, in pieces.
+    """
+
+    name: str
+    size: int
+    fingerprint: str
+    open: Callable[[], BinaryIO]
+    parse: Callable[[BinaryIO], Iterator[str | Bad]]
+    whole: bool = False
+
+    def read(self, report: Callable[[int], None] | None = None) -> Iterator[str | Bad]:
+        """Yield documents, or the pieces of the only one; `report` is told how many bytes were read."""
+        with self.open() as file:
+            counted = _Counted(file, report) if report is not None and self.size else file
+            yield from self.parse(counted)  # type: ignore[arg-type]
+
+
+class _Counted(io.RawIOBase):
+    """A file that tells how much was read of it."""
+
+    def __init__(self, file: BinaryIO, report: Callable[[int], None]) -> None:
+        self._file, self._report, self._count = file, report, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self._count += len(data)
+        self._report(self._count)
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 @dataclass(frozen=True)
@@ -23,47 +120,107 @@ class Corpus:
 
     Args:
         name: Short, fit for a folder's name.
-        fingerprint: Hexadecimal digest that changes when the documents may have changed.
-        documents: Returns a fresh iterator over the texts.
+        parts: Its files.
     """
 
     name: str
-    fingerprint: str
-    documents: Callable[[], Iterator[str]]
+    parts: Sequence[Part] = field(repr=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hexadecimal digest that changes when the documents may have changed."""
+        return hashlib.sha256("".join(part.fingerprint for part in self.parts).encode()).hexdigest()
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(part.size for part in self.parts)
+
+    def documents(self) -> Iterator[str]:
+        """Yield every text.
+
+        Raises:
+            InputError: One cannot be read; file and line are named.
+        """
+        for part in self.parts:
+            if part.whole:
+                yield "".join(map(must, part.read()))
+            else:
+                yield from map(must, part.read())
 
 
-def open_corpus(source: str) -> Corpus:
-    """Find a corpus: "python-docs", a UTF-8 text file, a folder of `.txt` files, or a glob.
+def must(text: str | Bad) -> str:
+    """Return a text that could be read.
+
+    Raises:
+        InputError: It could not.
+    """
+    if isinstance(text, Bad):
+        raise InputError(text.reason)
+    return text
+
+
+def open_corpus(
+    sources: str | Sequence[str],
+    reading: Reading | None = None,
+    downloads: Path = Path("data/downloads"),
+    report: Callable[[int, int], None] | None = None,
+) -> Corpus:
+    """Find a corpus.
+
+    Args:
+        sources: One or several of: "python-docs"; a name of the catalogue; a file or folder or glob of `.txt`,
+            `.jsonl` (plain, `.gz`, `.zst`) and `.parquet`; `hf:OWNER/NAME[/PATH]`, a data set on Hugging Face's hub.
+        reading: How files are read.
+        downloads: Where files of the catalogue are kept.
+        report: Called with (bytes so far, bytes in all) of a download.
 
     Raises:
         InputError: There is nothing of that name, or nothing in it.
     """
+    sources = [sources] if isinstance(sources, str) else list(sources)
+    if not sources:
+        raise InputError("no source is given: name a file, a folder, or one of " + ", ".join(names()))
+    reading = reading or Reading()
+    found = [_open(source, reading, downloads, report) for source in sources]
+    return Corpus("-".join(corpus.name for corpus in found)[:80], [part for corpus in found for part in corpus.parts])
+
+
+def names() -> list[str]:
+    """Return the corpora that need no file."""
+    return [PYTHON_DOCS, *CATALOGUE]
+
+
+def _open(source: str, reading: Reading, downloads: Path, report: Callable[[int, int], None] | None) -> Corpus:
     if source == PYTHON_DOCS:
-        return Corpus(PYTHON_DOCS, hashlib.sha256(sys.version.encode()).hexdigest(), python_docs)
-    paths = _text_files(source)
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    words = [paths[0].stem] if len(paths) == 1 else [part for part in Path(source).parts if not set(part) & set("*?[]")]
+        digest = hashlib.sha256(sys.version.encode()).hexdigest()
+        return Corpus(source, [Part(source, 0, digest, io.BytesIO, lambda _: python_docs())])
+    if source in CATALOGUE:
+        if reading.separator is None:
+            reading = Reading(reading.text_key, CATALOGUE[source].separator)
+        return Corpus(source, [_file_part(fetch(source, downloads, report), reading)])
+    if source.startswith(HUB):
+        return _hub_corpus(source, reading)
+    paths = _files(source)
+    words = [_stem(paths[0])] if len(paths) == 1 else [p for p in Path(source).parts if not set(p) & set("*?[]")]
     name = re.sub(r"[^\w-]+", "_", words[-1]).strip("_") if words else ""
-    return Corpus(name or "text", digest.hexdigest(), partial(_read_texts, paths))
+    return Corpus(name or "text", [_file_part(path, reading) for path in paths])
 
 
-def _text_files(source: str) -> list[Path]:
+def _files(source: str) -> list[Path]:
     path = Path(source).expanduser()
     if path.is_file():
         paths = [path]
     elif path.is_dir():
-        paths = sorted(path.rglob("*.txt"))
+        paths = sorted(p for p in path.rglob("*") if _kind(p.name)[0] in KINDS and p.is_file())
         if not paths:
-            raise InputError(f"data.source {source!r} has no .txt file in it")
+            raise InputError(f"data.source {source!r} has no {', '.join(KINDS)} file in it")
     else:
         paths = sorted(p for match in glob.glob(str(path), recursive=True) if (p := Path(match)).is_file())
         if not paths:
             raise InputError(
-                f"data.source {source!r} does not exist: give {PYTHON_DOCS!r}, a text file, a folder of .txt files "
-                "or a glob"
+                f"data.source {source!r} does not exist: give a text, .jsonl or .parquet file, a folder or glob of "
+                f"them, hf:OWNER/NAME, or one of {', '.join(names())}"
             )
     for path in paths:
         if path.stat().st_size == 0:
@@ -71,59 +228,205 @@ def _text_files(source: str) -> list[Path]:
     return paths
 
 
-def _read_texts(paths: list[Path]) -> Iterator[str]:
-    for path in paths:
-        try:
-            text = path.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at position {error.start}; "
-                "convert it, for instance with iconv"
-            ) from error
-        yield text.replace("\r\n", "\n")
+def _kind(name: str) -> tuple[str, str]:
+    """Return what is in a file and how it is packed: "a.jsonl.gz" -> (".jsonl", ".gz")."""
+    path = Path(name)
+    packed = path.suffix.lower() if path.suffix.lower() in PACKED else ""
+    return (Path(path.stem) if packed else path).suffix.lower(), packed
 
 
-def python_docs() -> Iterator[str]:
-    """Yield the language reference topic by topic, then the docstrings of the standard library module by module.
+def _stem(path: Path) -> str:
+    return re.sub(r"(\.(txt|jsonl|parquet))?(\.(gz|zst))?$", "", path.name, flags=re.IGNORECASE)
 
-    A text that came before is left out. Nothing is imported but `pydoc_data`: sources are parsed, not run.
 
-    Raises:
-        InputError: This Python comes without them.
-    """
+def _file_part(path: Path, reading: Reading) -> Part:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if size <= DIGEST_LIMIT:
+            content = file.read()
+        else:
+            content = file.read(DIGEST_LIMIT // 2)
+            file.seek(-DIGEST_LIMIT // 2, io.SEEK_END)
+            content += file.read()
+    return _part(str(path), size, hashlib.sha256(content).hexdigest(), lambda: path.open("rb"), reading)
+
+
+def _part(name: str, size: int, digest: str, opened: Callable[[], BinaryIO], reading: Reading) -> Part:
+    """Choose the parser by the file's name."""
+    kind, packed = _kind(name)
+    option = reading.text_key if kind in (".jsonl", ".parquet") else reading.separator
+    fingerprint = hashlib.sha256(json.dumps([size, digest, option]).encode()).hexdigest()
+    if kind == ".parquet":
+        return Part(name, size, fingerprint, opened, partial(_parquet, name, reading.text_key))
+    if kind == ".jsonl":
+        parse: Callable[[BinaryIO], Iterator[str | Bad]] = partial(_json_lines, name, reading.text_key)
+    elif reading.separator:
+        parse = partial(_separated, name, reading.separator)
+    else:
+        parse = partial(_text, name)
+    whole = kind != ".jsonl" and not reading.separator
+    return Part(name, size, fingerprint, opened, partial(_unpacked, name, packed, parse), whole)
+
+
+def _hub_corpus(source: str, reading: Reading) -> Corpus:
+    """List the data files of `hf:OWNER/NAME`, or those under `hf:OWNER/NAME/PATH` (a file, a folder or a glob)."""
     try:
-        from pydoc_data import topics  # type: ignore[import-not-found,unused-ignore]
+        from huggingface_hub import HfFileSystem
     except ImportError as error:
         raise InputError(
-            f"this Python ({sys.executable}) comes without pydoc_data: give --data.source a text file or folder"
+            f"{source!r} needs the package huggingface-hub: pip install huggingface-hub pyarrow"
         ) from error
-    seen: set[str] = set()
-
-    def new(texts: Iterable[str]) -> str:
-        fresh = [text for text in dict.fromkeys(texts) if text not in seen]
-        seen.update(fresh)
-        return "\n\n".join(fresh)
-
-    topics_of_the_language = ([text.strip()] for _, text in sorted(topics.topics.items()))
-    yield from filter(None, map(new, chain(topics_of_the_language, map(_docstrings, _library_files()))))
-
-
-def _library_files() -> list[Path]:
-    """Return the sources of the standard library, but for its tests."""
-    library = Path(sysconfig.get_path("stdlib"))
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
-    files = {path.relative_to(library).parts: path for path in library.rglob("*.py")}
-    return [files[parts] for parts in sorted(files) if not left_out & set(parts)]
-
-
-def _docstrings(path: Path) -> Iterator[str]:
-    """Yield the docstrings of one source file, outermost first."""
+    owner, _, rest = source.removeprefix(HUB).strip("/").partition("/")
+    name, _, path = rest.partition("/")
+    if not owner or not name:
+        raise InputError(f"{source!r} is no data set: write hf:OWNER/NAME or hf:OWNER/NAME/PATH")
+    files = HfFileSystem()
+    root = f"datasets/{owner}/{name}"
     try:
-        tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # a template or a file of another Python version
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = (ast.get_docstring(node) or "").strip()
-            if docstring:
-                yield docstring
+        pattern = f"{root}/{path}" if path else root
+        found: Any = files.glob(pattern if _kind(pattern)[0] in KINDS else f"{pattern}/**", detail=True)
+    except Exception as error:  # whatever the client raises: no such data set, no network, no permission
+        raise InputError(f"{source!r} cannot be listed ({type(error).__name__}: {error})") from error
+    entries = [entry for _, entry in sorted(found.items()) if _is_data(entry, root, named=bool(path))]
+    if not entries:
+        raise InputError(f"{source!r} has no {', '.join(KINDS)} file for training: name one as hf:OWNER/NAME/PATH")
+
+    def part(entry: dict[str, Any]) -> Part:
+        version = str((entry.get("lfs") or {}).get("sha256") or entry.get("blob_id") or entry["name"])
+        return _part(entry["name"], int(entry["size"]), version, partial(files.open, entry["name"], "rb"), reading)
+
+    return Corpus(re.sub(r"[^\w-]+", "_", name), [part(entry) for entry in entries])
+
+
+def _is_data(entry: dict[str, Any], root: str, named: bool) -> bool:
+    """Whether an entry is a file of text; unless it was named, also whether it is for training."""
+    path = str(entry["name"]).removeprefix(root).lower()
+    other = re.search(r"(^|[/_.-])(val|valid|validation|dev|test)([/_.-]|$)", path)
+    return entry.get("type") == "file" and _kind(path)[0] in KINDS and (named or not other)
+
+
+# Parsers: from an open file to documents, or to the pieces of one.
+
+
+def _unpacked(
+    name: str, packed: str, parse: Callable[[BinaryIO], Iterator[str | Bad]], file: BinaryIO
+) -> Iterator[str | Bad]:
+    """Parse a file that may be compressed; damage ends it."""
+    if packed == ".zst":
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            try:
+                from backports import zstd
+            except ImportError as error:
+                raise InputError(f"{name} needs the package backports.zstd: pip install backports.zstd") from error
+        damage: tuple[type[Exception], ...] = (zstd.ZstdError, EOFError)
+        opened: Any = zstd.open(file)
+    else:
+        damage = (gzip.BadGzipFile, EOFError, zlib.error)
+        opened = gzip.GzipFile(fileobj=file) if packed == ".gz" else file
+    count = 0
+    try:
+        for text in parse(opened):
+            yield text
+            count += 1
+    except _NotTextError as error:
+        yield Bad(str(error))
+    except damage as error:
+        yield Bad(f"{name} is damaged after {count} documents ({error}): fetch it again, or leave the rest out")
+
+
+def _json_lines(name: str, key: str, file: BinaryIO) -> Iterator[str | Bad]:
+    for number, line in enumerate(io.BufferedReader(file, BLOCK), 1):  # type: ignore[type-var]
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            yield Bad(f"{name} line {number} is not JSON ({error})")
+            continue
+        text = row.get(key) if isinstance(row, dict) else None
+        if isinstance(text, str):
+            yield text if b"\\ud" not in line else _without_surrogates(text)
+        elif isinstance(row, dict) and key in row:
+            yield Bad(f"{name} line {number}: {key!r} is {type(text).__name__}, not text")
+        else:
+            keys = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
+            yield Bad(f"{name} line {number} has no {key!r}, only {keys}: set text_key")
+
+
+def _without_surrogates(text: str) -> str:
+    """Replace what JSON can escape but no encoding can hold: halves of pairs."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _parquet(name: str, key: str, file: BinaryIO) -> Iterator[str | Bad]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise InputError(f"{name} needs the package pyarrow: pip install pyarrow") from error
+    row = 0
+    try:
+        table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+        columns = table.schema_arrow.names
+        if key not in columns:
+            raise InputError(f"{name} has no column {key!r}, only {', '.join(map(repr, columns))}: set text_key")
+        for batch in table.iter_batches(batch_size=256, columns=[key], use_threads=False):
+            for text in batch.column(0).to_pylist():
+                row += 1
+                yield text if isinstance(text, str) else Bad(f"{name} row {row}: {key!r} is {type(text).__name__}")
+    except (pyarrow.ArrowException, OSError) as error:
+        yield Bad(f"{name} is damaged after row {row} ({error}): fetch it again, or leave the rest out")
+
+
+def _separated(name: str, separator: str, file: BinaryIO) -> Iterator[str | Bad]:
+    rest = ""
+    for block in _decoded(name, file):
+        *texts, rest = (rest + block).split(separator)
+        yield from (text.strip() for text in texts)
+    yield rest.strip()
+
+
+def _text(name: str, file: BinaryIO) -> Iterator[str | Bad]:
+    """Yield a text in pieces; encoded apart they give the ids of the whole."""
+    return pieces(_decoded(name, file))
+
+
+def pieces(blocks: Iterator[str], size: int = PIECE, longest: int = LONGEST) -> Iterator[str]:
+    """Cut a stream of text where no word is cut, into pieces of at least `size` characters but for the last."""
+    rest = ""
+    for block in blocks:
+        rest += block
+        while len(rest) > size and (cut := CUT.search(rest, size, len(rest))):
+            yield rest[: cut.start()]
+            rest = rest[cut.start() :]
+        if len(rest) > longest:
+            yield rest
+            rest = ""
+    if rest:
+        yield rest
+
+
+def _decoded(name: str, file: BinaryIO) -> Iterator[str]:
+    r"""Yield the text block by block, without a byte order mark, "\r\n" as "\n"."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    before, held = 0, ""
+    while True:
+        block = file.read(BLOCK)
+        waiting = len(decoder.getstate()[0])
+        try:
+            text = held + decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            position = before - waiting + error.start
+            raise _NotTextError(
+                f"{name} is not UTF-8: byte {error.object[error.start]:#04x} at position {position}; "
+                "convert it, for instance with iconv"
+            ) from error
+        before += len(block)
+        held = "\r" if block and text.endswith("\r") else ""  # its "\n" may be in the next block
+        text = text[: len(text) - len(held)].replace("\r\n", "\n")
+        if text:
+            yield text
+        if not block:
+            return

@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,28 +12,66 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from gptlit.data.corpus import open_corpus
-from gptlit.data.tokenizer import load_tokenizer
-from gptlit.data.tokens import MANIFEST, SPLITS, Split, TokenData, check_vocabulary, open_foreign, open_tokens, prepare
-from gptlit.data.windows import EvalOrder, TrainOrder, Windows
+from gptlit.data.corpus import Reading, open_corpus
+from gptlit.data.prepare import Split, prepare_cached
+from gptlit.data.progress import downloading, preparing
+from gptlit.data.tokenizer import load_tokenizer, tokenizer_spec
+from gptlit.data.tokens import (
+    MANIFEST,
+    SPLITS,
+    TokenData,
+    check_vocabulary,
+    folder_tokenizer,
+    open_foreign,
+    open_tokens,
+    together,
+)
+from gptlit.data.windows import EvalOrder, Mix, TrainOrder, Windows
 from gptlit.errors import InputError
+
+
+@dataclass
+class Weighted:
+    """One of several corpora.
+
+    Args:
+        path: As `data.source`.
+        weight: Its part of the windows that train, in proportion to the weights of the others.
+    """
+
+    path: str
+    weight: float = 1.0
+
+
+def tokenizer_for(source: str | Sequence[Weighted], tokenizer: str | None) -> str:
+    """Return what `load_tokenizer` makes the tokenizer of: the one that is named, else that of the first prepared
+    folder, else "gpt2".
+    """
+    paths = [source] if isinstance(source, str) else [part.path for part in source]
+    found = (folder_tokenizer(Path(path).expanduser()) for path in paths)
+    return tokenizer or next(filter(None, found), "gpt2")
 
 
 class TokenDataModule(pl.LightningDataModule):
     """Serves (inputs, targets), int64 (B, T) each, targets one token to the right.
 
     Args:
-        source: "python-docs" (the documentation that comes with Python), a UTF-8 text file, a folder of .txt files,
-            or a glob; or a folder of tokens: one that was prepared here, nanoGPT's `train.bin` and `val.bin`, llm.c's
-            shards.
+        source: "python-docs" (the documentation that comes with Python); a text, .jsonl or .parquet file, a folder or a
+            glob of them; hf:OWNER/NAME; a name of the catalogue; or a folder of tokens: one that was prepared here,
+            nanoGPT's `train.bin` and `val.bin`, llm.c's shards. Or a list of {path, weight}.
         batch_size: Windows in one optimizer step, over all devices.
         micro_batch_size: Windows that one device takes at once; None: as many as one step needs. What is missing to
             `batch_size` is accumulated.
-        tokenizer: Name of a tiktoken encoding.
+        tokenizer: Name of a tiktoken encoding or path of a Hugging Face `tokenizer.json`; None: the one that made a
+            prepared folder, else gpt2.
         context_length: Window length in tokens; None: the model's.
         stride: Tokens between the starts of two windows; None: `context_length`.
         val_fraction: Share of the corpus that validates: of the documents, or of the characters of a single text.
         test_fraction: Share that tests.
+        val_source: Another source that validates, whole, instead of a share.
+        test_source: Another source that tests.
+        text_key: Key or column of the text in .jsonl and .parquet.
+        separator: What stands between two documents of a text file; None: a file is one document.
         dtype: Number type of token files without a header (nanoGPT's).
         seed: Of the order of windows; None: that of `seed_everything`.
         num_workers: Processes that read ahead; 0 reads in the training process.
@@ -43,14 +83,18 @@ class TokenDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        source: str = "python-docs",
+        source: str | list[Weighted] = "python-docs",
         batch_size: int = 16,
         micro_batch_size: int | None = None,
-        tokenizer: str = "gpt2",
+        tokenizer: str | None = None,
         context_length: int | None = None,
         stride: int | None = None,
         val_fraction: float = 0.05,
         test_fraction: float = 0.0,
+        val_source: str | None = None,
+        test_source: str | None = None,
+        text_key: str = "text",
+        separator: str | None = None,
         dtype: Literal["uint16", "uint32"] = "uint16",
         seed: int | None = None,
         num_workers: int = 0,
@@ -67,13 +111,18 @@ class TokenDataModule(pl.LightningDataModule):
                 raise ValueError(f"data.{key} must be a positive integer, got {value}")
         if num_workers < 0:
             raise ValueError(f"data.num_workers must be at least 0, got {num_workers}")
+        if not source:
+            raise ValueError("data.source is empty: name a file, a folder, or a list of {path, weight}")
         self.source = source
+        self.sources = [Weighted(source)] if isinstance(source, str) else list(source)
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
-        self.tokenizer = load_tokenizer(tokenizer)
+        self.tokenizer = load_tokenizer(tokenizer_for(source, tokenizer))
         self.context_length = context_length
         self.stride = stride
-        self.split = Split(val_fraction, test_fraction)
+        self.split = Split(0.0 if val_source else val_fraction, 0.0 if test_source else test_fraction)
+        self.other_sources = {"val": val_source, "test": test_source}
+        self.reading = Reading(text_key, separator)
         self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
         self.dtype = dtype
         self.num_workers = num_workers
@@ -113,30 +162,44 @@ class TokenDataModule(pl.LightningDataModule):
             self._configure(self._trainer())
 
     def _load(self, stage: str | None) -> None:
-        if not hasattr(self, "data"):  # `setup` comes after `prepare_data` on the first device, alone on the others
-            self.data = self._open()
         length = self._agree_with_model()
-        self.windows = {name: Windows(self.data.shards(name), length, self.stride or length) for name in SPLITS}
-        needed = {"fit": ["train"] + ["val"] * (self.split.val_fraction > 0), "validate": ["val"], "test": ["test"]}
+        if not hasattr(self, "data"):  # `setup` comes after `prepare_data` on the first device, alone on the others
+            corpora = [self._open(part.path) for part in self.sources]
+            self.data = together(corpora)
+            counts = [len(self._windows(corpus, "train", length)) for corpus in corpora]
+            self.mix = Mix(counts, [part.weight for part in self.sources], self.seed)
+        self.windows = {name: self._windows(self.data, name, length) for name in SPLITS}
+        needed = {"fit": ["train"] + ["val"] * self._is_val_wanted, "validate": ["val"], "test": ["test"]}
         for name in needed.get(stage or "", []):
             self._require(name)
 
-    def _open(self) -> TokenData:
+    @property
+    def _is_val_wanted(self) -> bool:
+        return self.split.val_fraction > 0 or self.other_sources["val"] is not None
+
+    def _windows(self, data: TokenData, name: str, length: int) -> Windows:
+        pin = self.num_workers == 0 and torch.cuda.is_available()  # workers leave it to the loader
+        return Windows(data.shards(name), length, self.stride or length, self.vocab_size, pin)
+
+    def _open(self, path: str) -> TokenData:
         """Open a folder of token files, or tokenise a corpus unless that is done already."""
-        folder = Path(self.source).expanduser()
-        if (folder / MANIFEST).is_file():
-            data = open_tokens(folder)
-            if data.tokenizer != self.tokenizer.name:
-                raise InputError(
-                    f"data.tokenizer {self.tokenizer.name!r} contradicts {folder}, which {data.tokenizer!r} made: "
-                    f"set data.tokenizer to {data.tokenizer!r}"
-                )
+        folder = Path(path).expanduser()
+        is_prepared = (folder / MANIFEST).is_file()
+        if is_prepared or (folder.is_dir() and any(folder.glob("*.bin"))):
+            if any(self.other_sources.values()):
+                raise InputError(f"data.val_source and data.test_source cannot be set: {folder} has its own parts")
+            data = open_tokens(folder) if is_prepared else open_foreign(folder, self.dtype)
+            data.require_tokenizer(self.tokenizer)
+            if not is_prepared:
+                check_vocabulary(data, self.vocab_size)
             return data
-        if folder.is_dir() and any(folder.glob("*.bin")):
-            data = open_foreign(folder, self.dtype)
-            check_vocabulary(data, self.vocab_size)
-            return data
-        return prepare(open_corpus(self.source), self.cache_dir, self.tokenizer, self.split)
+        sources = {"train": path, **{name: other for name, other in self.other_sources.items() if other is not None}}
+        corpora = {}
+        for name, source in sources.items():
+            with downloading(source) as show:
+                corpora[name] = open_corpus(source, self.reading, self.cache_dir / "downloads", show)
+        with preparing(corpora["train"].name) as report:
+            return prepare_cached(corpora, self.cache_dir, self.tokenizer, self.split, report)
 
     def _trainer(self) -> pl.Trainer:
         if self.trainer is None:
@@ -165,6 +228,12 @@ class TokenDataModule(pl.LightningDataModule):
     def _require(self, name: str) -> None:
         """Insist on at least one window in a split."""
         windows = self.windows[name]
+        if name == "train" and len(self.sources) > 1 and 0 in self.mix.n_windows:
+            path = self.sources[self.mix.n_windows.index(0)].path
+            raise InputError(
+                f"the train part of {path!r} is too short for one window of {windows.context_length} + 1: use a longer "
+                "text or a smaller model.config.context_length"
+            )
         if not len(windows):
             is_cut_here = name != "train" and self.data.folder.parent == self.cache_dir
             share = f"a larger data.{name}_fraction, " if is_cut_here else ""
@@ -233,7 +302,7 @@ class TokenDataModule(pl.LightningDataModule):
             batch_size=None,  # the order gives whole batches of indices
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.num_workers > 0 and torch.cuda.is_available(),
             generator=torch.Generator(),  # a loader must not draw from the global stream, which dropout uses
         )
 
@@ -241,12 +310,11 @@ class TokenDataModule(pl.LightningDataModule):
         """Serve what is left of the run, from the position where it stands."""
         trainer = self._trainer()
         order = TrainOrder(
-            len(self.windows["train"]),
+            self.mix,
             batch_size=self.batch_size,
             micro_batch_size=self._micro_batch_size,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
-            seed=self.seed,
             start=self.start,
             steps=max(0, self.max_steps - self.start_step),
         )
@@ -276,12 +344,38 @@ class TokenDataModule(pl.LightningDataModule):
         return {
             "step": self._trainer().global_step,
             "windows": self.position,
-            "source": self.source,
-            "tokenizer": self.tokenizer.name,
+            "source": self.source if isinstance(self.source, str) else [asdict(part) for part in self.sources],
+            "tokenizer": tokenizer_spec(self.tokenizer),
             "corpus": self.data.fingerprint,
-            "seed": self.seed,
-            "stride": self.windows["train"].stride,
+            **self._order,
         }
+
+    @property
+    def _order(self) -> dict[str, Any]:
+        """What the order of windows depends on beside the corpus."""
+        weights = [part.weight for part in self.sources]
+        return {"seed": self.seed, "stride": self.windows["train"].stride, "weights": weights}
+
+    @property
+    def names(self) -> list[str]:
+        """A name for each corpus."""
+        names = [Path(part.path).name for part in self.sources]
+        return names if len(set(names)) == len(names) else [f"{index}-{name}" for index, name in enumerate(names)]
+
+    def drawn(self) -> dict[str, int]:
+        """Return how many windows of each corpus were served up to the last optimizer step."""
+        return dict(zip(self.names, self.mix.drawn(self.position), strict=True))
+
+    def describe_mix(self) -> list[str]:
+        """Return a line on each corpus, where there are several."""
+        if len(self.sources) == 1:
+            return []
+        end = self.mix.drawn(self.start + (self.max_steps - self.start_step) * self.batch_size)
+        shares = self.mix.shares / self.mix.shares.sum()
+        return [
+            f"{name}: {share:.1%} of the windows; {count / windows:.2f} of its epochs by the end of the run"
+            for name, share, count, windows in zip(self.names, shares, end, self.mix.n_windows, strict=True)
+        ]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on at the position of a checkpoint.
@@ -297,11 +391,11 @@ class TokenDataModule(pl.LightningDataModule):
                 f"{state['source']!r} ({state['corpus'][:12]}): resume with that corpus and the same shares and "
                 "tokenizer, or start a new run with --model.init_from"
             )
-        now = {"seed": self.seed, "stride": self.windows["train"].stride}
-        for key, value in now.items():
+        for key, value in self._order.items():
             if state.get(key, value) != value:
+                what = "the list of weights" if key == "weights" else f"data.{key}"
                 raise InputError(
-                    f"data.{key} is {value}, but the checkpoint was trained with {state[key]}: its position would be "
+                    f"{what} is {value}, but the checkpoint was trained with {state[key]}: its position would be "
                     "one in another order; set it to that, or start a new run with --model.init_from"
                 )
         self.start, self.start_step = state["windows"], state["step"]

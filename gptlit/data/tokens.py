@@ -1,91 +1,30 @@
-"""Documents -> token shards and a manifest on disk, and back as memory maps.
+"""Token shards on disk as memory maps: those that `prepare` writes, and those of other projects.
 
-A prepared folder holds one or more shards a split (raw little-endian ids) and `manifest.json`. It is written under a
-temporary name and renamed when it is whole, so a folder with a manifest is always complete.
+A prepared folder holds shards for each split (raw little-endian ids) and `manifest.json`, which is written last: a
+folder that has one is complete.
 """
 
 import hashlib
 import json
-import math
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from itertools import chain, islice
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tiktoken
 
-from gptlit.data.corpus import Corpus
+from gptlit.data.tokenizer import TOKENIZER_JSON, Tokenizer, fingerprint
 from gptlit.errors import InputError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val", "test")
+AGAIN = "delete the folder and prepare it again"
 VERIFY_LIMIT = 2**31  # bytes: shards up to this total are hashed again each time a run starts
-BATCH = 2**24  # characters handed to the tokenizer's threads at once
-FEW = 10  # a corpus is small when its smallest split would get fewer documents than that
-
-
-@dataclass(frozen=True)
-class Split:
-    """How a corpus is divided: the shares of the validation and the test part, each at least 0, together below 1.
-
-    Raises:
-        ValueError: A share is out of its range.
-    """
-
-    val_fraction: float = 0.05
-    test_fraction: float = 0.0
-
-    def __post_init__(self) -> None:
-        for key in ("val_fraction", "test_fraction"):
-            if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 0 and below 1, got {getattr(self, key)!r}")
-        if self.val_fraction + self.test_fraction >= 1:
-            raise ValueError(
-                f"val_fraction {self.val_fraction} and test_fraction {self.test_fraction} leave nothing to train on"
-            )
-
-    def divide(self, documents: Callable[[], Iterator[str]]) -> Iterator[tuple[str, str]]:
-        """Yield (split, text): whole documents where there are several, shares of characters where there is one.
-
-        A document's split follows from its own text, so that it keeps it when the corpus grows. Of few documents the
-        ones with the lowest numbers are taken, so that every split gets some.
-        """
-        few = math.ceil(FEW / min(f for f in (self.val_fraction, self.test_fraction, 1.0) if f))
-        numbers = sorted(map(_number, islice(documents(), few)))
-        if len(numbers) == 1:
-            yield from self._cut(next(documents()))
-            return
-        val, test = self.val_fraction, self.val_fraction + self.test_fraction
-        if 1 < len(numbers) < few:
-            val, test = self._thresholds(numbers)
-        for text in documents():
-            number = _number(text)
-            yield "val" if number < val else "test" if number < test else "train", text
-
-    def _thresholds(self, numbers: list[float]) -> tuple[float, float]:
-        """Return the numbers below which a document validates and tests; one at least is left to train on."""
-        vals, tests = (max(1, round(len(numbers) * f)) if f else 0 for f in (self.val_fraction, self.test_fraction))
-        vals = min(vals, len(numbers) - 1)
-        tests = min(tests, len(numbers) - 1 - vals)
-        return numbers[vals], numbers[vals + tests]
-
-    def _cut(self, text: str) -> Iterator[tuple[str, str]]:
-        """The first characters train, the next validate, the last test."""
-        train = int(len(text) * (1 - self.val_fraction - self.test_fraction))
-        val = int(len(text) * (1 - self.test_fraction))
-        yield from (("train", text[:train]), ("val", text[train:val]), ("test", text[val:]))
-
-
-def _number(text: str) -> float:
-    """Return a document's own number, from 0 to 1."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+OPEN_MAPS = 256  # files mapped at once in a process; each holds a file descriptor
+SAMPLE = 2**16  # ids at either end of a very large file that are checked against the vocabulary
 
 
 @dataclass(frozen=True)
@@ -104,14 +43,17 @@ class Shard:
     tokens: int
     header: int = 0
 
-    @cached_property
+    @property
     def ids(self) -> np.ndarray:
-        """The ids as a read-only memory map, opened on first use in each process."""
-        order = np.dtype(self.dtype).newbyteorder("<")
-        return np.memmap(self.path, dtype=order, mode="r", offset=self.header, shape=(self.tokens,))
+        """The ids as a read-only memory map."""
+        return _map(self)
 
-    def __getstate__(self) -> dict[str, Any]:  # a worker process opens the map anew rather than get a copy of it
-        return {key: value for key, value in self.__dict__.items() if key != "ids"}
+
+@lru_cache(maxsize=OPEN_MAPS)
+def _map(shard: Shard) -> np.ndarray:
+    order = np.dtype(shard.dtype).newbyteorder("<")
+    ids = np.memmap(shard.path, dtype=order, mode="r", offset=shard.header, shape=(shard.tokens,))
+    return ids.view(np.ndarray)  # slices of the subclass are several times slower
 
 
 @dataclass(frozen=True)
@@ -122,14 +64,12 @@ class TokenData:
         folder: Where they are.
         splits: The shards of each split, in order.
         fingerprint: Hexadecimal digest that changes when the tokens do.
-        tokenizer: Name of the tokenizer that made them; None where the files do not say.
         manifest: What `manifest.json` says; empty for files of other projects.
     """
 
     folder: Path
     splits: dict[str, list[Shard]]
     fingerprint: str
-    tokenizer: str | None = None
     manifest: dict[str, Any] = field(default_factory=dict)
 
     def shards(self, split: str) -> list[Shard]:
@@ -140,20 +80,31 @@ class TokenData:
         """Number of tokens in a split."""
         return sum(shard.tokens for shard in self.shards(split))
 
-    def verify(self) -> None:
-        """Check every shard against its SHA-256, where there is a manifest.
+    def require_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Insist that this tokenizer made the tokens, where there is a manifest.
+
+        Raises:
+            InputError: Another one did.
+        """
+        if self.manifest and self.manifest["tokenizer_sha256"] != fingerprint(tokenizer):
+            raise InputError(
+                f"tokenizer {tokenizer.name!r} contradicts {self.folder}, which {self.manifest['tokenizer']!r} made: "
+                "leave data.tokenizer out, or prepare the folder again"
+            )
+
+    def verify(self, report: Callable[[Shard], None] | None = None) -> None:
+        """Check every shard against its SHA-256, where there is a manifest; `report` is told of each.
 
         Raises:
             InputError: A shard was changed after it was written.
         """
-        for split in self.manifest.get("splits", {}).values():
-            for entry in split["shards"]:
-                with (self.folder / entry["file"]).open("rb") as file:
+        for name in SPLITS if self.manifest else ():
+            for shard, entry in zip(self.shards(name), self.manifest["splits"][name]["shards"], strict=True):
+                with shard.path.open("rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                        raise InputError(
-                            f"{self.folder / entry['file']} does not match the SHA-256 in its {MANIFEST}: "
-                            f"delete the folder {self.folder}, it is made again"
-                        )
+                        raise InputError(f"{shard.path} does not match the SHA-256 in its {MANIFEST}: {AGAIN}")
+                if report is not None:
+                    report(shard)
 
 
 def open_tokens(folder: Path) -> TokenData:
@@ -162,7 +113,6 @@ def open_tokens(folder: Path) -> TokenData:
     Raises:
         InputError: The manifest cannot be read or a shard is missing, truncated or too long.
     """
-    again = f"delete the folder {folder}, it is made again"
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         dtype = manifest["dtype"]
@@ -176,18 +126,32 @@ def open_tokens(folder: Path) -> TokenData:
         if any(shard.path.parent != folder for shards in splits.values() for shard in shards):
             raise ValueError("a shard outside the folder")
         hashes = "".join(entry["sha256"] for split in SPLITS for entry in entries[split])
-        data = TokenData(
-            folder, splits, hashlib.sha256(hashes.encode()).hexdigest(), str(manifest["tokenizer"]), manifest
+        manifest["tokenizer_sha256"], manifest["tokenizer"] = (
+            str(manifest["tokenizer_sha256"]),
+            str(manifest["tokenizer"]),
         )
+        data = TokenData(folder, splits, hashlib.sha256(hashes.encode()).hexdigest(), manifest)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / MANIFEST} cannot be used ({type(error).__name__}: {error}): {again}") from error
+        raise InputError(f"{folder / MANIFEST} cannot be used ({type(error).__name__}: {error}): {AGAIN}") from error
     for shard in chain(*splits.values()):
         size = shard.tokens * np.dtype(dtype).itemsize
         found = shard.path.stat().st_size if shard.path.is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
-            raise InputError(f"{shard.path} {state}, its {MANIFEST} says {size}: {again}")
+            raise InputError(f"{shard.path} {state}, its {MANIFEST} says {size}: {AGAIN}")
     return data
+
+
+def folder_tokenizer(folder: Path) -> str | None:
+    """Return what `load_tokenizer` makes the tokenizer of a prepared folder of; None if it is not prepared.
+
+    Raises:
+        InputError: Its manifest cannot be read.
+    """
+    if not (folder / MANIFEST).is_file():
+        return None
+    name = str(open_tokens(folder).manifest["tokenizer"])
+    return str(folder / TOKENIZER_JSON) if name == TOKENIZER_JSON else name
 
 
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER = 20240520, 1, 1024  # of llm.c's token files: 256 int32 before the ids
@@ -222,6 +186,15 @@ def open_foreign(folder: Path, dtype: str = "uint16") -> TokenData:
     return TokenData(folder, splits, digest.hexdigest())
 
 
+def together(parts: Sequence[TokenData]) -> TokenData:
+    """Return several sets of tokens as one: the shards of the first, then those of the second, and so on."""
+    if len(parts) == 1:
+        return parts[0]
+    splits = {name: [shard for part in parts for shard in part.shards(name)] for name in SPLITS}
+    digest = hashlib.sha256("".join(part.fingerprint for part in parts).encode())
+    return TokenData(parts[0].folder, splits, digest.hexdigest())
+
+
 def _foreign_shard(path: Path, dtype: str) -> Shard:
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -243,117 +216,17 @@ def _foreign_shard(path: Path, dtype: str) -> Shard:
 
 
 def check_vocabulary(data: TokenData, vocab_size: int) -> None:
-    """Insist that the ids of foreign files are in the vocabulary: all of them, or the ends of very large files.
+    """Insist that the ids of foreign files are in the vocabulary: all of them, or the ends of large files. (What is
+    in between is checked as it is served.)
 
     Raises:
         InputError: An id is not; the file is named.
     """
     for shard in chain(*data.splits.values()):
-        parts = [shard.ids] if shard.tokens <= VERIFY_LIMIT // 4 else [shard.ids[: 2**24], shard.ids[-(2**24) :]]
+        parts = [shard.ids] if shard.tokens <= SAMPLE * 256 else [shard.ids[:SAMPLE], shard.ids[-SAMPLE:]]
         for part in parts:
             if len(part) and int(part.max()) >= vocab_size:
                 raise InputError(
                     f"{shard.path} has the id {int(part.max())}, outside the vocabulary of {vocab_size}: "
                     "set data.tokenizer to the one that made it, or data.dtype"
                 )
-
-
-def prepare(corpus: Corpus, root: Path, tokenizer: tiktoken.Encoding, split: Split) -> TokenData:
-    """Tokenise a corpus into a folder under `root`, or open the folder that an earlier call left there.
-
-    Raises:
-        InputError: A document cannot be read, or the folder that is there is damaged.
-    """
-    settings = {"format": FORMAT, "tokenizer": tokenizer.name, "corpus": corpus.fingerprint, **asdict(split)}
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    folder = root / f"{corpus.name}-{key[:12]}"
-    if not (folder / MANIFEST).is_file():
-        _write_folder(corpus, folder, tokenizer, split, settings)
-    data = open_tokens(folder)
-    if sum(data.tokens(name) for name in SPLITS) * np.dtype(data.manifest["dtype"]).itemsize <= VERIFY_LIMIT:
-        data.verify()
-    return data
-
-
-def _write_folder(
-    corpus: Corpus, folder: Path, tokenizer: tiktoken.Encoding, split: Split, settings: dict[str, Any]
-) -> None:
-    """Write shards and manifest under a temporary name; what is there under the final name is always whole."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        dtype = "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"
-        writers = {name: _ShardWriter(temporary / f"{name}-00000.bin", dtype, tokenizer.eot_token) for name in SPLITS}
-        for name, ids, size in _encode(split.divide(corpus.documents), tokenizer):
-            writers[name].add(ids, size)
-        manifest = {
-            **settings,
-            "vocab_size": tokenizer.n_vocab,
-            "dtype": dtype,
-            "splits": {name: writer.close() for name, writer in writers.items()},
-        }
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        temporary.chmod(0o755)
-        if not (folder / MANIFEST).is_file():  # another process may have been faster
-            shutil.rmtree(folder, ignore_errors=True)  # what an interrupted deletion left
-            os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _encode(texts: Iterator[tuple[str, str]], tokenizer: tiktoken.Encoding) -> Iterator[tuple[str, list[int], int]]:
-    """Yield (split, ids, bytes of text). Text that spells a special token stays ordinary text."""
-    for batch in _batches(texts):
-        encoded = tokenizer.encode_ordinary_batch([text for _, text in batch], num_threads=os.cpu_count() or 1)
-        for (name, text), ids in zip(batch, encoded, strict=True):
-            yield name, ids, len(text.encode())
-
-
-def _batches(texts: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """Collect documents until they have `BATCH` characters."""
-    batch: list[tuple[str, str]] = []
-    size = 0
-    for name, text in texts:
-        batch.append((name, text))
-        size += len(text)
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-@dataclass
-class _ShardWriter:
-    """Writes documents to one file, with the end-of-text token between them."""
-
-    path: Path
-    dtype: str
-    separator: int
-    tokens: int = 0
-    documents: int = 0
-    text_bytes: int = 0
-    _digest: Any = field(default_factory=hashlib.sha256)
-
-    def __post_init__(self) -> None:
-        self._file = self.path.open("wb")
-
-    def add(self, ids: list[int], text_bytes: int) -> None:
-        if not ids:
-            return
-        if self.documents:
-            ids = [self.separator, *ids]
-        data = np.asarray(ids, dtype=np.dtype(self.dtype).newbyteorder("<")).tobytes()
-        self._file.write(data)
-        self._digest.update(data)
-        self.tokens += len(ids)
-        self.documents += 1
-        self.text_bytes += text_bytes
-
-    def close(self) -> dict[str, Any]:
-        """Close the file durably; return what the manifest says of it."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        shard = {"file": self.path.name, "tokens": self.tokens, "sha256": self._digest.hexdigest()}
-        return {"documents": self.documents, "bytes": self.text_bytes, "shards": [shard]}

@@ -6,6 +6,7 @@ it means the same after a change of devices, workers or accumulation.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from gptlit.data.tokens import Shard
+from gptlit.errors import InputError
 
 NO_TARGET = -100  # what torch's cross_entropy leaves out
 
@@ -20,18 +22,30 @@ NO_TARGET = -100  # what torch's cross_entropy leaves out
 class Windows(Dataset[tuple[Tensor, Tensor]]):
     """All windows of a list of shards. Indexed with an array (B,) it gives inputs and targets, int64 (B, L) each.
 
-    The index -1 stands for no window: it gives targets that the loss ignores.
+    The index -1 stands for no window: it gives targets that the loss ignores. Ids go from the memory map to the
+    batch in one copy, into pinned memory if that is asked for.
 
     Args:
         shards: Files of token ids.
         context_length: L, in tokens.
         stride: Distance between the starts of two windows, in tokens.
+        vocab_size: Ids from here on are refused.
+        pin_memory: Serve batches that a GPU can fetch by itself.
     """
 
-    def __init__(self, shards: Sequence[Shard], context_length: int, stride: int) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        context_length: int,
+        stride: int,
+        vocab_size: int = 2**32,
+        pin_memory: bool = False,
+    ) -> None:
         self.shards = list(shards)
         self.context_length = context_length
         self.stride = stride
+        self.vocab_size = vocab_size
+        self.pin_memory = pin_memory
         counts = [len(range(0, shard.tokens - context_length, stride)) for shard in self.shards]
         self._ends = np.cumsum(counts, dtype=np.int64)
 
@@ -45,15 +59,29 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
         return shard, (index - first) * self.stride
 
     def __getitem__(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        inputs = np.zeros((len(indices), self.context_length), dtype=np.int64)
-        targets = np.full_like(inputs, NO_TARGET)
+        pair = torch.empty((2, len(indices), self.context_length), dtype=torch.int64, pin_memory=self.pin_memory)
+        inputs, targets = pair.numpy()
         for row, index in enumerate(indices.tolist()):
-            if index >= 0:
-                shard, offset = self.address(index)
-                ids = self.shards[shard].ids[offset : offset + self.context_length + 1]
-                inputs[row] = ids[:-1]
-                targets[row] = ids[1:]
-        return torch.from_numpy(inputs), torch.from_numpy(targets)
+            if index < 0:
+                inputs[row], targets[row] = 0, NO_TARGET
+                continue
+            shard, offset = self.address(index)
+            ids = self.shards[shard].ids[offset : offset + self.context_length + 1]
+            inputs[row], targets[row] = ids[:-1], ids[1:]
+        if int(pair.max()) >= self.vocab_size:
+            self._refuse(indices)
+        return pair[0], pair[1]
+
+    def _refuse(self, indices: np.ndarray) -> None:
+        """Name the window with an id outside the vocabulary."""
+        for index in indices[indices >= 0].tolist():
+            shard, offset = self.address(index)
+            largest = int(self.shards[shard].ids[offset : offset + self.context_length + 1].max())
+            if largest >= self.vocab_size:
+                raise InputError(
+                    f"{self.shards[shard].path} has the id {largest} in the window at {offset}, outside the "
+                    f"vocabulary of {self.vocab_size}: set data.tokenizer to the one that made it, or data.dtype"
+                )
 
 
 def shuffled(positions: np.ndarray, n_windows: int, seed: int) -> np.ndarray:
@@ -92,6 +120,74 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return mixed
 
 
+BLOCK = 2**16  # positions in which every corpus gets its exact share
+
+
+class Mix:
+    """The window at each position, drawn from several corpora by weight; each corpus is shuffled for itself.
+
+    Of every `BLOCK` positions a corpus gets its share to the nearest whole number, at places that are shuffled too. It
+    is a pure function of (seed, position): one block is computed to reach any position.
+
+    Args:
+        n_windows: Windows in each corpus; they are numbered through, the first corpus first.
+        weights: Positive numbers, one a corpus.
+        seed: Of the order.
+
+    Raises:
+        InputError: A weight is not positive, or so small that its corpus would never be drawn from.
+    """
+
+    def __init__(self, n_windows: Sequence[int], weights: Sequence[float], seed: int) -> None:
+        self.n_windows = list(n_windows)
+        self.seed = seed
+        for weight in weights:
+            if not 0 < weight < float("inf"):
+                raise InputError(f"the weight {weight} in data.source must be a positive number")
+        exact = np.array(weights) / sum(weights) * BLOCK
+        self.shares = np.floor(exact).astype(np.int64)
+        self.shares[np.argsort(self.shares - exact, kind="stable")[: BLOCK - self.shares.sum()]] += 1
+        if not self.shares.all():
+            raise InputError(f"the weights {list(weights)} in data.source are too far apart: at most {BLOCK} to 1")
+        self._firsts = np.cumsum([0, *self.n_windows[:-1]])
+        self._block = lru_cache(maxsize=2)(self._assign)
+
+    def __len__(self) -> int:
+        return sum(self.n_windows)
+
+    def _assign(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return, for each position of a block, the corpus and how many windows of it came before in the block."""
+        places = shuffled(np.arange(BLOCK) + block * BLOCK, BLOCK, self.seed + 1)
+        corpora = np.searchsorted(np.cumsum(self.shares), places, side="right")
+        before = np.empty(BLOCK, dtype=np.int64)
+        for corpus, share in enumerate(self.shares):
+            before[corpora == corpus] = np.arange(share)
+        return corpora, before
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """Return the windows at positions, int64 (B,)."""
+        if len(self.n_windows) == 1:
+            return shuffled(positions, self.n_windows[0], self.seed)
+        windows = np.empty_like(positions)
+        blocks, places = np.divmod(positions, BLOCK)
+        for block in np.unique(blocks).tolist():
+            corpora, before = self._block(block)
+            for corpus, (count, first) in enumerate(zip(self.n_windows, self._firsts, strict=True)):
+                chosen = (blocks == block) & (corpora[places] == corpus)
+                draws = before[places[chosen]] + block * self.shares[corpus]
+                windows[chosen] = first + shuffled(draws, count, self.seed + 2 + corpus)
+        return windows
+
+    def drawn(self, position: int) -> list[int]:
+        """Return how many windows of each corpus are served before a position."""
+        block, place = divmod(position, BLOCK)
+        if len(self.n_windows) == 1 or not place:
+            return [int(share) * block if len(self.n_windows) > 1 else position for share in self.shares]
+        corpora, _ = self._block(block)
+        counts = np.bincount(corpora[:place], minlength=len(self.shares)) + block * self.shares
+        return [int(count) for count in counts]
+
+
 class TrainOrder(Sampler[np.ndarray]):
     """One device's micro-batches of window indices, shuffled without replacement, for `steps` optimizer steps.
 
@@ -99,34 +195,31 @@ class TrainOrder(Sampler[np.ndarray]):
     The order goes on from one epoch into the next, so every step is whole.
 
     Args:
-        n_windows: Windows in an epoch.
+        mix: From positions to windows.
         batch_size: Windows in an optimizer step, over all devices.
         micro_batch_size: Windows that one device takes at once.
         rank: This device.
         world_size: All devices.
-        seed: Of the shuffle.
         start: Position of the first window, over all devices.
         steps: Optimizer steps to serve.
     """
 
     def __init__(
         self,
-        n_windows: int,
+        mix: Mix,
         *,
         batch_size: int,
         micro_batch_size: int,
         rank: int = 0,
         world_size: int = 1,
-        seed: int = 0,
         start: int = 0,
         steps: int,
     ) -> None:
-        self.n_windows = n_windows
+        self.mix = mix
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.rank = rank
         self.world_size = world_size
-        self.seed = seed
         self.start = start
         self.steps = steps
 
@@ -138,7 +231,7 @@ class TrainOrder(Sampler[np.ndarray]):
         for micro_batch in range(len(self)):
             first = self.start + micro_batch * stride + self.rank * self.micro_batch_size
             positions = np.arange(first, first + self.micro_batch_size)
-            yield shuffled(positions, self.n_windows, self.seed)
+            yield self.mix(positions)
 
 
 class EvalOrder(Sampler[np.ndarray]):

@@ -1,0 +1,65 @@
+"""The bars of long preparations: on a terminal they move, elsewhere a line is written now and then."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from gptlit.data.prepare import Report
+
+LINE_EVERY = 30.0  # seconds between two lines where there is no terminal
+
+
+@contextmanager
+def downloading(name: str) -> Iterator[Callable[[int, int], None]]:
+    """Give a function that shows (bytes so far, bytes in all)."""
+    text = TextColumn(f"fetching {name}")
+    with _bar(text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as show:
+        yield lambda done, size: show(done, size, f"fetching {name}: {done:,} of {size:,} bytes", {})
+
+
+@contextmanager
+def preparing(name: str) -> Iterator[Callable[[Report], None]]:
+    """Give a function that shows a `Report`."""
+    begun = time.monotonic()
+    text = TextColumn(f"preparing {name}")
+    speed = TextColumn("{task.fields[tokens]:,} tokens  {task.fields[speed]:.1f} MB/s")
+    with _bar(text, BarColumn(), DownloadColumn(), speed, TimeRemainingColumn()) as show:
+
+        def report(now: Report) -> None:
+            fields = {"tokens": now.tokens, "speed": now.text_bytes / 1e6 / (time.monotonic() - begun)}
+            of = f" of {now.size:,}" if now.size else ""
+            line = f"preparing {name}: {now.read:,}{of} bytes, {now.tokens:,} tokens, {fields['speed']:.1f} MB/s"
+            show(now.read, now.size or None, line, fields)
+
+        yield report
+
+
+Show = Callable[[int, int | None, str, dict[str, float]], None]
+
+
+@contextmanager
+def _bar(*columns: ProgressColumn) -> Iterator[Show]:
+    console = Console(stderr=True)
+    last = time.monotonic()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None, visible=False, tokens=0, speed=0.0)
+
+        def show(done: int, total: int | None, line: str, fields: dict[str, float]) -> None:
+            nonlocal last
+            progress.update(task, completed=done, total=total, visible=True, **fields)  # type: ignore[arg-type]
+            if not console.is_terminal and time.monotonic() - last > LINE_EVERY:
+                console.print(line, soft_wrap=True, highlight=False, markup=False)
+                last = time.monotonic()
+
+        yield show
