@@ -2,7 +2,8 @@
 
 from jsonargparse import auto_cli
 
-from benchmarks import bigram, generate
+from benchmarks import bigram, generate, loader, prepare
 
 if __name__ == "__main__":
-    auto_cli({"bigram": bigram.run, "generate": generate.run}, as_positional=False, prog="python -m benchmarks")
+    runs = {"bigram": bigram.run, "generate": generate.run, "loader": loader.run, "prepare": prepare.run}
+    auto_cli(runs, as_positional=False, prog="python -m benchmarks")

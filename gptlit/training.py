@@ -349,7 +349,7 @@ def _silence_lightning() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let glibc keep the memory of freed tensors for the next ones.
 
     It would give every large block back to the kernel at once, and a CPU run would spend more than half of each step
@@ -365,7 +365,7 @@ def _keep_freed_memory() -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line; errors that a user can mend are one line."""
     _silence_lightning()
-    _keep_freed_memory()
+    keep_freed_memory()
     try:
         TrainingCLI(
             GPTModule,

@@ -209,3 +209,107 @@ def test_other_commands_answer_in_one_line_too(
     assert len(err.splitlines()) == 1
     assert words in err
     assert not list(Path().glob("*.ckpt"))
+
+
+# --- prepare and inspect
+
+
+@pytest.fixture
+def dump(tmp_path: Path) -> Path:
+    """A dump in JSON lines, one of them broken."""
+    lines = [json.dumps({"body": f"document {n} about trees and rivers"}) for n in range(300)]
+    lines.insert(7, "{")
+    (tmp_path / "dump.jsonl").write_text("\n".join(lines))
+    return tmp_path / "dump.jsonl"
+
+
+def test_prepare_inspect_and_train(dump: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from conftest import TINY
+    from gptlit.training import main as train
+
+    main(["prepare", "dump.jsonl", "--out", "data/dump", "--text_key", "body", "--skip_bad", "--shard_tokens", "500"])
+    out = capsys.readouterr().out
+    assert re.search(r"^train +2\d\d +[\d,]+ +[\d,]+ +\d\.\d\d +\d$", out, re.MULTILINE), out
+    assert "left out, for they could not be read: 1 documents" in out
+    command = re.search(r"^next: python train.py (.*)", out, re.MULTILINE)
+    assert command is not None
+    assert command[1].endswith("--data.source data/dump")
+    main(["inspect", "data/dump", "--verify", "--position", "3", "--length", "4"])
+    out = capsys.readouterr().out
+    assert "verified: " in out
+    assert "train, tokens 3 to 7:\n" in out
+    assert " trees and rivers" in out
+    main(["inspect", "data/dump", "--json"])
+    values = json.loads(capsys.readouterr().out)
+    assert values["splits"]["train"]["documents"] + values["splits"]["val"]["documents"] == 300
+    assert values["splits"]["train"]["median"] == 6
+    train(["fit", *TINY, "--data.source=data/dump", "--trainer.max_steps=2"])
+    assert Path("runs/t/version_0/checkpoints/step-00000002.ckpt").is_file()
+
+
+def test_several_sources_and_separate_validation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b", "c", "d"):
+        (tmp_path / f"{name}.txt").write_text(f"text {name}")
+    main(["prepare", "a.txt", "b.txt", "--val_source", "c.txt", "d.txt", "--out=out"])
+    capsys.readouterr()
+    main(["inspect", "out", "--split", "val"])
+    out = capsys.readouterr().out
+    assert out.endswith("text c<|endoftext|>text d\n")
+    assert re.search(r"^train +2 ", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("args", "words", "status"),
+    [
+        (["prepare", "dump.jsonl", "--out=o"], "dump.jsonl line 1 has no 'text', only 'body': set text_key", 1),
+        (["prepare", "dump.jsonl", "--text_key=body", "--out=o"], "dump.jsonl line 8 is not JSON", 1),
+        (["prepare", "nowhere", "--out=o"], "'nowhere' does not exist: give a text", 1),
+        (["prepare", "dump.jsonl"], "the following arguments are required: prepare.out", 2),
+        (["prepare", "--out=o"], "the following arguments are required: prepare.source", 2),
+        (["prepare", "dump.jsonl", "--out=."], "is not empty", 1),
+        (["prepare", "dump.jsonl", "--out=o", "--shard_tokens=0"], "shard_tokens must be at least 1, got 0", 1),
+        (["prepare", "dump.jsonl", "--out=o", "--num_workers=-1"], "num_workers must be at least 0, got -1", 1),
+        (["prepare", "dump.jsonl", "--out=o", "--val_fraction=2"], "val_fraction must be at least 0 and below 1", 1),
+        (["prepare", "dump.jsonl", "--out=o", "--tokenizer=gpt9"], "no tokenizer is named 'gpt9'", 1),
+        (["inspect", "nowhere"], "nowhere is no folder of tokens", 1),
+        (["inspect", ".", "--verify"], "has no .bin file with 'train' in its name", 1),
+        (["inspect", ".", "--position=-1"], "position -1 and length 100", 1),
+    ],
+)
+def test_what_prepare_and_inspect_refuse_is_one_line(
+    dump: Path, args: list[str], words: str, status: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(args)
+    captured = capsys.readouterr()
+    assert exit_.value.code == status
+    assert captured.out == ""
+    assert re.match(r"error: .*" + re.escape(words), captured.err), captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_a_changed_shard_is_found_by_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.txt").write_text("some text of a few words")
+    main(["prepare", "a.txt", "--out=o"])
+    shard = tmp_path / "o" / "train-00000.bin"
+    shard.write_bytes(shard.read_bytes()[::-1])
+    with pytest.raises(SystemExit):
+        main(["inspect", "o", "--verify"])
+    assert "train-00000.bin does not match the SHA-256 in its manifest.json" in capsys.readouterr().err
+
+
+def test_short_spellings(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gptlit.cli import _spelt_out
+
+    for short, full in (
+        (
+            ["prepare", "a", "b", "--out", "x", "--overwrite"],
+            ["prepare", '--source=["a", "b"]', "--out=x", "--overwrite=true"],
+        ),
+        (["inspect", "f", "--verify", "false"], ["inspect", "--folder=f", "--verify=false"]),
+        (["generate", "--stop", "Q:", "z", "--prompt", "-a=b"], ["generate", '--stop=["Q:", "z"]', "--prompt=-a=b"]),
+        (["generate", '--stop=["Q:"]'], ["generate", '--stop=["Q:"]']),
+        (["nonsense", "a"], ["nonsense", "a"]),
+        (["--help"], ["--help"]),
+    ):
+        assert _spelt_out(short) == full

@@ -46,7 +46,7 @@ class Split:
     characters of a single text are divided: the first train, the next validate, the last test.
 
     Raises:
-        ValueError: A share is out of its range.
+        InputError: A share is out of its range.
     """
 
     val_fraction: float = 0.05
@@ -55,9 +55,9 @@ class Split:
     def __post_init__(self) -> None:
         for key in ("val_fraction", "test_fraction"):
             if not 0 <= getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 0 and below 1, got {getattr(self, key)!r}")
+                raise InputError(f"{key} must be at least 0 and below 1, got {getattr(self, key)!r}")
         if self.val_fraction + self.test_fraction >= 1:
-            raise ValueError(
+            raise InputError(
                 f"val_fraction {self.val_fraction} and test_fraction {self.test_fraction} leave nothing to train on"
             )
 
@@ -344,6 +344,8 @@ def prepare(
     corpora = {"train": corpora} if isinstance(corpora, Corpus) else dict(corpora)
     if shard_tokens < 1:
         raise InputError(f"shard_tokens must be at least 1, got {shard_tokens}")
+    if num_workers is not None and num_workers < 0:
+        raise InputError(f"num_workers must be at least 0, got {num_workers}")
     settings = _settings(corpora, tokenizer, split, shard_tokens)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -31,15 +31,19 @@ def downloading(name: str) -> Iterator[Callable[[int, int], None]]:
 @contextmanager
 def preparing(name: str) -> Iterator[Callable[[Report], None]]:
     """Give a function that shows a `Report`."""
-    begun = time.monotonic()
+    begun, before = time.monotonic(), -1  # what an earlier process did counts for nothing
     text = TextColumn(f"preparing {name}")
-    speed = TextColumn("{task.fields[tokens]:,} tokens  {task.fields[speed]:.1f} MB/s")
-    with _bar(text, BarColumn(), DownloadColumn(), speed, TimeRemainingColumn()) as show:
+    rate = TextColumn("{task.fields[tokens]:,} tokens  {task.fields[speed]:.1f} MB/s")
+    with _bar(text, BarColumn(), DownloadColumn(), rate, TimeRemainingColumn()) as show:
 
         def report(now: Report) -> None:
-            fields = {"tokens": now.tokens, "speed": now.text_bytes / 1e6 / (time.monotonic() - begun)}
+            nonlocal begun, before
+            if before < 0:
+                begun, before = time.monotonic(), now.text_bytes
+            speed = (now.text_bytes - before) / 1e6 / max(1e-9, time.monotonic() - begun)
+            fields = {"tokens": now.tokens, "speed": speed}
             of = f" of {now.size:,}" if now.size else ""
-            line = f"preparing {name}: {now.read:,}{of} bytes, {now.tokens:,} tokens, {fields['speed']:.1f} MB/s"
+            line = f"preparing {name}: {now.read:,}{of} bytes, {now.tokens:,} tokens, {speed:.1f} MB/s"
             show(now.read, now.size or None, line, fields)
 
         yield report

@@ -48,24 +48,28 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
         self.pin_memory = pin_memory
         counts = [len(range(0, shard.tokens - context_length, stride)) for shard in self.shards]
         self._ends = np.cumsum(counts, dtype=np.int64)
+        self._firsts = np.concatenate([np.zeros(1, dtype=np.int64), self._ends])
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def address(self, index: int) -> tuple[int, int]:
         """Return (shard, offset in tokens) of a window."""
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        first = int(self._ends[shard - 1]) if shard else 0
-        return shard, (index - first) * self.stride
+        (shard,), (offset,) = self._addresses(np.array([index]))
+        return shard, offset
+
+    def _addresses(self, indices: np.ndarray) -> tuple[list[int], list[int]]:
+        """Return the shards and the offsets in them; the offset of no window is negative."""
+        shards = np.searchsorted(self._ends, indices, side="right")
+        return shards.tolist(), ((indices - self._firsts[shards]) * self.stride).tolist()
 
     def __getitem__(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
         pair = torch.empty((2, len(indices), self.context_length), dtype=torch.int64, pin_memory=self.pin_memory)
         inputs, targets = pair.numpy()
-        for row, index in enumerate(indices.tolist()):
-            if index < 0:
+        for row, (shard, offset) in enumerate(zip(*self._addresses(indices), strict=True)):
+            if offset < 0:
                 inputs[row], targets[row] = 0, NO_TARGET
                 continue
-            shard, offset = self.address(index)
             ids = self.shards[shard].ids[offset : offset + self.context_length + 1]
             inputs[row], targets[row] = ids[:-1], ids[1:]
         if int(pair.max()) >= self.vocab_size:
@@ -120,6 +124,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return mixed
 
 
+AT_ONCE = 64  # micro-batches whose windows are computed together
 BLOCK = 2**16  # positions in which every corpus gets its exact share
 
 
@@ -228,10 +233,11 @@ class TrainOrder(Sampler[np.ndarray]):
 
     def __iter__(self) -> Iterator[np.ndarray]:
         stride = self.micro_batch_size * self.world_size
-        for micro_batch in range(len(self)):
-            first = self.start + micro_batch * stride + self.rank * self.micro_batch_size
-            positions = np.arange(first, first + self.micro_batch_size)
-            yield self.mix(positions)
+        first = self.start + self.rank * self.micro_batch_size
+        for done in range(0, len(self), AT_ONCE):
+            micro_batches = np.arange(done, min(done + AT_ONCE, len(self)))[:, None]
+            positions = first + micro_batches * stride + np.arange(self.micro_batch_size)
+            yield from self.mix(positions.ravel()).reshape(positions.shape)
 
 
 class EvalOrder(Sampler[np.ndarray]):
