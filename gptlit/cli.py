@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from jsonargparse import ArgumentParser, auto_cli
 
 from gptlit import __version__
-from gptlit.errors import InputError, OneLineErrors, fail, note
+from gptlit.errors import InputError, OneLineErrors, fail, note, user_path
 
 if TYPE_CHECKING:
     from gptlit.data.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ def prepare(
     val_source: list[str] | None = None,
     test_source: list[str] | None = None,
     text_key: str = "text",
-    separator: str | None = None,
+    separator: str = "",
     shard_tokens: int = 100_000_000,
     num_workers: int | None = None,
     skip_bad: bool = False,
@@ -55,6 +55,8 @@ def prepare(
     from gptlit.data.progress import downloading, preparing
     from gptlit.data.tokenizer import load_tokenizer
 
+    if not source:
+        raise InputError("no source is given: name a file, a folder, a data set or a corpus")
     split = Split(0.0 if val_source else val_fraction, 0.0 if test_source else test_fraction)
     encoding = load_tokenizer(tokenizer)
     corpora = {}
@@ -62,10 +64,14 @@ def prepare(
         if sources:
             with downloading(" ".join(sources)) as show:
                 corpora[name] = open_corpus(sources, Reading(text_key, separator), report=show)
+    folder = user_path(out)
+    inside = [part.name for corpus in corpora.values() for part in corpus.parts if _is_in(part.name, folder)]
+    if inside:
+        raise InputError(f"the source {inside[0]} is in --out {out}: choose another folder for the tokens")
     with preparing(out) as report:
         data = run(
             corpora,
-            Path(out).expanduser(),
+            folder,
             encoding,
             split,
             shard_tokens=shard_tokens,
@@ -84,6 +90,10 @@ def prepare(
     if data.manifest["skipped"]:
         print(f"left out, for they could not be read: {data.manifest['skipped']:,} documents")
     print(f"\nnext: python train.py fit --config configs/quickstart.yaml --data.source {out}")
+
+
+def _is_in(name: str, folder: Path) -> bool:
+    return folder.is_dir() and Path(name).is_file() and Path(name).resolve().is_relative_to(folder.resolve())
 
 
 def inspect(
@@ -112,7 +122,7 @@ def inspect(
 
     if position < 0 or length < 1:
         raise InputError(f"position {position} and length {length}: at least 0 and 1 are needed")
-    data, encoding = open_folder(Path(folder).expanduser(), tokenizer, dtype)
+    data, encoding = open_folder(user_path(folder), tokenizer, dtype)
     if verify and not data.manifest:
         raise InputError(f"{folder} has no manifest.json, there are no hashes to verify")
     if verify:
@@ -418,6 +428,17 @@ class Parser(OneLineErrors, ArgumentParser):
         return super().add_argument(*args, sub_configs=False, **kwargs)
 
 
+def _as_list(values: list[str]) -> str:
+    """Return JSON for the items of a list, or for a list that is JSON already."""
+    from json import dumps, loads
+
+    try:
+        is_json = len(values) == 1 and isinstance(loads(values[0]), list)
+    except ValueError:
+        is_json = False
+    return values[0] if is_json else dumps(values)
+
+
 def _spelt_out(args: list[str]) -> list[str]:
     """Write in full what may be written shorter: the first words without their key, `--verify` for `--verify true`,
     the items of a list one after the other.
@@ -431,15 +452,15 @@ def _spelt_out(args: list[str]) -> list[str]:
     found = list(command)
     while words:
         key, is_joined, value = words.pop(0).partition("=")
-        count = next((n for n, word in enumerate(words) if word.startswith("--")), len(words))
-        values = [value] if is_joined else [words.pop(0) for _ in range(count)]
         kind = str(getattr(parameters.get(key.removeprefix("--")), "annotation", ""))
+        count = next((n for n, word in enumerate(words) if word.startswith("--")), len(words))
+        if count == 0 and kind and kind != str(bool):
+            count = min(1, len(words))  # `--separator --- `: it needs a value
+        values = [value] if is_joined else [words.pop(0) for _ in range(count)]
         if kind == str(bool) and not values:
             values = ["true"]
-        if kind.startswith("list") and values and not values[0].startswith("["):
-            from json import dumps
-
-            values = [dumps(values)]
+        if kind.startswith("list") and values:
+            values = [_as_list(values)]
         found += [f"{key}={values[0]}", *values[1:]] if values else [key]
     return found
 

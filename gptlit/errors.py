@@ -3,11 +3,26 @@
 import os
 import sys
 import time
+from pathlib import Path
 from typing import NoReturn
 
 
 class InputError(ValueError):
     """Something from outside (a file, a flag, a key) is wrong; the message names it, its value and the remedy."""
+
+
+def user_path(text: str) -> Path:
+    """Return a path that a user wrote, with `~` resolved.
+
+    Raises:
+        InputError: It is empty, or there is no such home.
+    """
+    if not text:
+        raise InputError("a path is empty: name a file or folder")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{text!r}: {error}") from error
 
 
 def note(message: str) -> None:

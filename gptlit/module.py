@@ -1,6 +1,8 @@
 """GPTModule, the LightningModule: the step, what is logged, the optimizer and its schedule."""
 
+import hashlib
 import math
+import os
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -8,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.optim import AdamW
 from torchmetrics import MeanMetric
 
 from gptlit.config import GPTConfig
@@ -47,7 +50,11 @@ class GPTModule(pl.LightningModule):
     """Trains a GPTModel on (inputs, targets), int64 (B, T) each.
 
     Logged each `trainer.log_every_n_steps` optimizer steps: train/loss (mean of the global batch), train/grad_norm
-    (before clipping), train/tokens (seen so far, all devices), lr. After each validation: val/loss, val/perplexity.
+    (before clipping), train/tokens (seen so far, all devices), lr, and train/skipped_steps once there is one. After
+    each validation: val/loss, val/perplexity.
+
+    A step whose gradient is not finite changes nothing and is counted. Dropout is seeded for each micro-batch from the
+    run's seed and the step, so that a resumed run draws what an uninterrupted one would.
 
     Args:
         config: The architecture; the seven keys of the book and two more.
@@ -109,6 +116,8 @@ class GPTModule(pl.LightningModule):
         self.compile_model = compile
         self.init_from = init_from
         self.tokens = 0  # seen since the run began, all devices
+        self.skipped_steps = 0  # those before this fit; `_skipped` counts on, on the device
+        self._skipped = self._in_a_row = torch.zeros(())
         self.val_loss = MeanMetric()
         self.test_loss = MeanMetric()
         self._losses: list[Tensor] = []  # of the micro-batches of one optimizer step, on the device
@@ -148,10 +157,17 @@ class GPTModule(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the mean loss of one micro-batch."""
         inputs, targets = batch
+        if self.config.drop_rate:
+            torch.manual_seed(self._micro_batch_seed())
         loss = next_token_loss(self.model(inputs), targets)
         self._losses.append(loss.detach())
         self.tokens += inputs.numel() * self.trainer.world_size
         return loss
+
+    def _micro_batch_seed(self) -> int:
+        """Return a number that follows from the run's seed, the step, the micro-batch in it, and the device."""
+        words = f"{self._seed} {self.global_step} {len(self._losses)} {self.global_rank}"
+        return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "big", signed=True)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Set the learning rate of this step: a function of the step alone, so nothing of it is in a checkpoint."""
@@ -164,17 +180,49 @@ class GPTModule(pl.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as `trainer.gradient_clip_val` says, and log what belongs to the step."""
-        log = self.trainer._logger_connector.should_update_logs
-        if gradient_clip_val or log:
-            norm = self._clip(gradient_clip_val or math.inf, gradient_clip_algorithm)
-        if log:
+        """Clip as `trainer.gradient_clip_val` says, pass over what is not finite, log what belongs to the step."""
+        norm = self._clip(gradient_clip_val or math.inf, gradient_clip_algorithm)
+        self._guard(optimizer, norm)
+        if self.trainer._logger_connector.should_update_logs:
             loss = torch.stack(self._losses).mean()
             self.log("train/loss", loss, sync_dist=True)
             self.log("train/grad_norm", norm)
             self.log("train/tokens", float(self.tokens))
             self.log("lr", optimizer.param_groups[0]["lr"])
+            if skipped := self.total_skipped:
+                self.log("train/skipped_steps", float(skipped))
         self._losses.clear()
+
+    def _guard(self, optimizer: torch.optim.Optimizer, norm: Tensor) -> None:
+        """Let a step with a gradient that is not finite change nothing, and count it.
+
+        The fused AdamW is told on the device, so that nobody waits for the result; the others are left without
+        gradients. (Mixed fp16 has a guard of its own in its gradient scaler.)
+        """
+        if self.trainer.precision == "16-mixed":
+            return
+        found = (~norm.isfinite()).float()
+        self._skipped += found
+        self._in_a_row = (self._in_a_row + 1) * found
+        if isinstance(optimizer, AdamW) and optimizer.defaults.get("fused"):
+            optimizer.grad_scale, optimizer.found_inf = None, found  # type: ignore[attr-defined]
+        elif found.item():
+            optimizer.zero_grad(set_to_none=True)
+
+    @property
+    def is_between_steps(self) -> bool:
+        """Whether no micro-batch of the next optimizer step has been made yet."""
+        return not self._losses
+
+    @property
+    def total_skipped(self) -> int:
+        """Steps that were passed over since the run began. Waits for the device."""
+        return self.skipped_steps + int(self._skipped.item())
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """Steps that were passed over since the last good one. Waits for the device."""
+        return int(self._in_a_row.item())
 
     def _clip(self, limit: float, algorithm: str | None) -> Tensor:
         """Return the norm of the gradient before it is clipped."""
@@ -195,6 +243,9 @@ class GPTModule(pl.LightningModule):
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
         set_values(optimizer, **self._values)
+        self._seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        self._skipped, self._in_a_row = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        self._losses.clear()
         steps = self.trainer.max_steps
         self._max_steps = steps if steps > 0 else int(self.trainer.estimated_stepping_batches)
         if self.schedule.warmup_steps >= self._max_steps:
@@ -239,6 +290,7 @@ class GPTModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the tokens seen; leave out Lightning's loop counters, which count micro-batches of one device."""
         checkpoint["tokens"] = self.tokens
+        checkpoint["skipped_steps"] = self.total_skipped
         del checkpoint["loops"]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -262,7 +314,7 @@ class GPTModule(pl.LightningModule):
                     f"model.config.{field.name} is {ours}, but the checkpoint was trained with "
                     f"{theirs.get(field.name)}: set it to that, or start a new run"
                 )
-        self.tokens = checkpoint.get("tokens", 0)
+        self.tokens, self.skipped_steps = checkpoint.get("tokens", 0), checkpoint.get("skipped_steps", 0)
         if is_fit:
             self._set_step(self.trainer, checkpoint["global_step"])
 

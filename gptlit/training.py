@@ -6,12 +6,15 @@ import logging
 import os
 import platform
 import signal
+import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 gc.disable()  # the imports below make hundreds of thousands of objects, none of them garbage
 import lightning.pytorch as pl  # noqa: E402
@@ -22,9 +25,13 @@ from lightning.pytorch.callbacks import Callback  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback  # noqa: E402
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher  # noqa: E402
 
+from gptlit import __version__  # noqa: E402
 from gptlit.callbacks import (  # noqa: E402
     DrawnWindows,
     FinalValidation,
+    GoBack,
+    GracefulStop,
+    NonFinite,
     SampleText,
     StepCheckpoint,
     StepLogger,
@@ -36,6 +43,7 @@ from gptlit.checkpoint import (  # noqa: E402
     checkpoint_path,
     checkpoints,
     find_checkpoint,
+    locked,
     new_run_folder,
     newest_checkpoint,
     read_checkpoint,
@@ -50,6 +58,8 @@ from gptlit.weights import agree, read_source  # noqa: E402
 gc.freeze()
 gc.enable()
 
+GO_BACK_LIMIT = 3  # times that a run is sent back to its last checkpoint
+
 
 @dataclass
 class RunConfig:
@@ -60,6 +70,10 @@ class RunConfig:
         val_every_n_steps: Steps from one validation to the next.
         save_every_n_steps: Steps from one checkpoint to the next; the end of a fit is saved in any case.
         keep_last: Newest checkpoints to keep; -1 keeps all.
+        keep_best: Keep the checkpoint with the lowest val/loss too, and let best.ckpt point to it.
+        async_save: Write checkpoints while training goes on, from a copy in memory.
+        max_nonfinite_steps: So many steps in a row whose gradient is not finite end the run.
+        on_nonfinite: "stop", or "go_back" to the last checkpoint and pass over the windows of these steps.
         sample_prompt: Text to continue after each validation; empty: no sample.
     """
 
@@ -67,12 +81,16 @@ class RunConfig:
     val_every_n_steps: int = 100
     save_every_n_steps: int = 100
     keep_last: int = 3
+    keep_best: bool = True
+    async_save: bool = True
+    max_nonfinite_steps: int = 5
+    on_nonfinite: Literal["stop", "go_back"] = "stop"
     sample_prompt: str = "The"
 
     def __post_init__(self) -> None:
         if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
             raise ValueError(f"run.name must be a plain folder name, got {self.name!r}")
-        for key in ("val_every_n_steps", "save_every_n_steps"):
+        for key in ("val_every_n_steps", "save_every_n_steps", "max_nonfinite_steps"):
             if getattr(self, key) < 1:
                 raise ValueError(f"run.{key} must be a positive integer, got {getattr(self, key)}")
         if self.keep_last < 1 and self.keep_last != -1:
@@ -100,6 +118,7 @@ class SaveRunConfig(SaveConfigCallback):
     def __init__(self, parser: LightningArgumentParser, config: Namespace, run: Path) -> None:
         super().__init__(parser, config, save_to_log_dir=False)
         self.run = run
+        self._origin: dict[str, Any] | None = None
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write it on the first device, for a fit."""
@@ -109,6 +128,28 @@ class SaveRunConfig(SaveConfigCallback):
         names = chain(["config.yaml"], (f"config_{n}.yaml" for n in count(1)))
         path = next(path for name in names if not (path := self.run / name).exists())
         self.parser.save(self.config, path, skip_unset=False, overwrite=False, multifile=False)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """A checkpoint says what made it: the configuration, the versions, the revision of the code."""
+        if self._origin is None:
+            packages = ("torch", "lightning", "tiktoken", "numpy")
+            versions = {"gptlit": __version__, "python": platform.python_version()}
+            versions |= {package: version(package) for package in packages}
+            config = self.parser.dump(self.config, skip_unset=False)
+            self._origin = {"config": config, "versions": versions, "revision": _revision()}
+        checkpoint["origin"] = self._origin
+
+
+def _revision() -> str | None:
+    """Return the git revision of the code, with "-dirty" after it where it was changed; None where there is no git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        root = Path(__file__).parent
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 class TrainingCLI(LightningCLI):
@@ -199,6 +240,8 @@ class TrainingCLI(LightningCLI):
         """Choose the checkpoint to go on from and the folder to write to."""
         root = Path(config.trainer.default_root_dir)
         self.run = new_run_folder(root, config.run.name)
+        if config.ckpt_path is None and self.subcommand == "fit" and int(os.environ.get("SLURM_RESTART_COUNT") or 0):
+            config.ckpt_path = "last"  # SLURM has put the job into the queue again
         if config.ckpt_path is None:
             if self.subcommand != "fit" and config.model.init_from is None:
                 note("there is neither --ckpt_path nor --model.init_from: untrained weights are measured")
@@ -231,9 +274,14 @@ class TrainingCLI(LightningCLI):
         """Add this project's logger, callbacks and durable writer to what the configuration asks for."""
         config = self.config_init[self.subcommand]
         run: RunConfig = config.run
-        callbacks: list[Any] = [EndTogether(), FinalValidation()]
+        io = DurableCheckpointIO(asynchronous=run.async_save)
+        checkpoint = None
+        callbacks: list[Any] = [EndTogether(), FinalValidation(run.val_every_n_steps)]
         if config.trainer.enable_checkpointing is not False:
-            callbacks.append(StepCheckpoint(self.run, run.save_every_n_steps, run.keep_last))
+            checkpoint = StepCheckpoint(self.run, io, run.save_every_n_steps, run.keep_last, run.keep_best)
+            callbacks.append(checkpoint)
+        callbacks.append(GracefulStop(checkpoint))
+        callbacks.append(NonFinite(self.run, run.max_nonfinite_steps, run.on_nonfinite == "go_back"))
         if run.sample_prompt:
             callbacks.append(SampleText(run.sample_prompt))
         if config.trainer.enable_progress_bar is not False:
@@ -246,8 +294,28 @@ class TrainingCLI(LightningCLI):
         self.trainer_defaults["callbacks"] = callbacks
         self.save_config_kwargs = {"run": self.run}
         kwargs["val_check_interval"], kwargs["check_val_every_n_epoch"] = run.val_every_n_steps, None
-        kwargs["plugins"] = [*(config.trainer.plugins or []), DurableCheckpointIO()]
+        kwargs["plugins"] = [*(config.trainer.plugins or []), io]
         return super().instantiate_trainer(**kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it. A fit that is sent back begins again at its newest checkpoint, without what was not finite."""
+        writes = subcommand == "fit" and self.trainer.is_global_zero and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        with locked(self.run) if writes else nullcontext():
+            for _ in range(GO_BACK_LIMIT):
+                try:
+                    super()._run_subcommand(subcommand)
+                    return
+                except GoBack as back:
+                    self._go_back(subcommand, back)
+        raise InputError(f"the run was sent back {GO_BACK_LIMIT} times: its gradient is not finite whatever it reads")
+
+    def _go_back(self, subcommand: str, back: GoBack) -> None:
+        found = newest_checkpoint(self.run)
+        if found is None:
+            raise InputError("the gradient is not finite, and there is no checkpoint to go back to yet: lower model.lr")
+        note(f"going back to {found}: {back}")
+        self.datamodule.pass_over(back.first, back.count)
+        self.config_init[subcommand]["ckpt_path"] = str(found)
 
     def _tensorboard(self, config: Any) -> StepLogger | bool:
         """Curves go to the run's folder; after a resume they go on where the checkpoint was made."""

@@ -1,5 +1,6 @@
 """Checkpoints: whole or absent, safe to read, and the newest good one is found."""
 
+import hashlib
 import os
 import pickle
 import zipfile
@@ -12,6 +13,7 @@ from gptlit.checkpoint import (
     DurableCheckpointIO,
     checkpoint_path,
     checkpoints,
+    checksum_path,
     find_checkpoint,
     new_run_folder,
     newest_checkpoint,
@@ -31,7 +33,8 @@ def save(path: Path) -> Path:
 def test_a_round_trip_leaves_no_temporary_file(tmp_path: Path) -> None:
     path = save(tmp_path / "deep" / "a.ckpt")
     assert torch.equal(read_checkpoint(path)["state_dict"]["model.a"], torch.arange(3))
-    assert list(path.parent.iterdir()) == [path]
+    assert sorted(path.parent.iterdir()) == [path, checksum_path(path)]
+    assert checksum_path(path).read_text() == f"{hashlib.sha256(path.read_bytes()).hexdigest()}  a.ckpt\n"
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,10 +45,12 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(
+        InputError, match=r"a.ckpt cannot be written \(No space left on device\): [\d,]+ MB are free in"
+    ):
         save(path)
     assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
+    assert sorted(tmp_path.iterdir()) == [path, checksum_path(path)]
 
 
 def test_files_that_are_no_checkpoint_are_named(tmp_path: Path) -> None:

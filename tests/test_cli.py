@@ -264,9 +264,12 @@ def test_several_sources_and_separate_validation(tmp_path: Path, capsys: pytest.
         (["prepare", "dump.jsonl", "--out=o"], "dump.jsonl line 1 has no 'text', only 'body': set text_key", 1),
         (["prepare", "dump.jsonl", "--text_key=body", "--out=o"], "dump.jsonl line 8 is not JSON", 1),
         (["prepare", "nowhere", "--out=o"], "'nowhere' does not exist: give a text", 1),
+        (["prepare", "~nobody-here/x", "--out=o"], "'~nobody-here/x': ", 1),
+        (["prepare", "", "--out=o"], "a path is empty", 1),
+        (["prepare", "--source=[]", "--val_source=dump.jsonl", "--out=o"], "no source is given", 1),
         (["prepare", "dump.jsonl"], "the following arguments are required: prepare.out", 2),
         (["prepare", "--out=o"], "the following arguments are required: prepare.source", 2),
-        (["prepare", "dump.jsonl", "--out=."], "is not empty", 1),
+        (["prepare", "python-docs", "--out=."], "is not empty", 1),
         (["prepare", "dump.jsonl", "--out=o", "--shard_tokens=0"], "shard_tokens must be at least 1, got 0", 1),
         (["prepare", "dump.jsonl", "--out=o", "--num_workers=-1"], "num_workers must be at least 0, got -1", 1),
         (["prepare", "dump.jsonl", "--out=o", "--val_fraction=2"], "val_fraction must be at least 0 and below 1", 1),
@@ -286,6 +289,24 @@ def test_what_prepare_and_inspect_refuse_is_one_line(
     assert captured.out == ""
     assert re.match(r"error: .*" + re.escape(words), captured.err), captured.err
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("separator", ["###", "---", "~", "&x"])
+def test_any_separator_is_taken_as_it_is(separator: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a.txt").write_text(separator.join("abc"))
+    main(["prepare", "a.txt", "--out=o", "--separator", separator, "--val_fraction=0"])
+    main(["inspect", "o"])
+    assert "a<|endoftext|>b<|endoftext|>c" in capsys.readouterr().out
+
+
+def test_the_tokens_are_not_taken_for_sources(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("texts").mkdir()
+    Path("texts/a.txt").write_text("some text")
+    for _ in range(2):
+        main(["prepare", "texts", "--out=texts/out", "--val_fraction=0"])
+    with pytest.raises(SystemExit):
+        main(["prepare", "texts/**", "--out=texts/out", "--val_fraction=0"])
+    assert "in --out texts/out: choose another folder" in capsys.readouterr().err
 
 
 def test_a_changed_shard_is_found_by_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -311,5 +332,10 @@ def test_short_spellings(monkeypatch: pytest.MonkeyPatch) -> None:
         (["generate", '--stop=["Q:"]'], ["generate", '--stop=["Q:"]']),
         (["nonsense", "a"], ["nonsense", "a"]),
         (["--help"], ["--help"]),
+        (["prepare", "[ab].txt"], ["prepare", '--source=["[ab].txt"]']),
+        (
+            ["prepare", "a", "--separator", "---", "--out", "o"],
+            ["prepare", '--source=["a"]', "--separator=---", "--out=o"],
+        ),
     ):
         assert _spelt_out(short) == full

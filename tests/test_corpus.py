@@ -219,8 +219,40 @@ def test_a_missing_column_names_those_that_are_there(tmp_path: Path) -> None:
 
 
 def test_half_characters_in_json_are_replaced(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(r'{"text": "a \ud83d b \ud83d\ude42"}')
-    assert list(open_corpus("a.jsonl").documents()) == ["a \ufffd b 🙂"]
+    (tmp_path / "a.jsonl").write_bytes(rb'{"text": "a \uD83d b \ud83d\ude42"}' + b'\n{"text": "\xed\xa0\x80"}')
+    first, second = open_corpus("a.jsonl").documents()
+    assert first == "a \ufffd b 🙂"
+    assert second.encode()
+
+
+def test_empty_files_are_left_out(tmp_path: Path) -> None:
+    for name, text in (("a", ""), ("b", "text"), ("c", "")):
+        (tmp_path / f"{name}.txt").write_text(text)
+    assert list(open_corpus(str(tmp_path)).documents()) == ["text"]
+
+
+def test_a_text_in_several_formats_is_taken_once_from_the_hub(hub: Path) -> None:
+    (hub / "train.txt").write_text("the same as text")
+    assert list(open_corpus("hf:someone/stories").documents()) == ["one", "two", "three"]
+    assert list(open_corpus("hf:someone/stories/train.txt").documents()) == ["the same as text"]
+
+
+def test_a_connection_that_breaks_is_not_a_damaged_file(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = open_corpus("hf:someone/stories").parts[0]
+
+    def broken(*_: Any) -> bytes:
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(module._Counted, "read", broken)
+    with pytest.raises(InputError, match=r"the connection broke \(ConnectionError: reset by peer\): give the same"):
+        list(part.read())
+
+
+def test_a_separator_that_never_comes_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LONGEST_DOCUMENT", 1000)
+    Path("a.txt").write_text("word " * 10**6)
+    with pytest.raises(InputError, match="a.txt has no separator '###' in .* characters"):
+        list(open_corpus("a.txt", Reading(separator="###")).documents())
 
 
 def test_reading_reports_the_bytes_of_the_packed_file(tmp_path: Path) -> None:

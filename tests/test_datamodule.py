@@ -192,9 +192,15 @@ def test_separate_sources_validate_and_test(tmp_path: Path) -> None:
     datamodule.setup("test")
     texts = [datamodule.tokenizer.decode(datamodule.windows[name][np.array([0])][0][0].tolist()) for name in SPLITS]
     assert texts == [" tree" * 16, " river" * 16, " winter" * 16]
-    prepared = TokenDataModule(str(datamodule.data.folder), val_source="b.jsonl", context_length=16)
-    with pytest.raises(InputError, match="data.val_source and data.test_source cannot be set: .* has its own parts"):
-        prepared.setup()
+    prepared = TokenDataModule(
+        str(datamodule.data.folder), val_source="b.jsonl", text_key="body", context_length=16, batch_size=2
+    )
+    prepared.setup()
+    assert prepared.data.tokens("val") == 100
+    both = [Weighted("a.jsonl"), Weighted("c.jsonl")]
+    mixed = TokenDataModule(both, val_source="b.jsonl", text_key="body", context_length=16)
+    mixed.setup()
+    assert mixed.data.tokens("val") == 100  # once, not once for each
 
 
 def test_several_corpora_are_mixed_by_weight(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def left(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+    hidden = (".lock", ".verified")
+    return sorted(path.name for path in folder.rglob("*") if path.is_file() and path.suffix not in hidden)
 
 
 def test_a_file_is_fetched_once_and_verified(server: Server, tmp_path: Path) -> None:
@@ -91,12 +93,40 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(server: Server, tmp
 
 def test_a_connection_that_keeps_breaking_leaves_what_came_for_the_next_call(server: Server, tmp_path: Path) -> None:
     server.cut = 1000
-    with pytest.raises(InputError, match=rf"5000 of {len(CONTENT)} bytes are here; give the same command again"):
-        fetch("stories", tmp_path)
+    fail_after = 5
+    transfer = module._transfer
+
+    def broken(*arguments: Any) -> None:
+        server.cut = 1000 if len(server.asked) < fail_after else 0
+        transfer(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_transfer", broken)
+        with pytest.raises(InputError, match=rf"5000 of {len(CONTENT)} bytes are here; give the same command again"):
+            fetch("stories", tmp_path)
+    assert len(server.asked) == 5 + module.ATTEMPTS
     assert left(tmp_path) == ["stories.txt.partial"]
     server.cut = None
     assert fetch("stories", tmp_path).read_bytes() == CONTENT
     assert server.asked[-1] == "bytes=5000-"
+
+
+def test_a_file_put_there_by_hand_is_verified_once(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "stories").mkdir()
+    path = tmp_path / "stories" / "stories.txt"
+    path.write_bytes(CONTENT[::-1])
+    with pytest.raises(InputError, match=r"stories.txt has the SHA-256 .* it was deleted"):
+        fetch("stories", tmp_path)
+    path.write_bytes(CONTENT)
+    assert fetch("stories", tmp_path) == path
+    assert server.asked == []
+
+
+def test_two_at_once_fetch_it_once(server: Server, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as threads:
+        paths = list(threads.map(lambda _: fetch("stories", tmp_path), range(4)))
+    assert {path.read_bytes() for path in paths} == {CONTENT}
+    assert len(server.asked) == 1
 
 
 def test_a_server_that_cannot_go_on_sends_it_whole(server: Server, tmp_path: Path) -> None:
@@ -109,7 +139,7 @@ def test_a_server_that_cannot_go_on_sends_it_whole(server: Server, tmp_path: Pat
 @pytest.mark.parametrize("content", [CONTENT[:-1] + b"!", CONTENT + b"more"])
 def test_another_file_than_was_meant_is_deleted(server: Server, tmp_path: Path, content: bytes) -> None:
     server.content = content
-    with pytest.raises(InputError, match=r"stories.txt gave a file with SHA-256 .* it was deleted"):
+    with pytest.raises(InputError, match=r"stories.txt.partial has the SHA-256 .* it was deleted"):
         fetch("stories", tmp_path)
     assert left(tmp_path) == []
 
@@ -130,6 +160,16 @@ def test_a_full_disk_is_not_a_broken_connection(server: Server, tmp_path: Path) 
     (tmp_path / "stories" / "stories.txt.partial").mkdir()
     with pytest.raises(OSError, match="directory"):
         fetch("stories", tmp_path)
+
+
+def test_no_space_is_not_tried_again(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "_copy", full)
+    with pytest.raises(OSError, match="No space left"):
+        fetch("stories", tmp_path)
+    assert len(server.asked) == 1
 
 
 def test_the_catalogue_names_files_that_cannot_change() -> None:

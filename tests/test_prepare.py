@@ -17,6 +17,7 @@ import pytest
 from filelock import FileLock
 
 from conftest import ROOT
+from gptlit.data import encoder
 from gptlit.data import prepare as module
 from gptlit.data.corpus import Bad, Corpus, Part, open_corpus
 from gptlit.data.prepare import LOCK, PROGRESS, Report, Split, prepare, prepare_cached
@@ -89,6 +90,22 @@ def test_few_texts_leave_no_split_empty(tmp_path: Path, count: int) -> None:
     data = prepare(corpus_of(*texts), tmp_path / "out", GPT2, Split(0.05))
     assert len(documents_of(data, "val")) == 1
     assert sorted(documents_of(data, "train") + documents_of(data, "val")) == sorted(texts)
+
+
+def test_a_document_that_is_there_twice_does_not_empty_a_split(tmp_path: Path) -> None:
+    data = prepare(corpus_of("one", "one", "two"), tmp_path / "out", GPT2, Split(0.3))
+    assert data.tokens("val")
+    assert data.tokens("train")
+
+
+def test_whole_files_are_divided_too(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for number in range(40):
+        (tmp_path / "texts" / f"{number}.txt").write_text(f"text {number}")
+    data = prepare(open_corpus("texts"), tmp_path / "out", GPT2, Split(0.2, 0.1))
+    parts = {split: documents_of(data, split) for split in ("train", "val", "test")}
+    assert sorted(text for part in parts.values() for text in part) == sorted(f"text {number}" for number in range(40))
+    assert [len(part) for part in parts.values()] == [28, 8, 4]
 
 
 def test_separate_sources_are_not_divided(tmp_path: Path) -> None:
@@ -175,12 +192,17 @@ def kill_often(tmp_path: Path) -> Callable[[Path, Path, int], int]:
         command += ["--num_workers=2", "--test_fraction=0.05"]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         alive = 0
+
+        def noted() -> bytes:
+            return (out / PROGRESS).read_bytes() if (out / PROGRESS).exists() else b""
+
         while True:
             process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             if alive < kills:
-                while not (out / LOCK).exists() and process.poll() is None:
+                begun = noted()
+                while noted() == begun and process.poll() is None:  # it goes on
                     time.sleep(0.001)
-                time.sleep(draw.uniform(0.2, 0.9))
+                time.sleep(draw.uniform(0, 0.2))
                 if process.poll() is None:
                     alive += 1
                     process.send_signal(signal.SIGKILL)
@@ -325,7 +347,63 @@ def test_two_at_once_are_refused_or_wait(tmp_path: Path) -> None:
         pytest.raises(InputError, match="another process is preparing .*out: wait for it"),
     ):
         prepare(corpus_of("one"), tmp_path / "out", GPT2, Split(0.0))
-    prepare(corpus_of("one"), tmp_path / "out", GPT2, Split(0.0))
+    code = (
+        "import filelock, sys, time; filelock.FileLock(sys.argv[1]).acquire(); print('in', flush=True); time.sleep(1)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out" / LOCK)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"in\n"
+        start = time.monotonic()
+        prepare(corpus_of("one"), tmp_path / "out", GPT2, Split(0.0), wait=True)
+        assert time.monotonic() - start > 0.5
+        assert other.wait(5) == 0
+
+
+def test_what_a_kill_leaves_in_the_first_moment_does_not_block(tmp_path: Path) -> None:
+    (tmp_path / "progress.json.partial").write_text("{")
+    assert documents_of(prepare(corpus_of("one"), tmp_path, GPT2, Split(0.0)), "train") == ["one"]
+
+
+def test_overwrite_repairs_and_leaves_alone_what_is_whole(tmp_path: Path) -> None:
+    corpus, out = corpus_of("one", "two"), tmp_path / "out"
+    prepare(corpus, out, GPT2, Split(0.0))
+    before, time_before = bytes_of(out), (out / MANIFEST).stat().st_mtime_ns
+    prepare(corpus, out, GPT2, Split(0.0), overwrite=True)
+    assert (out / MANIFEST).stat().st_mtime_ns == time_before
+    (out / "train-00000.bin").unlink()
+    (out / "notes.partial").write_text("the user's own")
+    prepare(corpus, out, GPT2, Split(0.0), overwrite=True)
+    (out / "notes.partial").unlink()
+    assert bytes_of(out) == before
+
+
+def test_a_finished_shard_that_was_damaged_meanwhile_is_found(tmp_path: Path) -> None:
+    def stop(_: Report) -> None:
+        raise KeyboardInterrupt
+
+    corpus = corpus_of("one two three four five", "six")
+    with pytest.raises(KeyboardInterrupt):
+        prepare(corpus, tmp_path / "out", GPT2, Split(0.0), shard_tokens=2, report=stop)
+    (tmp_path / "out" / "train-00000.bin").write_bytes(b"")
+    with pytest.raises(InputError, match=r"train-00000.bin is damaged: delete .*out to begin again"):
+        prepare(corpus, tmp_path / "out", GPT2, Split(0.0), shard_tokens=2)
+    assert not (tmp_path / "out" / MANIFEST).exists()
+
+
+def test_a_million_spaces_are_encoded(tmp_path: Path) -> None:
+    data = prepare(corpus_of("a" + " " * 1_000_000 + "b"), tmp_path / "out", GPT2, Split(0.0))
+    assert len(documents_of(data, "train")[0]) == 1_000_002
+
+
+def test_tiny_documents_do_not_fill_a_batch_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    encode = encoder.encode
+    monkeypatch.setattr(
+        encoder, "encode", lambda tokenizer, texts: (sizes.append(len(texts)), encode(tokenizer, texts))[1]
+    )
+    prepare(corpus_of(*["x"] * 20_000), tmp_path / "out", GPT2, Split(0.0))
+    assert max(sizes) == module.BATCH_PIECES
 
 
 def test_a_full_disk_is_said_and_the_next_call_goes_on(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The GPT-2 tokenizer, with and without files at hand."""
 
+import json
 import pickle
 import shutil
 import socket
@@ -114,3 +115,18 @@ def test_a_tokenizer_json_that_is_none_is_named(tmp_path: Path, tokenizer_json: 
     (tmp_path / "b.json").write_text(tokenizer_json.read_text().replace("<|endoftext|>", "<|other|>"))
     with pytest.raises(InputError, match=r"has no token that ends a document: one of <\|endoftext\|>"):
         load_tokenizer(str(tmp_path / "b.json"))
+
+
+def test_text_that_spells_the_end_is_ordinary_whatever_the_file_says(tmp_path: Path, tokenizer_json: Path) -> None:
+    settings = json.loads(tokenizer_json.read_text())
+    settings["added_tokens"][0]["special"] = False
+    (tmp_path / "plain.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(str(tmp_path / "plain.json"))
+    assert tokenizer.eot_token not in tokenizer.encode_ordinary("a <|endoftext|> b")
+
+
+def test_a_tokenizer_that_cannot_encode_a_text_says_so(tmp_path: Path) -> None:
+    content = {"model": {"type": "WordLevel", "vocab": {"</s>": 0, "a": 1}, "unk_token": "[UNK]"}, "version": "1.0"}
+    (tmp_path / "words.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="cannot encode 'river'"):
+        load_tokenizer(str(tmp_path / "words.json")).encode_ordinary("river")

@@ -105,14 +105,16 @@ def test_validation_sees_every_window_once_in_order(n_windows: int, micro: int, 
     assert served[served >= 0].tolist() == list(range(n_windows))
 
 
-@given(st.lists(st.integers(1, 400), min_size=2, max_size=4), st.data())
-def test_a_mix_serves_each_corpus_in_epochs_of_its_own(counts: list[int], data: st.DataObject) -> None:
+@settings(max_examples=40)
+@given(st.lists(st.integers(1, 400), min_size=2, max_size=4), st.sampled_from([0, BLOCK - 1000]), st.data())
+def test_a_mix_serves_each_corpus_in_epochs_of_its_own(counts: list[int], start: int, data: st.DataObject) -> None:
     weights = data.draw(st.lists(st.floats(0.05, 20), min_size=len(counts), max_size=len(counts)))
     mix = Mix(counts, weights, seed=3)
-    served = mix(np.arange(2000))
+    served = mix(np.arange(start, start + 2000))
     first = 0
-    for count in counts:
+    for count, drawn in zip(counts, mix.drawn(start), strict=True):
         own = served[(served >= first) & (served < first + count)] - first
+        own = own[-drawn % count :]  # from the beginning of an epoch
         whole = own[: len(own) // count * count].reshape(-1, count)
         assert (np.sort(whole, axis=1) == np.arange(count)).all()
         rest = own[len(whole) * count :]
@@ -154,6 +156,7 @@ def test_weights_that_are_not_positive_are_refused(weights: list[float], words: 
 def test_weights_too_far_apart_are_refused() -> None:
     with pytest.raises(InputError, match="too far apart: at most 65536 to 1"):
         Mix([10, 10], [1, 1e-9], 0)
+    assert Mix([10, 10], [1e308, 1e308], 0).drawn(BLOCK) == [BLOCK // 2] * 2
 
 
 def test_an_id_outside_the_vocabulary_is_named_where_it_is_served(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from gptlit.data.download import CATALOGUE, fetch
 from gptlit.data.python_docs import python_docs
-from gptlit.errors import InputError
+from gptlit.errors import InputError, user_path
 
 PYTHON_DOCS = "python-docs"
 HUB = "hf:"
@@ -26,11 +26,12 @@ PACKED = (".gz", ".zst")
 BLOCK = 2**20  # bytes read at once
 PIECE = 2**20  # characters: a text is read, and encoded, in pieces of about this size
 LONGEST = 2**24  # characters after which a text without a good place to cut is cut anywhere
+LONGEST_DOCUMENT = 2**28  # characters between two separators
 DIGEST_LIMIT = 2**26  # bytes: larger files are told apart by their size and this much of them
 
 # A text may be cut here and its halves encoded apart, with the same ids as together: for the patterns of all of
-# tiktoken's encodings, a new word begins at a space or line end between two letters.
-CUT = re.compile(r"(?<=[^\W\d_])(?=[ \n][^\W\d_])")
+# tiktoken's encodings, a new word begins at a space or line end between two letters, and with a letter after a line.
+CUT = re.compile(r"(?<=[^\W\d_])(?=[ \n][^\W\d_])|(?<=\S\n)(?=[^\W\d_])")
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,11 @@ class Reading:
 
     Args:
         text_key: Key or column of the text in JSON lines and Parquet.
-        separator: What stands between two documents of a text file; None: a file is one document.
+        separator: What stands between two documents of a text file; empty: a file is one document.
     """
 
     text_key: str = "text"
-    separator: str | None = None
+    separator: str = ""
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ def _open(source: str, reading: Reading, downloads: Path, report: Callable[[int,
         digest = hashlib.sha256(sys.version.encode()).hexdigest()
         return Corpus(source, [Part(source, 0, digest, io.BytesIO, lambda _: python_docs())])
     if source in CATALOGUE:
-        if reading.separator is None:
+        if not reading.separator:
             reading = Reading(reading.text_key, CATALOGUE[source].separator)
         return Corpus(source, [_file_part(fetch(source, downloads, report), reading)])
     if source.startswith(HUB):
@@ -208,7 +209,7 @@ def _open(source: str, reading: Reading, downloads: Path, report: Callable[[int,
 
 
 def _files(source: str) -> list[Path]:
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_file():
         paths = [path]
     elif path.is_dir():
@@ -222,10 +223,10 @@ def _files(source: str) -> list[Path]:
                 f"data.source {source!r} does not exist: give a text, .jsonl or .parquet file, a folder or glob of "
                 f"them, hf:OWNER/NAME, or one of {', '.join(names())}"
             )
-    for path in paths:
-        if path.stat().st_size == 0:
-            raise InputError(f"{path} is empty: there is no text to train on")
-    return paths
+    full = [path for path in paths if path.stat().st_size]
+    if not full:
+        raise InputError(f"{paths[0]} is empty: there is no text to train on")
+    return full
 
 
 def _kind(name: str) -> tuple[str, str]:
@@ -288,14 +289,33 @@ def _hub_corpus(source: str, reading: Reading) -> Corpus:
     except Exception as error:  # whatever the client raises: no such data set, no network, no permission
         raise InputError(f"{source!r} cannot be listed ({type(error).__name__}: {error})") from error
     entries = [entry for _, entry in sorted(found.items()) if _is_data(entry, root, named=bool(path))]
+    kinds = {_kind(entry["name"])[0] for entry in entries}
+    best = next((kind for kind in (".parquet", ".jsonl", ".txt") if kind in kinds), "")  # one text in several formats
+    entries = [entry for entry in entries if path or _kind(entry["name"])[0] == best]
     if not entries:
         raise InputError(f"{source!r} has no {', '.join(KINDS)} file for training: name one as hf:OWNER/NAME/PATH")
 
     def part(entry: dict[str, Any]) -> Part:
         version = str((entry.get("lfs") or {}).get("sha256") or entry.get("blob_id") or entry["name"])
-        return _part(entry["name"], int(entry["size"]), version, partial(files.open, entry["name"], "rb"), reading)
+        return _part(entry["name"], int(entry["size"]), version, partial(_remote, files, entry["name"]), reading)
 
     return Corpus(re.sub(r"[^\w-]+", "_", name), [part(entry) for entry in entries])
+
+
+class _Remote(_Counted):
+    """A file on the network: what goes wrong there is no damage of the file."""
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return super().read(size)
+        except Exception as error:  # the client has several libraries' errors
+            raise InputError(
+                f"the connection broke ({type(error).__name__}: {error}): give the same command again, it goes on"
+            ) from error
+
+
+def _remote(files: Any, name: str) -> BinaryIO:
+    return _Remote(files.open(name, "rb"), lambda _: None)  # type: ignore[return-value]
 
 
 def _is_data(entry: dict[str, Any], root: str, named: bool) -> bool:
@@ -342,12 +362,12 @@ def _json_lines(name: str, key: str, file: BinaryIO) -> Iterator[str | Bad]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             yield Bad(f"{name} line {number} is not JSON ({error})")
             continue
         text = row.get(key) if isinstance(row, dict) else None
         if isinstance(text, str):
-            yield text if b"\\ud" not in line else _without_surrogates(text)
+            yield _without_surrogates(text)
         elif isinstance(row, dict) and key in row:
             yield Bad(f"{name} line {number}: {key!r} is {type(text).__name__}, not text")
         else:
@@ -357,7 +377,11 @@ def _json_lines(name: str, key: str, file: BinaryIO) -> Iterator[str | Bad]:
 
 def _without_surrogates(text: str) -> str:
     """Replace what JSON can escape but no encoding can hold: halves of pairs."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _parquet(name: str, key: str, file: BinaryIO) -> Iterator[str | Bad]:
@@ -368,24 +392,38 @@ def _parquet(name: str, key: str, file: BinaryIO) -> Iterator[str | Bad]:
         raise InputError(f"{name} needs the package pyarrow: pip install pyarrow") from error
     row = 0
     try:
-        table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+        table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)
         columns = table.schema_arrow.names
         if key not in columns:
             raise InputError(f"{name} has no column {key!r}, only {', '.join(map(repr, columns))}: set text_key")
         for batch in table.iter_batches(batch_size=256, columns=[key], use_threads=False):
-            for text in batch.column(0).to_pylist():
+            for value in batch.column(0):
                 row += 1
+                try:
+                    text = value.as_py()
+                except UnicodeDecodeError:
+                    yield Bad(f"{name} row {row}: {key!r} is not UTF-8")
+                    continue
                 yield text if isinstance(text, str) else Bad(f"{name} row {row}: {key!r} is {type(text).__name__}")
     except (pyarrow.ArrowException, OSError) as error:
         yield Bad(f"{name} is damaged after row {row} ({error}): fetch it again, or leave the rest out")
 
 
 def _separated(name: str, separator: str, file: BinaryIO) -> Iterator[str | Bad]:
-    rest = ""
+    held: list[str] = []
+    edge, size = "", 0  # a separator may begin in one block and end in the next
     for block in _decoded(name, file):
-        *texts, rest = (rest + block).split(separator)
-        yield from (text.strip() for text in texts)
-    yield rest.strip()
+        first, *others = (edge + block).split(separator)
+        if others:
+            yield "".join([*held, first]).strip()
+            yield from (text.strip() for text in others[:-1])
+            held, size, first = [], 0, others[-1]
+        cut = max(0, len(first) - len(separator) + 1)
+        held.append(first[:cut])
+        edge, size = first[cut:], size + cut
+        if size > LONGEST_DOCUMENT:
+            raise _NotTextError(f"{name} has no separator {separator!r} in {size:,} characters: set another one")
+    yield "".join([*held, edge]).strip()
 
 
 def _text(name: str, file: BinaryIO) -> Iterator[str | Bad]:

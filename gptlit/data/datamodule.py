@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Sampler
 from gptlit.data.corpus import Reading, open_corpus
 from gptlit.data.prepare import Split, prepare_cached
 from gptlit.data.progress import downloading, preparing
-from gptlit.data.tokenizer import load_tokenizer, tokenizer_spec
+from gptlit.data.tokenizer import fingerprint, load_tokenizer, tokenizer_spec
 from gptlit.data.tokens import (
     MANIFEST,
     SPLITS,
@@ -26,8 +26,10 @@ from gptlit.data.tokens import (
     open_tokens,
     together,
 )
-from gptlit.data.windows import EvalOrder, Mix, TrainOrder, Windows
-from gptlit.errors import InputError
+from gptlit.data.windows import EvalOrder, Mix, TrainOrder, Windows, beyond
+from gptlit.errors import InputError, user_path
+
+Identity = Literal["corpus", "tokenizer", "seed", "stride", "weights"]
 
 
 @dataclass
@@ -48,7 +50,7 @@ def tokenizer_for(source: str | Sequence[Weighted], tokenizer: str | None) -> st
     folder, else "gpt2".
     """
     paths = [source] if isinstance(source, str) else [part.path for part in source]
-    found = (folder_tokenizer(Path(path).expanduser()) for path in paths)
+    found = (folder_tokenizer(user_path(path)) for path in paths)
     return tokenizer or next(filter(None, found), "gpt2")
 
 
@@ -71,9 +73,11 @@ class TokenDataModule(pl.LightningDataModule):
         val_source: Another source that validates, whole, instead of a share.
         test_source: Another source that tests.
         text_key: Key or column of the text in .jsonl and .parquet.
-        separator: What stands between two documents of a text file; None: a file is one document.
+        separator: What stands between two documents of a text file; empty: a file is one document.
         dtype: Number type of token files without a header (nanoGPT's).
         seed: Of the order of windows; None: that of `seed_everything`.
+        resume_despite: What may differ from the checkpoint on a resume: corpus, tokenizer, seed, stride or weights. The
+            position is then one in another order.
         num_workers: Processes that read ahead; 0 reads in the training process.
         cache_dir: Folder for tokenised corpora.
 
@@ -94,9 +98,10 @@ class TokenDataModule(pl.LightningDataModule):
         val_source: str | None = None,
         test_source: str | None = None,
         text_key: str = "text",
-        separator: str | None = None,
+        separator: str = "",
         dtype: Literal["uint16", "uint32"] = "uint16",
         seed: int | None = None,
+        resume_despite: list[Identity] | None = None,
         num_workers: int = 0,
         cache_dir: str = "data",
     ) -> None:
@@ -125,6 +130,7 @@ class TokenDataModule(pl.LightningDataModule):
         self.reading = Reading(text_key, separator)
         self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
         self.dtype = dtype
+        self.resume_despite = resume_despite or []
         self.num_workers = num_workers
         self.cache_dir = Path(cache_dir)
         self.accumulation = 1
@@ -132,6 +138,7 @@ class TokenDataModule(pl.LightningDataModule):
         self._limits: tuple[int, int | None] = (-1, None)
         self.start = 0  # position of the first window of this fit, over all devices
         self.start_step = 0
+        self.passed_over: list[tuple[int, int]] = []  # (position, windows) that were not finite
         self.max_steps = -1
         self._configured: pl.Trainer | None = None
 
@@ -164,8 +171,12 @@ class TokenDataModule(pl.LightningDataModule):
     def _load(self, stage: str | None) -> None:
         length = self._agree_with_model()
         if not hasattr(self, "data"):  # `setup` comes after `prepare_data` on the first device, alone on the others
-            corpora = [self._open(part.path) for part in self.sources]
+            corpora = [self._open(part.path, self.split) for part in self.sources]
             self.data = together(corpora)
+            for name, source in self.other_sources.items():
+                if source is not None:
+                    other = self._open(source, Split(0.0))
+                    self.data.splits[name] = [shard for split in SPLITS for shard in other.shards(split)]
             counts = [len(self._windows(corpus, "train", length)) for corpus in corpora]
             self.mix = Mix(counts, [part.weight for part in self.sources], self.seed)
         self.windows = {name: self._windows(self.data, name, length) for name in SPLITS}
@@ -181,25 +192,20 @@ class TokenDataModule(pl.LightningDataModule):
         pin = self.num_workers == 0 and torch.cuda.is_available()  # workers leave it to the loader
         return Windows(data.shards(name), length, self.stride or length, self.vocab_size, pin)
 
-    def _open(self, path: str) -> TokenData:
+    def _open(self, path: str, split: Split) -> TokenData:
         """Open a folder of token files, or tokenise a corpus unless that is done already."""
-        folder = Path(path).expanduser()
+        folder = user_path(path)
         is_prepared = (folder / MANIFEST).is_file()
         if is_prepared or (folder.is_dir() and any(folder.glob("*.bin"))):
-            if any(self.other_sources.values()):
-                raise InputError(f"data.val_source and data.test_source cannot be set: {folder} has its own parts")
             data = open_tokens(folder) if is_prepared else open_foreign(folder, self.dtype)
             data.require_tokenizer(self.tokenizer)
             if not is_prepared:
                 check_vocabulary(data, self.vocab_size)
             return data
-        sources = {"train": path, **{name: other for name, other in self.other_sources.items() if other is not None}}
-        corpora = {}
-        for name, source in sources.items():
-            with downloading(source) as show:
-                corpora[name] = open_corpus(source, self.reading, self.cache_dir / "downloads", show)
-        with preparing(corpora["train"].name) as report:
-            return prepare_cached(corpora, self.cache_dir, self.tokenizer, self.split, report)
+        with downloading(path) as show:
+            corpus = open_corpus(path, self.reading, self.cache_dir / "downloads", show)
+        with preparing(corpus.name) as report:
+            return prepare_cached(corpus, self.cache_dir, self.tokenizer, split, report)
 
     def _trainer(self) -> pl.Trainer:
         if self.trainer is None:
@@ -233,6 +239,12 @@ class TokenDataModule(pl.LightningDataModule):
             raise InputError(
                 f"the train part of {path!r} is too short for one window of {windows.context_length} + 1: use a longer "
                 "text or a smaller model.config.context_length"
+            )
+        longest = max((shard.tokens for shard in windows.shards), default=0)
+        if not len(windows) and self.data.tokens(name) > windows.context_length:
+            raise InputError(
+                f"the longest shard of the {name} part of {self.source!r} has {longest} tokens, too few for a window "
+                f"of {windows.context_length} + 1: prepare it again with a larger --shard_tokens"
             )
         if not len(windows):
             is_cut_here = name != "train" and self.data.folder.parent == self.cache_dir
@@ -317,6 +329,7 @@ class TokenDataModule(pl.LightningDataModule):
             world_size=trainer.world_size,
             start=self.start,
             steps=max(0, self.max_steps - self.start_step),
+            passed_over=self._ahead,
         )
         return self._loader("train", order)
 
@@ -335,9 +348,34 @@ class TokenDataModule(pl.LightningDataModule):
         return self._eval_dataloader("test")
 
     @property
+    def _ahead(self) -> list[tuple[int, int]]:
+        """What is passed over from the beginning of this fit on; `start` has counted what came before."""
+        return [(first, count) for first, count in self.passed_over if first >= self.start]
+
+    def _positions(self, step: int, count: int) -> np.ndarray:
+        """Return the positions of `count` windows, the first of them after `step` optimizer steps."""
+        first = self.start + (step - self.start_step) * self.batch_size
+        return beyond(np.arange(first, first + count), self._ahead)
+
+    def position_after(self, step: int) -> int:
+        """Return the position of the first window after `step` optimizer steps, over all devices."""
+        return int(self._positions(step, 1)[0])
+
+    @property
     def position(self) -> int:
-        """Windows served over all devices up to the last optimizer step."""
-        return self.start + (self._trainer().global_step - self.start_step) * self.batch_size
+        """Position of the next window, over all devices, after the last optimizer step."""
+        return self.position_after(self._trainer().global_step)
+
+    def addresses(self, step: int) -> list[dict[str, Any]]:
+        """Return where the windows of the optimizer step after `step` steps are: file and offset in tokens."""
+        windows = self.windows["train"]
+        found = [windows.address(int(window)) for window in self.mix(self._positions(step, self.batch_size))]
+        return [{"step": step + 1, "shard": str(windows.shards[s].path), "offset": offset} for s, offset in found]
+
+    def pass_over(self, first: int, count: int) -> None:
+        """Leave out `count` windows from the position `first` on, from the next fit on."""
+        self.passed_over = sorted([*self.passed_over, (first, count)])
+        self._configured = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the data: the position, and what it is a position in."""
@@ -346,7 +384,9 @@ class TokenDataModule(pl.LightningDataModule):
             "windows": self.position,
             "source": self.source if isinstance(self.source, str) else [asdict(part) for part in self.sources],
             "tokenizer": tokenizer_spec(self.tokenizer),
+            "tokenizer_sha256": fingerprint(self.tokenizer),
             "corpus": self.data.fingerprint,
+            "passed_over": [list(part) for part in self.passed_over],
             **self._order,
         }
 
@@ -385,19 +425,25 @@ class TokenDataModule(pl.LightningDataModule):
         """
         if self._trainer().state.fn != "fit":
             return
-        if state["corpus"] != self.data.fingerprint:
-            raise InputError(
-                f"data.source {self.source!r} gives other tokens ({self.data.fingerprint[:12]}) than the checkpoint's "
-                f"{state['source']!r} ({state['corpus'][:12]}): resume with that corpus and the same shares and "
-                "tokenizer, or start a new run with --model.init_from"
-            )
-        for key, value in self._order.items():
-            if state.get(key, value) != value:
-                what = "the list of weights" if key == "weights" else f"data.{key}"
+        source = f" ({self.source!r}, the checkpoint's {state['source']!r})"
+        now = {
+            "tokenizer": (
+                fingerprint(self.tokenizer)[:12],
+                state.get("tokenizer_sha256", "")[:12],
+                self.tokenizer.name,
+            ),
+            "corpus": (self.data.fingerprint[:12], state["corpus"][:12], source),
+            **{key: (value, state.get(key, value), "") for key, value in self._order.items()},
+        }
+        for key, (ours, theirs, what) in now.items():
+            if theirs not in (ours, "") and key not in self.resume_despite:
+                label = {"seed": "data.seed", "stride": "data.stride", "weights": "list of weights"}.get(key, key)
                 raise InputError(
-                    f"{what} is {value}, but the checkpoint was trained with {state[key]}: its position would be "
-                    "one in another order; set it to that, or start a new run with --model.init_from"
+                    f"the {label} is {ours}, but the checkpoint was trained with {theirs}{what}: "
+                    f"resume with that, start a new run with --model.init_from, or set data.resume_despite to [{key}]"
                 )
+        known = {tuple(part) for part in state.get("passed_over", [])}
+        self.passed_over = sorted(known | set(self.passed_over))
         self.start, self.start_step = state["windows"], state["step"]
         self._set_steps(self._trainer())
         if self.start_step >= self.max_steps:

@@ -5,11 +5,14 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from errno import EDQUOT, EFBIG, ENOSPC
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from typing import BinaryIO
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
+
+from filelock import FileLock
 
 from gptlit.errors import InputError
 
@@ -26,13 +29,13 @@ class Download:
         address: Where it is; one that names a revision, so that it does not change.
         sha256: Of the whole file, hexadecimal.
         size: In bytes.
-        separator: What stands between two documents of a text file; None: the file is one document.
+        separator: What stands between two documents of a text file; empty: the file is one document.
     """
 
     address: str
     sha256: str
     size: int
-    separator: str | None = None
+    separator: str = ""
 
     @property
     def file(self) -> str:
@@ -79,7 +82,8 @@ CATALOGUE = {
 def fetch(name: str, folder: Path, report: Callable[[int, int], None] | None = None) -> Path:
     """Return the file of a named corpus, downloaded into a folder of its own unless it is there.
 
-    A connection that breaks is taken up again where it broke, five times in a row, then by the next call.
+    A connection that breaks is taken up again where it broke, until five attempts in a row bring nothing; then by the
+    next call.
 
     Args:
         name: A key of `CATALOGUE`.
@@ -91,29 +95,45 @@ def fetch(name: str, folder: Path, report: Callable[[int, int], None] | None = N
     """
     wanted = CATALOGUE[name]
     path = folder / name / wanted.file
-    if path.is_file() and path.stat().st_size == wanted.size:  # it was verified before it got this name
-        return path
-    partial = path.with_name(path.name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    for attempt in range(ATTEMPTS):
+    verified = path.with_name(f"{path.name}.verified")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if not path.is_file():
+            partial = path.with_name(f"{path.name}.partial")
+            _transfer_all(wanted, partial, path, report or (lambda done, size: None))
+            _verify(wanted, partial)
+            os.replace(partial, path)
+        elif not verified.is_file():  # somebody put it there
+            _verify(wanted, path)
+        verified.touch()
+    return path
+
+
+def _transfer_all(wanted: Download, partial: Path, path: Path, report: Callable[[int, int], None]) -> None:
+    """Transfer in as many attempts as it takes, while each brings something; after some that do not, give up."""
+    vain = 0
+    while True:
+        before = _size(partial)
         try:
-            _transfer(wanted, partial, report or (lambda done, size: None))
-            break
+            _transfer(wanted, partial, report)
+            return
         except HTTPError as error:
             raise InputError(f"{wanted.address} answers {error.code} ({error.reason}): {_by_hand(path)}") from error
         except (OSError, HTTPException) as error:
-            if getattr(error, "filename", None):  # the disk, not the network
-                raise
-            if attempt == ATTEMPTS - 1:
-                done = partial.stat().st_size if partial.is_file() else 0
+            if getattr(error, "filename", None) or getattr(error, "errno", None) in (ENOSPC, EDQUOT, EFBIG):
+                raise  # the disk, not the network
+            done = _size(partial)
+            vain = 0 if done > before else vain + 1
+            if vain == ATTEMPTS:
                 raise InputError(
                     f"{wanted.address} cannot be read ({error}): {done} of {wanted.size} bytes are here; give the same "
                     f"command again to go on, or {_by_hand(path)}"
                 ) from error
-            time.sleep(0.2 * 2**attempt)
-    _verify(wanted, partial)
-    os.replace(partial, path)
-    return path
+            time.sleep(0.2 * 2**vain)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def _by_hand(path: Path) -> str:
@@ -126,7 +146,7 @@ def _transfer(wanted: Download, partial: Path, report: Callable[[int, int], None
     Raises:
         OSError: The connection broke.
     """
-    done = partial.stat().st_size if partial.is_file() else 0
+    done = _size(partial)
     if done >= wanted.size:
         return
     request = Request(wanted.address, headers={"Range": f"bytes={done}-"} if done else {})
@@ -155,6 +175,6 @@ def _verify(wanted: Download, partial: Path) -> None:
     if found != wanted.sha256:
         partial.unlink()
         raise InputError(
-            f"{wanted.address} gave a file with SHA-256 {found[:12]}..., not {wanted.sha256[:12]}...: it was deleted; "
-            "the address serves something else now"
+            f"{partial} has the SHA-256 {found[:12]}..., not {wanted.sha256[:12]}...: it was deleted; "
+            f"either {wanted.address} serves something else now, or it was damaged on the way"
         )

@@ -6,7 +6,6 @@ module, and the pipe carries what the parent itself made, never a file's content
 
 import os
 import pickle
-import signal
 import subprocess
 import sys
 from collections import deque
@@ -20,13 +19,24 @@ import numpy as np
 
 from gptlit.data.tokenizer import Tokenizer
 
+SHORT = 2**12  # characters that every tokenizer takes at once
 Encoded = tuple[bytes, list[int]]  # ids of all texts as uint32, and how many each text has
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
     """Return the ids of each text. Text that spells a special token stays ordinary text."""
-    ids = [tokenizer.encode_to_numpy(text, disallowed_special=()) for text in texts]
+    ids = [_ids(tokenizer, text) for text in texts]
     return np.concatenate(ids).astype(np.uint32, copy=False).tobytes(), [len(part) for part in ids]
+
+
+def _ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    try:
+        return tokenizer.encode_to_numpy(text, disallowed_special=())
+    except ValueError:  # hundreds of thousands of spaces in a row are too much for tiktoken's pattern
+        if len(text) <= SHORT:
+            raise
+        middle = len(text) // 2
+        return np.concatenate([_ids(tokenizer, text[:middle]), _ids(tokenizer, text[middle:])])
 
 
 class Encoders:
@@ -48,10 +58,11 @@ class Encoders:
         for _ in range(self._num_workers):
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
             process = subprocess.Popen(
-                [sys.executable, "-m", "gptlit.data.encoder"],
+                [sys.executable, "-P", "-m", "gptlit.data.encoder"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=environment,
+                start_new_session=True,  # Ctrl-C is this process's business
             )
             self._stack.callback(_end, process)
             pickle.dump(self._tokenizer, process.stdin)  # type: ignore[arg-type]
@@ -102,7 +113,6 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 def main() -> None:
     """Answer batches until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     try:
         tokenizer = pickle.load(source)

@@ -30,10 +30,13 @@ from gptlit.errors import InputError, note
 
 PROGRESS = "progress.json"
 LOCK = ".lock"
+LEFTOVERS = (LOCK, f"{PROGRESS}.partial", f"{MANIFEST}.partial")  # of a process that was killed as it began
 SHARD_TOKENS = 100_000_000
 BATCH = 2**20  # characters encoded at once
+BATCH_PIECES = 2**13  # and documents
 SAVE_EVERY = 5.0  # seconds between two notes of the progress
 SMALL = 2**25  # bytes of text that are encoded in this process: starting others takes longer
+MANY = 100_000  # documents that are never too few
 FEW = 10  # a corpus is small when its smallest split would get fewer documents than that
 
 
@@ -42,7 +45,8 @@ class Split:
     """How a corpus is divided: the shares of the validation and the test part, each at least 0, together below 1.
 
     Documents stay whole where there are several, and a document's part follows from its own text, so that it keeps it
-    when the corpus grows; of few documents those with the lowest numbers are taken, so that every part gets some. The
+    when the corpus grows; of few (below 10 for the smallest part) those with the lowest numbers are taken, so that
+    every part gets some. The
     characters of a single text are divided: the first train, the next validate, the last test.
 
     Raises:
@@ -64,7 +68,8 @@ class Split:
     @property
     def few(self) -> int:
         """How many documents are too few for their numbers to be evenly spread."""
-        return math.ceil(FEW / min(f for f in (self.val_fraction, self.test_fraction, 1.0) if f))
+        smallest = min(f for f in (self.val_fraction, self.test_fraction, 1.0) if f)
+        return math.ceil(FEW / max(smallest, FEW / MANY))
 
     def thresholds(self, numbers: list[float]) -> tuple[float, float]:
         """Return the numbers below which a document validates and tests; one at least is left to train on.
@@ -74,10 +79,11 @@ class Split:
         """
         if len(numbers) >= self.few:
             return self.val_fraction, self.val_fraction + self.test_fraction
+        numbers = sorted(set(numbers))  # a document may be there twice
         vals, tests = (max(1, round(len(numbers) * f)) if f else 0 for f in (self.val_fraction, self.test_fraction))
         vals = max(0, min(vals, len(numbers) - 1))
         tests = max(0, min(tests, len(numbers) - 1 - vals))
-        numbers = [*sorted(numbers), 1.0]
+        numbers = [*numbers, 1.0]
         return numbers[vals], numbers[vals + tests]
 
 
@@ -92,7 +98,7 @@ def number(pieces: Iterable[str]) -> float:
 Position = tuple[int, int, int]  # part, documents or pieces taken of it, documents skipped so far
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Piece:
     """A document or a piece of one, on its way to a split."""
 
@@ -202,7 +208,7 @@ def _batches(pieces: Iterator[tuple[Position, _Piece]]) -> Iterator[tuple[tuple[
     for position, piece in pieces:
         batch.append(piece)
         size += len(piece.text)
-        if size >= BATCH:
+        if size >= BATCH or len(batch) >= BATCH_PIECES:
             yield (position, batch), [piece.text for piece in batch]
             batch, size = [], 0
     if batch:
@@ -239,10 +245,15 @@ class _SplitWriter:
 
     def __post_init__(self) -> None:
         """Go on with a shard that was begun: cut off what came after the last note of the progress."""
+        width = np.dtype(self.dtype).itemsize
+        for shard in self.shards:
+            path = self.folder / shard["file"]
+            if not path.is_file() or path.stat().st_size != shard["tokens"] * width:
+                raise InputError(f"{path} is damaged: delete {self.folder} to begin again")
         if not self.tokens:
             return
         path = self._path
-        whole = self.tokens * np.dtype(self.dtype).itemsize
+        whole = self.tokens * width
         if not path.is_file() or path.stat().st_size < whole:
             raise InputError(f"{path} is damaged: delete {self.folder} to begin again")
         self._file = path.open("rb+")
@@ -349,6 +360,7 @@ def prepare(
     settings = _settings(corpora, tokenizer, split, shard_tokens)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _refuse_foreign(folder)
         with _locked(folder, wait):
             if not _is_done(folder, settings, overwrite):
                 feed = _Feed(corpora, split, skip_bad)
@@ -417,6 +429,14 @@ def _locked(folder: Path, wait: bool) -> Iterator[None]:
         lock.release()
 
 
+def _refuse_foreign(folder: Path) -> None:
+    """Touch nothing in a folder that is in use for something else."""
+    if not any((folder / name).is_file() for name in (MANIFEST, PROGRESS)):
+        others = sorted(path.name for path in folder.iterdir() if path.name not in LEFTOVERS)
+        if others:
+            raise InputError(f"{folder} is not empty ({others[0]}) and holds no tokens of ours: choose another --out")
+
+
 def _is_done(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     """Whether the folder holds what is wanted already; make room for it if not.
 
@@ -424,17 +444,15 @@ def _is_done(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
         InputError: It holds something else.
     """
     found = next((path for name in (MANIFEST, PROGRESS) if (path := folder / name).is_file()), None)
-    if found is None:
-        others = sorted(path.name for path in folder.iterdir() if path.name != LOCK)
-        if others and not (overwrite and all(map(_is_ours, others))):
-            raise InputError(f"{folder} is not empty ({others[0]}) and holds no tokens of ours: choose another --out")
-    else:
+    if found is not None:
         try:
             there = json.loads(found.read_bytes())
             differences = [key for key, value in settings.items() if there.get(key) != value]
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             there, differences = {}, ["what it says, it is damaged"]
-        if not differences:
+        if not differences and not (overwrite and found.name == MANIFEST and _is_damaged(folder)):
+            if found.name == MANIFEST:
+                (folder / PROGRESS).unlink(missing_ok=True)  # the process was killed in between
             return found.name == MANIFEST
         if not overwrite:
             key = differences[0]
@@ -448,15 +466,22 @@ def _is_done(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     return False
 
 
+def _is_damaged(folder: Path) -> bool:
+    try:
+        open_tokens(folder).verify()
+    except InputError:
+        return True
+    return False
+
+
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) < 40 else f"{text[:37]}..."
 
 
 def _is_ours(name: str) -> bool:
-    return name in (MANIFEST, PROGRESS, TOKENIZER_JSON) or bool(
-        re.fullmatch(r"(train|val|test)-\d{5,}\.bin|.*\.partial", name)
-    )
+    files = (*LEFTOVERS, MANIFEST, PROGRESS, TOKENIZER_JSON)
+    return name in files or re.fullmatch(r"(train|val|test)-\d{5,}\.bin", name) is not None
 
 
 class _Shards:
@@ -482,7 +507,7 @@ class _Shards:
             part, taken, skipped = map(int, there["position"])
             self.position: Position = (part, taken, skipped)
             self.writers = {name: self._writer(name, there["splits"].get(name, {})) for name in SPLITS}
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{progress} is damaged: delete {folder} to begin again") from error

@@ -23,8 +23,8 @@ LINE_EVERY = 30.0  # seconds between two lines where there is no terminal
 @contextmanager
 def downloading(name: str) -> Iterator[Callable[[int, int], None]]:
     """Give a function that shows (bytes so far, bytes in all)."""
-    text = TextColumn(f"fetching {name}")
-    with _bar(text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as show:
+    text = TextColumn("fetching {task.fields[name]}", markup=False)
+    with _bar(name, text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as show:
         yield lambda done, size: show(done, size, f"fetching {name}: {done:,} of {size:,} bytes", {})
 
 
@@ -32,9 +32,9 @@ def downloading(name: str) -> Iterator[Callable[[int, int], None]]:
 def preparing(name: str) -> Iterator[Callable[[Report], None]]:
     """Give a function that shows a `Report`."""
     begun, before = time.monotonic(), -1  # what an earlier process did counts for nothing
-    text = TextColumn(f"preparing {name}")
+    text = TextColumn("preparing {task.fields[name]}", markup=False)
     rate = TextColumn("{task.fields[tokens]:,} tokens  {task.fields[speed]:.1f} MB/s")
-    with _bar(text, BarColumn(), DownloadColumn(), rate, TimeRemainingColumn()) as show:
+    with _bar(name, text, BarColumn(), DownloadColumn(), rate, TimeRemainingColumn()) as show:
 
         def report(now: Report) -> None:
             nonlocal begun, before
@@ -53,11 +53,11 @@ Show = Callable[[int, int | None, str, dict[str, float]], None]
 
 
 @contextmanager
-def _bar(*columns: ProgressColumn) -> Iterator[Show]:
+def _bar(name: str, *columns: ProgressColumn) -> Iterator[Show]:
     console = Console(stderr=True)
     last = time.monotonic()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=None, visible=False, tokens=0, speed=0.0)
+        task = progress.add_task("", total=None, visible=False, name=name, tokens=0, speed=0.0)
 
         def show(done: int, total: int | None, line: str, fields: dict[str, float]) -> None:
             nonlocal last

@@ -15,7 +15,7 @@ import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext import openai_public
 
-from gptlit.errors import InputError
+from gptlit.errors import InputError, user_path
 
 # The two files of OpenAI's GPT-2 vocabulary: address and SHA-256, as tiktoken pins them.
 GPT2_FILES = {
@@ -75,7 +75,7 @@ def load_tokenizer(spec: str = "gpt2") -> Tokenizer:
     if spec.lstrip().startswith("{"):
         return HuggingFaceTokenizer(spec)
     if spec.endswith(".json"):
-        return HuggingFaceTokenizer(_read_json(Path(spec).expanduser()))
+        return HuggingFaceTokenizer(_read_json(user_path(spec)))
     return _tiktoken(spec)
 
 
@@ -112,7 +112,9 @@ class HuggingFaceTokenizer:
             raise InputError(f"{TOKENIZER_JSON} needs the package tokenizers: pip install tokenizers") from error
         try:
             settings = json.loads(content)
-            self._backend = Backend.from_str(content)
+            for token in settings.get("added_tokens") or []:  # text that spells the end must not be it
+                token["special"] = token["special"] or token["content"] in ENDS
+            self._backend = Backend.from_str(json.dumps(settings))
         except Exception as error:  # the package raises bare Exceptions
             raise InputError(f"{TOKENIZER_JSON} cannot be used ({type(error).__name__}: {error})") from error
         self._backend.encode_special_tokens = True
@@ -120,7 +122,7 @@ class HuggingFaceTokenizer:
         self._backend.no_padding()
         self.content = content
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        self.n_vocab = max(vocabulary.values()) + 1
+        self.n_vocab = max(vocabulary.values(), default=-1) + 1
         ends = [vocabulary[token] for token in ENDS if token in vocabulary]
         if not ends:
             raise InputError(f"{TOKENIZER_JSON} has no token that ends a document: one of {', '.join(ENDS)} is needed")
@@ -134,7 +136,10 @@ class HuggingFaceTokenizer:
 
     def encode_ordinary(self, text: str) -> list[int]:
         """Return the ids of a text in which special tokens are ordinary text."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # the package raises bare Exceptions
+            raise InputError(f"tokenizer {self.name} cannot encode {text[:20]!r}... ({error})") from error
         return ids
 
     def encode_to_numpy(self, text: str, *, disallowed_special: tuple[()] = ()) -> np.ndarray:

@@ -51,6 +51,8 @@ class Shard:
 
 @lru_cache(maxsize=OPEN_MAPS)
 def _map(shard: Shard) -> np.ndarray:
+    if not shard.tokens:
+        return np.zeros(0, dtype=shard.dtype)  # an empty file cannot be mapped
     order = np.dtype(shard.dtype).newbyteorder("<")
     ids = np.memmap(shard.path, dtype=order, mode="r", offset=shard.header, shape=(shard.tokens,))
     return ids.view(np.ndarray)  # slices of the subclass are several times slower
@@ -126,12 +128,21 @@ def open_tokens(folder: Path) -> TokenData:
         if any(shard.path.parent != folder for shards in splits.values() for shard in shards):
             raise ValueError("a shard outside the folder")
         hashes = "".join(entry["sha256"] for split in SPLITS for entry in entries[split])
-        manifest["tokenizer_sha256"], manifest["tokenizer"] = (
-            str(manifest["tokenizer_sha256"]),
-            str(manifest["tokenizer"]),
-        )
+        manifest.update({key: str(manifest[key]) for key in ("tokenizer", "tokenizer_sha256")})
+        manifest["skipped"] = int(manifest.get("skipped", 0))
+        for split in SPLITS:
+            values = manifest["splits"][split]
+            values.update({key: int(values[key]) for key in ("documents", "bytes")})
         data = TokenData(folder, splits, hashlib.sha256(hashes.encode()).hexdigest(), manifest)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise InputError(f"{folder / MANIFEST} cannot be used ({type(error).__name__}: {error}): {AGAIN}") from error
     for shard in chain(*splits.values()):
         size = shard.tokens * np.dtype(dtype).itemsize

@@ -1,0 +1,412 @@
+"""What must not be lost: stops at any point, bitwise resumes, steps that are not finite, folders in use."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from conftest import ROOT, TINY, losses
+from gptlit import module
+from gptlit.checkpoint import DurableCheckpointIO, best_path, checkpoint_path, checkpoints, read_checkpoint
+from gptlit.errors import InputError
+from gptlit.module import GPTModule
+
+Fit = Callable[..., None]
+DROPOUT = ["--model.config.drop_rate=0.2", "--data.micro_batch_size=2", "--trainer.max_steps=8"]
+EVERY = ["--run.val_every_n_steps=3", "--run.save_every_n_steps=2", "--run.keep_last=-1"]
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[int, int], Callable[[], None]]:
+    """What to do when the given micro-batch of the given step begins, or (step, -1) in its validation."""
+    actions: dict[tuple[int, int], Callable[[], None]] = {}
+    training_step, validation_step = GPTModule.training_step, GPTModule.validation_step
+
+    def train(self: GPTModule, batch: Any, batch_idx: int) -> Tensor:
+        actions.get((self.global_step, len(self._losses)), lambda: None)()
+        return training_step(self, batch, batch_idx)
+
+    def validate(self: GPTModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 2:
+            actions.get((self.global_step, -1), lambda: None)()
+        validation_step(self, batch, batch_idx)
+
+    monkeypatch.setattr(GPTModule, "training_step", train)
+    monkeypatch.setattr(GPTModule, "validation_step", validate)
+    return actions
+
+
+def same(left: Path, right: Path) -> None:
+    """Assert that two checkpoints hold the same weights, moments and position, bit for bit."""
+    a, b = read_checkpoint(left), read_checkpoint(right)
+    for name, value in a["state_dict"].items():
+        assert torch.equal(value, b["state_dict"][name]), name
+    states = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (a, b)]
+    for index, state in states[0].items():
+        for key, value in state.items():
+            assert torch.equal(value, states[1][index][key]), (index, key)
+    assert a["TokenDataModule"] == b["TokenDataModule"]
+    assert (a["tokens"], a["global_step"]) == (b["tokens"], b["global_step"])
+
+
+def stop(number: int = signal.SIGTERM) -> Callable[[], None]:
+    return lambda: os.kill(os.getpid(), number)
+
+
+PLACES = {
+    "first step": (0, 0),
+    "inside an accumulation window": (4, 1),
+    "before a validation": (2, 1),
+    "in a validation": (3, -1),
+    "after a validation": (3, 0),
+    "last step": (7, 1),
+}
+
+
+@pytest.mark.parametrize("place", PLACES.values(), ids=PLACES)
+def test_stopped_anywhere_it_resumes_bit_for_bit(fit: Fit, at: Any, place: tuple[int, int]) -> None:
+    fit(*DROPOUT, *EVERY)
+    at[place] = stop()
+    with pytest.raises(SystemExit) as exit_:
+        fit(*DROPOUT, *EVERY)
+    assert exit_.value.code == 143
+    stopped = checkpoints(Path("runs/t/version_1"))[-1]
+    assert read_checkpoint(stopped)["global_step"] == place[0] + (place[1] >= 0)
+    at.clear()
+    if place[0] < 7:
+        fit(*DROPOUT, *EVERY, "--ckpt_path=last")
+    whole, resumed = Path("runs/t/version_0"), Path("runs/t/version_1")
+    same(checkpoint_path(whole, 8), checkpoint_path(resumed, 8))
+    assert losses(whole) == losses(resumed)
+    if place[0] < 7:
+        assert losses(whole, "val/loss") == losses(resumed, "val/loss")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--data.num_workers=2"],
+        ["--trainer.precision=bf16-mixed"],
+        ["--model.optimizer=muon"],
+        ["--run.async_save=false"],
+        ["--trainer.max_epochs=1", "--trainer.max_steps=-1", "--data.batch_size=48", "--data.micro_batch_size=24"],
+    ],
+    ids=["workers", "bf16", "muon", "synchronous", "epochs"],
+)
+def test_every_kind_of_run_resumes_bit_for_bit(fit: Fit, at: Any, flags: list[str]) -> None:
+    fit(*DROPOUT, *EVERY, *flags)
+    at[(3, 1)] = stop(signal.SIGINT)
+    with pytest.raises(SystemExit) as exit_:
+        fit(*DROPOUT, *EVERY, *flags)
+    assert exit_.value.code == 130
+    at.clear()
+    fit(*DROPOUT, *EVERY, *flags, "--ckpt_path=last")
+    whole, resumed = (checkpoints(Path(f"runs/t/version_{version}"))[-1] for version in (0, 1))
+    assert whole.name == resumed.name
+    same(whole, resumed)
+
+
+def test_validation_does_not_change_training(fit: Fit) -> None:
+    fit(*DROPOUT, "--run.val_every_n_steps=1")
+    fit(*DROPOUT, "--run.val_every_n_steps=100", "--data.val_fraction=0.1")
+    same(*(checkpoint_path(Path(f"runs/t/version_{version}"), 8) for version in (0, 1)))
+
+
+def test_dropout_is_not_the_same_each_time(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    seeds: list[int] = []
+    monkeypatch.setattr(module.torch, "manual_seed", lambda seed: seeds.append(seed))
+    fit(*DROPOUT)
+    drawn = [seed for seed in seeds if abs(seed) > 2**32]
+    assert len(set(drawn)) == len(drawn) == 16  # 8 steps of two micro-batches
+
+
+# --- signals
+
+
+def test_a_signal_is_said_and_what_to_do_next(fit: Fit, at: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    at[(2, 0)] = stop()
+    with pytest.raises(SystemExit):
+        fit("--trainer.max_steps=9")
+    said = capsys.readouterr().err
+    assert "SIGTERM: saving and ending after this step (a second one ends at once)" in said
+    assert "stopped by SIGTERM after step 3; --ckpt_path last goes on there" in said
+    assert "GracefulStop" not in repr(signal.getsignal(signal.SIGTERM))
+
+
+def test_a_second_signal_ends_at_once(text_file: Path) -> None:
+    code = "import time; from gptlit.module import GPTModule as G\n"
+    code += "G.training_step = lambda *_: (print('in', flush=True), time.sleep(60))\n"
+    code += "from gptlit.training import main; main()"
+    command = [sys.executable, "-c", code, "fit", *TINY, f"--data.source={text_file}", "--trainer.max_steps=5"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"in\n"
+        process.terminate()
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.terminate()
+        assert process.wait(timeout=5) == 143
+
+
+def test_slurms_signal_puts_the_job_into_the_queue_again(
+    fit: Fit, at: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bin").mkdir()
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.write_text('#!/bin/sh\necho "$@" > asked\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    at[(2, 0)] = stop(signal.SIGUSR1)
+    with pytest.raises(SystemExit) as exit_:
+        fit("--trainer.max_steps=4")
+    assert exit_.value.code == 128 + signal.SIGUSR1
+    assert Path("asked").read_text() == "requeue 77\n"
+    at.clear()
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    fit("--trainer.max_steps=4")  # the same command: it goes on by itself
+    assert "resuming from runs/t/version_0/checkpoints/step-00000003.ckpt" in capsys.readouterr().err
+    assert not Path("runs/t/version_1").exists()
+
+
+# --- what is not finite
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch, text_file: Path) -> None:
+    """A corpus in which one word makes the loss no number."""
+    text = text_file.read_text()
+    middle = len(text) // 3
+    text_file.write_text(text[:middle] + " dragon" + text[middle:])
+    from gptlit.data.tokenizer import load_tokenizer
+
+    (dragon,) = load_tokenizer().encode_ordinary(" dragon")
+    loss = module.next_token_loss
+
+    def poison(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        found = loss(logits, targets, reduction) if reduction == "sum" else loss(logits, targets)
+        return found * float("nan") if (targets == dragon).any() and reduction == "mean" else found
+
+    monkeypatch.setattr(module, "next_token_loss", poison)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
+    fit: Fit, poisoned: None, optimizer: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--trainer.max_epochs=1", "--trainer.gradient_clip_val=1", f"--model.optimizer={optimizer}"]
+    fit(*flags, "--run.save_every_n_steps=1", "--run.keep_last=-1")
+    said = re.findall(
+        r"step (\d+): the gradient is not finite, nothing was changed \(1 in a row\)", capsys.readouterr().err
+    )
+    run = Path("runs/t/version_0")
+    assert len(said) == 1
+    step = int(said[0])
+    before, after = (read_checkpoint(checkpoint_path(run, s)) for s in (step - 1, step))
+    for name, value in before["state_dict"].items():
+        assert torch.equal(value, after["state_dict"][name])
+    for index, state in before["optimizer_states"][0]["state"].items():
+        for key, value in state.items():
+            assert torch.equal(value, after["optimizer_states"][0]["state"][index][key]), key
+    last = read_checkpoint(checkpoints(run)[-1])
+    assert last["skipped_steps"] == 1
+    assert all(value.isfinite().all() for value in last["state_dict"].values())
+    assert set(losses(run, "train/skipped_steps").values()) == {1.0}
+
+
+def test_too_many_in_a_row_end_the_run_with_their_windows(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loss = module.next_token_loss
+    monkeypatch.setattr(module, "next_token_loss", lambda *a, **k: loss(*a, **k) * float("nan"))
+    with pytest.raises(SystemExit) as exit_:
+        fit("--trainer.max_steps=9", "--run.max_nonfinite_steps=3")
+    assert exit_.value.code == 1
+    assert "error: the gradient was not finite in 3 steps in a row, up to step 3; their windows are in" in (
+        capsys.readouterr().err
+    )
+    found = json.loads(Path("runs/t/version_0/non-finite.json").read_text())
+    assert found["steps"] == [1, 3]
+    assert len(found["windows"]) == 3 * 4
+    assert found["windows"][0]["shard"].endswith("train-00000.bin")
+    assert found["windows"][0]["offset"] % 16 == 0
+
+
+def test_going_back_passes_over_the_windows_that_were_not_finite(
+    fit: Fit, poisoned: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--trainer.max_epochs=1", "--run.max_nonfinite_steps=1", "--run.on_nonfinite=go_back"]
+    fit(*flags, "--run.save_every_n_steps=4", "--run.keep_last=-1")
+    said = capsys.readouterr().err
+    run = Path("runs/t/version_0")
+    assert re.search(r"going back to .*step-000000\d\d.ckpt: windows \d+ to \d+ are passed over", said), said
+    last = read_checkpoint(checkpoints(run)[-1])
+    assert last["skipped_steps"] == 0
+    assert len(last["TokenDataModule"]["passed_over"]) == 1
+    assert all(value.isfinite().all() for value in last["state_dict"].values())
+    poisoned_step = json.loads((run / "non-finite.json").read_text())["steps"][0]
+    assert last["TokenDataModule"]["windows"] == (last["global_step"] + 1) * 4
+    assert sorted(losses(run)) == list(range(1, last["global_step"] + 1))
+    assert poisoned_step in losses(run)
+
+
+def test_weights_that_are_not_finite_are_not_saved(
+    fit: Fit, at: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[GPTModule] = []
+    start = GPTModule.on_train_start
+    monkeypatch.setattr(GPTModule, "on_train_start", lambda self: (seen.append(self), start(self))[1])
+    at[(3, 0)] = lambda: next(seen[0].model.parameters()).data.fill_(float("inf"))
+    with pytest.raises(SystemExit):
+        fit("--trainer.max_steps=9", "--run.save_every_n_steps=2")
+    assert "error: model." in capsys.readouterr().err
+    assert [path.name for path in checkpoints(Path("runs/t/version_0"))] == ["step-00000002.ckpt"]
+
+
+# --- the disk and the folder
+
+
+def test_the_best_checkpoint_is_kept_and_found(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = iter([3.0, 1.0, 2.0, 4.0])
+
+    def log_mean(self: GPTModule, name: str, metric: Any) -> None:
+        self.log_dict({"val/loss": next(values), "val/perplexity": 1.0})
+
+    monkeypatch.setattr(GPTModule, "_log_mean", log_mean)
+    fit("--trainer.max_steps=8", "--run.val_every_n_steps=2", "--run.save_every_n_steps=100", "--run.keep_last=1")
+    run = Path("runs/t/version_0")
+    assert [path.name for path in checkpoints(run)] == ["step-00000004.ckpt", "step-00000008.ckpt"]
+    assert read_checkpoint(best_path(run))["global_step"] == 4
+    values = iter([5.0, 0.5])
+    fit(
+        *("--trainer.max_steps=12", "--run.val_every_n_steps=2", "--run.save_every_n_steps=100"),
+        *("--run.keep_last=1", "--ckpt_path=last"),
+    )
+    assert read_checkpoint(best_path(run))["global_step"] == 12
+    assert [path.name for path in checkpoints(run)] == ["step-00000012.ckpt"]
+
+
+def test_two_runs_do_not_write_one_folder(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    fit("--trainer.max_steps=2")
+    before = sorted(path.name for path in Path("runs/t/version_0").rglob("*") if path.name != ".lock")
+    with FileLock("runs/t/version_0/.lock"), pytest.raises(SystemExit) as exit_:
+        fit("--trainer.max_steps=4", "--ckpt_path=last")
+    assert exit_.value.code == 1
+    assert "error: another process is training in runs/t/version_0" in capsys.readouterr().err
+    assert sorted(path.name for path in Path("runs/t/version_0").rglob("*") if path.name != ".lock") == before
+    fit("--trainer.max_steps=4", "--ckpt_path=last")  # a lock that was left behind does not block
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_a_full_disk_is_said_and_earlier_checkpoints_stay(
+    fit: Fit, at: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], asynchronous: str
+) -> None:
+    fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        if "step-00000004" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit) as exit_:
+        fit("--trainer.max_steps=40", "--run.save_every_n_steps=2", f"--run.async_save={asynchronous}")
+    assert exit_.value.code == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(r"error: .*step-00000004.ckpt cannot be written \(No space left on device\): .* MB are free", error)
+    folder = Path("runs/t/version_0/checkpoints")
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002.ckpt", "step-00000002.ckpt.sha256"]
+    assert read_checkpoint(folder / "step-00000002.ckpt")["global_step"] == 2
+
+
+def test_a_folder_that_goes_away_is_said(fit: Fit, at: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    at[(3, 0)] = lambda: Path("runs/t/version_0/checkpoints").rename("elsewhere")
+    with pytest.raises(SystemExit) as exit_:
+        fit("--trainer.max_steps=40", "--run.save_every_n_steps=2", "--run.async_save=false")
+    assert exit_.value.code == 1
+    assert "checkpoints has gone" in capsys.readouterr().err
+    assert read_checkpoint(Path("elsewhere/step-00000002.ckpt"))["global_step"] == 2
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip"])
+def test_a_damaged_newest_checkpoint_is_passed_over_but_not_when_it_is_named(
+    fit: Fit, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    fit("--trainer.max_steps=4", "--run.save_every_n_steps=2")
+    path = Path("runs/t/version_0/checkpoints/step-00000004.ckpt")
+    content = bytearray(path.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 16
+    path.write_bytes(content if damage == "flip" else content[:-100])
+    with pytest.raises(SystemExit):
+        fit("--trainer.max_steps=6", f"--ckpt_path={path}")
+    assert f"error: {path}" in capsys.readouterr().err.replace(str(Path.cwd()) + "/", "")
+    fit("--trainer.max_steps=6", "--ckpt_path=last")
+    said = capsys.readouterr().err
+    assert "passed over: " in said
+    assert "resuming from runs/t/version_0/checkpoints/step-00000002.ckpt" in said
+
+
+def test_what_differs_may_be_named_and_is_resumed_despite(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    fit("--trainer.max_steps=2")
+    Path("other.txt").write_text("other words " * 2000)
+    flags = ["--trainer.max_steps=4", "--ckpt_path=last", "--data.source=other.txt"]
+    with pytest.raises(SystemExit):
+        fit(*flags)
+    said = capsys.readouterr().err
+    assert re.search(r"error: the corpus is [0-9a-f]{12}, but the checkpoint was trained with [0-9a-f]{12}", said)
+    assert "set data.resume_despite to [corpus]" in said
+    with pytest.raises(SystemExit):
+        fit(*flags, "--data.seed=5", "--data.resume_despite=[corpus]")
+    assert "the data.seed is 5, but" in capsys.readouterr().err
+    fit(*flags, "--data.resume_despite=[corpus]")
+    assert read_checkpoint(checkpoint_path(Path("runs/t/version_0"), 4))["global_step"] == 4
+
+
+def test_a_checkpoint_says_what_made_it(fit: Fit) -> None:
+    fit("--trainer.max_steps=2")
+    origin = read_checkpoint(checkpoint_path(Path("runs/t/version_0"), 2))["origin"]
+    assert "max_steps: 2" in origin["config"]
+    assert origin["versions"]["torch"] == torch.__version__
+    assert set(origin) == {"config", "versions", "revision"}
+
+
+def test_a_copy_in_memory_keeps_what_is_shared(tmp_path: Path) -> None:
+    weight = torch.arange(1000.0).reshape(10, 100)
+    config = {"hyper_parameters": {"config": {}}}
+    checkpoint = {"state_dict": {"a": weight, "b": weight, "row": weight[3], "turned": weight.T}, **config}
+    for asynchronous in (False, True):
+        io = DurableCheckpointIO(asynchronous)
+        io.save_checkpoint(checkpoint, tmp_path / f"{asynchronous}.ckpt")
+        before = weight.clone()
+        weight.add_(1)  # training goes on
+        io.wait()
+        found = read_checkpoint(tmp_path / f"{asynchronous}.ckpt")["state_dict"]
+        assert torch.equal(found["a"], before)
+        assert torch.equal(found["row"], before[3])
+        assert torch.equal(found["turned"], before.T)
+        assert found["a"].data_ptr() == found["b"].data_ptr()
+    sizes = [(tmp_path / f"{asynchronous}.ckpt").stat().st_size for asynchronous in (False, True)]
+    assert max(sizes) < 8000  # not twice
+
+
+def test_a_write_that_failed_in_the_background_is_raised_once(tmp_path: Path) -> None:
+    io = DurableCheckpointIO(asynchronous=True)
+    (tmp_path / "folder").write_text("in the way")
+    io.save_checkpoint({"state_dict": {}, "hyper_parameters": {}}, tmp_path / "folder" / "a.ckpt")
+    with pytest.raises(InputError, match="a.ckpt cannot be written"):
+        io.wait()
+    io.check()
+    io.wait()
