@@ -2,8 +2,9 @@
 
 from jsonargparse import auto_cli
 
-from benchmarks import bigram, generate, loader, prepare
+from benchmarks import bigram, faults, generate, loader, prepare, saves
 
 if __name__ == "__main__":
-    runs = {"bigram": bigram.run, "generate": generate.run, "loader": loader.run, "prepare": prepare.run}
+    benchmarks = (bigram, faults, generate, loader, prepare, saves)
+    runs = {module.__name__.removeprefix("benchmarks."): module.run for module in benchmarks}
     auto_cli(runs, as_positional=False, prog="python -m benchmarks")

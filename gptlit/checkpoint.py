@@ -16,8 +16,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib.metadata import version
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -27,6 +28,7 @@ from gptlit.errors import InputError, note
 
 SUFFIX = ".ckpt"
 LOCK = ".lock"
+PIECE = 2**26  # bytes of a checkpoint that are brought to the disk at once
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
@@ -104,14 +106,28 @@ def snapshot(value: Any, memo: dict[int, torch.UntypedStorage] | None = None) ->
 
 
 class _Hashing:
-    """A file for torch.save that hashes what is written."""
+    """A file for torch.save that hashes what is written, and brings it to the disk piece by piece.
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._digest = file, hashlib.sha256()
+    What is on the disk leaves the page cache at once: the next piece takes its memory, the data that is trained on
+    keeps its own, and gigabytes of fresh pages, which a virtual machine is given one by one, are not needed.
+    """
+
+    def __init__(self, file: FileIO) -> None:
+        self._file, self._digest, self._cached = file, hashlib.sha256(), 0
 
     def write(self, data: bytes) -> int:
         self._digest.update(data)
-        return self._file.write(data)
+        left = memoryview(data)
+        while left:  # an unbuffered file may take less than all
+            done = self._file.write(left[:PIECE])
+            left = left[done:]
+            self._cached += done
+            if self._cached >= PIECE:
+                self._cached = 0
+                os.fsync(self._file.fileno())
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return len(data)
 
     def flush(self) -> None:
         self._file.flush()
@@ -136,13 +152,12 @@ def _write(checkpoint: dict[str, Any], path: Path, then: Callable[[], None] | No
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+def _replacing(path: Path) -> Iterator[FileIO]:
     """Give a temporary file in the same folder; it gets its name when it is whole and on the disk."""
     temporary = path.with_name(f".{path.name}-{os.getpid()}.partial")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("wb", buffering=0) as file:  # a buffer would copy gigabytes in small pieces
             yield file
-            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:

@@ -71,7 +71,8 @@ class RunConfig:
         save_every_n_steps: Steps from one checkpoint to the next; the end of a fit is saved in any case.
         keep_last: Newest checkpoints to keep; -1 keeps all.
         keep_best: Keep the checkpoint with the lowest val/loss too, and let best.ckpt point to it.
-        async_save: Write checkpoints while training goes on, from a copy in memory.
+        async_save: Write checkpoints while training goes on, from a copy in memory; None: where a GPU trains, for on a
+            CPU the writing takes from the training what it saves in waiting.
         max_nonfinite_steps: So many steps in a row whose gradient is not finite end the run.
         on_nonfinite: "stop", or "go_back" to the last checkpoint and pass over the windows of these steps.
         sample_prompt: Text to continue after each validation; empty: no sample.
@@ -82,7 +83,7 @@ class RunConfig:
     save_every_n_steps: int = 100
     keep_last: int = 3
     keep_best: bool = True
-    async_save: bool = True
+    async_save: bool | None = None
     max_nonfinite_steps: int = 5
     on_nonfinite: Literal["stop", "go_back"] = "stop"
     sample_prompt: str = "The"
@@ -274,7 +275,8 @@ class TrainingCLI(LightningCLI):
         """Add this project's logger, callbacks and durable writer to what the configuration asks for."""
         config = self.config_init[self.subcommand]
         run: RunConfig = config.run
-        io = DurableCheckpointIO(asynchronous=run.async_save)
+        on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+        io = DurableCheckpointIO(asynchronous=on_gpu if run.async_save is None else run.async_save)
         checkpoint = None
         callbacks: list[Any] = [EndTogether(), FinalValidation(run.val_every_n_steps)]
         if config.trainer.enable_checkpointing is not False:

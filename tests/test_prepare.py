@@ -347,9 +347,8 @@ def test_two_at_once_are_refused_or_wait(tmp_path: Path) -> None:
         pytest.raises(InputError, match="another process is preparing .*out: wait for it"),
     ):
         prepare(corpus_of("one"), tmp_path / "out", GPT2, Split(0.0))
-    code = (
-        "import filelock, sys, time; filelock.FileLock(sys.argv[1]).acquire(); print('in', flush=True); time.sleep(1)"
-    )
+    code = "import filelock, sys, time; lock = filelock.FileLock(sys.argv[1]); lock.acquire()\n"
+    code += "print('in', flush=True); time.sleep(1)"
     command = [sys.executable, "-c", code, str(tmp_path / "out" / LOCK)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None

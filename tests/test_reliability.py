@@ -99,10 +99,10 @@ def test_stopped_anywhere_it_resumes_bit_for_bit(fit: Fit, at: Any, place: tuple
         ["--data.num_workers=2"],
         ["--trainer.precision=bf16-mixed"],
         ["--model.optimizer=muon"],
-        ["--run.async_save=false"],
+        ["--run.async_save=true"],
         ["--trainer.max_epochs=1", "--trainer.max_steps=-1", "--data.batch_size=48", "--data.micro_batch_size=24"],
     ],
-    ids=["workers", "bf16", "muon", "synchronous", "epochs"],
+    ids=["workers", "bf16", "muon", "asynchronous", "epochs"],
 )
 def test_every_kind_of_run_resumes_bit_for_bit(fit: Fit, at: Any, flags: list[str]) -> None:
     fit(*DROPOUT, *EVERY, *flags)

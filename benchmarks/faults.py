@@ -1,0 +1,254 @@
+"""The long form of the tests in tests/test_reliability.py: real processes, killed, signalled and damaged at random."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from gptlit.checkpoint import checkpoint_path, checkpoints, read_checkpoint
+from gptlit.errors import InputError
+
+ROOT = Path(__file__).parent.parent
+STEPS = 40
+TRAIN = [
+    "fit",
+    *("--model.config.context_length=32", "--model.config.emb_dim=32", "--model.config.n_heads=2"),
+    *("--model.config.n_layers=2", "--model.config.drop_rate=0.1", "--model.config.init=gpt2"),
+    *("--data.source=words.txt", "--data.batch_size=8", "--data.micro_batch_size=2", "--data.val_fraction=0.05"),
+    *("--trainer.accelerator=cpu", "--trainer.precision=32-true", f"--trainer.max_steps={STEPS}"),
+    *("--run.save_every_n_steps=2", "--run.val_every_n_steps=7", "--run.sample_prompt=", "--ckpt_path=last"),
+]
+# The same train.py, but each write of a checkpoint takes a while longer: kills fall inside many of them.
+SLOW = """
+import sys, time, torch
+sys.path.insert(0, sys.argv.pop(1))
+save = torch.save
+def slow(checkpoint, file):
+    save(checkpoint, file)
+    file.flush()
+    time.sleep(0.15)
+torch.save = slow
+from gptlit.training import main
+main()
+"""
+
+
+def run(rounds: int = 100, out: str = "faults.json", seed: int = 0) -> None:
+    """Train again and again with faults; print how often weights differed, checkpoints were lost, processes hung.
+
+    Args:
+        rounds: Kills with SIGKILL; the other faults are a fifth of it each.
+        out: JSON file for the figures.
+        seed: Of the random moments.
+    """
+    draw = random.Random(seed)
+    table: dict[str, Counter[str]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), draw)
+        for name, count, fault in (
+            ("kill -9", rounds, bench.kill),
+            ("SIGTERM to a random rank of 2", rounds // 5, bench.terminate),
+            ("truncated file", rounds // 5, bench.truncate),
+            ("flipped bit", rounds // 5, bench.flip),
+            ("full disk", max(1, rounds // 20), bench.fill),
+        ):
+            table[name] = bench.many(name, count, fault)
+    columns = ("faults", "inside a write", "runs", "weights differ", "checkpoints lost", "hangs", "wrong status")
+    shown = Table("fault", *columns)
+    for name, counts in table.items():
+        shown.add_row(name, *(str(counts[column]) for column in columns))
+    Console().print(shown)
+    Path(out).write_text(json.dumps(table, indent=1) + "\n")
+
+
+class Bench:
+    """Runs with faults, in a folder."""
+
+    def __init__(self, folder: Path, draw: random.Random) -> None:
+        self.folder, self.draw = folder, draw
+        words = "the a model learns from data to write text about trees and rivers in winter , slowly .".split()
+        (folder / "words.txt").write_text(" ".join(random.Random(0).choices(words, k=20_000)))
+        self.wholes: dict[int, dict[str, torch.Tensor]] = {}
+        self.counts: Counter[str] = Counter()
+
+    def many(self, name: str, count: int, fault: Callable[[str], None]) -> Counter[str]:
+        """Let runs go to their end with that many faults in all."""
+        self.counts = Counter()
+        for _ in track(range(count), name):
+            fault(name)
+        return self.counts
+
+    def start(self, name: str, devices: int = 1, limit: int | None = None) -> "subprocess.Popen[bytes]":
+        """Start the run, or go on with it."""
+        command = [sys.executable, "-c", SLOW, str(ROOT), *TRAIN, f"--run.name={name}"]
+        if devices > 1:
+            script = self.folder / "slow.py"  # the second rank is started with the first one's words
+            script.write_text(SLOW.replace("sys.argv.pop(1)", repr(str(ROOT))))
+            command = [sys.executable, str(script), *command[4:], f"--trainer.devices={devices}"]
+            command.append("--trainer.strategy=ddp")
+
+        def before() -> None:
+            os.setsid()
+            if limit is not None:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+        log = (self.folder / "log").open("ab")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log, preexec_fn=before)
+
+    def finish(self, process: "subprocess.Popen[bytes]", seconds: float = 180) -> int | None:
+        """Wait for the end; what does not end is counted and killed."""
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.counts["hangs"] += 1
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return None
+
+    def newest(self, name: str) -> int:
+        """Return the step of the newest checkpoint; 0 without one."""
+        found = checkpoints(self.folder / "runs" / name / "version_0")
+        return int(found[-1].stem.removeprefix("step-")) if found else 0
+
+    def wait_for_a_checkpoint(self, name: str, process: "subprocess.Popen[bytes]", after: int = 0) -> bool:
+        """Wait until there is one, or one more; say whether the process is alive."""
+        limit = time.monotonic() + 120
+        while self.newest(name) <= after and process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.005)
+        return process.poll() is None
+
+    def check_loads(self, name: str, since: int) -> None:
+        """Count a loss unless a checkpoint loads that is at most one interval older than the newest one seen."""
+        for path in reversed(checkpoints(self.folder / "runs" / name / "version_0")):
+            try:
+                step = read_checkpoint(path)["global_step"]
+            except InputError:
+                continue
+            if step < since - 2:
+                break
+            return
+        self.counts["checkpoints lost"] += 1
+
+    def compare(self, name: str, devices: int = 1) -> None:
+        """Count a run whose last weights are not those of a run without faults."""
+        if devices not in self.wholes:
+            whole = f"whole-{devices}"
+            assert self.finish(self.start(whole, devices)) == 0, (self.folder / "log").read_text()[-2000:]
+            path = checkpoint_path(self.folder / "runs" / whole / "version_0", STEPS)
+            self.wholes[devices] = {key: value.clone() for key, value in read_checkpoint(path)["state_dict"].items()}
+        self.counts["runs"] += 1
+        path = checkpoint_path(self.folder / "runs" / name / "version_0", STEPS)
+        found = read_checkpoint(path)["state_dict"] if path.is_file() else {}
+        equal = all(key in found and torch.equal(found[key], value) for key, value in self.wholes[devices].items())
+        self.counts["weights differ"] += not equal
+        shutil.rmtree(self.folder / "runs" / name, ignore_errors=True)
+
+    def end(self, name: str, devices: int = 1) -> None:
+        """Let the run go to its end without a fault."""
+        status = self.finish(self.start(name, devices))
+        self.counts["wrong status"] += status not in (0, None)
+        self.compare(name, devices)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL at a random moment after the first checkpoint of this process; a run bears five of them."""
+        name = name.replace(" ", "")
+        before = self.newest(name)
+        process = self.start(name)
+        if not self.wait_for_a_checkpoint(name, process, before):
+            self.counts["wrong status"] += process.returncode != 0
+            self.compare(name)  # it came to its end
+            return self.kill(name)
+        time.sleep(self.draw.uniform(0, 0.6))
+        seen = self.newest(name)
+        if process.poll() is not None:
+            self.compare(name)
+            return self.kill(name)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        self.counts["faults"] += 1
+        folder = self.folder / "runs" / name / "version_0" / "checkpoints"
+        self.counts["inside a write"] += any(folder.glob(".*.partial"))
+        self.check_loads(name, seen)
+        if self.counts["faults"] % 5 == 0:
+            self.end(name)
+        return None
+
+    def terminate(self, name: str) -> None:
+        """SIGTERM to one rank of two; both save, end with 143, and the run goes on."""
+        name = "term"
+        process = self.start(name, devices=2)
+        self.wait_for_a_checkpoint(name, process)
+        time.sleep(self.draw.uniform(0, 0.5))
+        ranks = [process.pid, *children(process.pid)]
+        if process.poll() is None:
+            os.kill(self.draw.choice(ranks), signal.SIGTERM)
+            self.counts["faults"] += 1
+            status = self.finish(process, 60)
+            self.counts["wrong status"] += status not in (143, 0)
+            self.check_loads(name, self.newest(name))
+        if self.newest(name) == STEPS:
+            self.compare(name, 2)
+        else:
+            self.end(name, 2)
+
+    def _damage(self, name: str, damage: Callable[[bytearray], bytes]) -> None:
+        process = self.start(name)
+        self.wait_for_a_checkpoint(name, process, 4)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        path = checkpoints(self.folder / "runs" / name / "version_0")[-1]
+        path.write_bytes(damage(bytearray(path.read_bytes())))
+        self.counts["faults"] += 1
+        self.check_loads(name, self.newest(name))
+        self.end(name)
+
+    def truncate(self, name: str) -> None:
+        """Cut the newest checkpoint short."""
+        self._damage("truncate", lambda content: bytes(content[: self.draw.randrange(len(content))]))
+
+    def flip(self, name: str) -> None:
+        """Flip a bit of the newest checkpoint."""
+
+        def damage(content: bytearray) -> bytes:
+            content[self.draw.randrange(len(content))] ^= 1 << self.draw.randrange(8)
+            return bytes(content)
+
+        self._damage("flip", damage)
+
+    def fill(self, name: str) -> None:
+        """Let the disk be full from some moment on: a file may not grow to its full size any more."""
+        name = "full"
+        process = self.start(name)
+        self.wait_for_a_checkpoint(name, process, 2)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        size = checkpoints(self.folder / "runs" / name / "version_0")[-1].stat().st_size
+        seen = self.newest(name)
+        status = self.finish(self.start(name, limit=self.draw.randrange(size // 2, size)))
+        self.counts["faults"] += 1
+        self.counts["inside a write"] += 1
+        self.counts["wrong status"] += status != 1
+        self.check_loads(name, seen)
+        self.end(name)
+
+
+def children(pid: int) -> list[int]:
+    """Return the processes that a process started (Linux)."""
+    files = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    return [int(word) for text in files for word in text.split()]
