@@ -7,4 +7,5 @@ from benchmarks import bigram, faults, generate, loader, prepare, saves
 if __name__ == "__main__":
     benchmarks = (bigram, faults, generate, loader, prepare, saves)
     runs = {module.__name__.removeprefix("benchmarks."): module.run for module in benchmarks}
+    runs["bitwise"] = faults.bitwise
     auto_cli(runs, as_positional=False, prog="python -m benchmarks")

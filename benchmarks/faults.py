@@ -1,5 +1,6 @@
 """The long form of the tests in tests/test_reliability.py: real processes, killed, signalled and damaged at random."""
 
+import hashlib
 import json
 import os
 import random
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -75,11 +76,49 @@ def run(rounds: int = 100, out: str = "faults.json", seed: int = 0) -> None:
     Path(out).write_text(json.dumps(table, indent=1) + "\n")
 
 
+def bitwise(steps: int = 200, kills: int = 5, seed: int = 0) -> None:
+    """Print the SHA-256 of the last weights of a run without faults and of one that is killed several times.
+
+    With dropout, accumulation over four (two on two devices) micro-batches, validation every 30 steps.
+
+    Args:
+        steps: Of the run.
+        kills: With SIGKILL, each at a random moment after another checkpoint.
+        seed: Of the random moments.
+    """
+    options = [f"--trainer.max_steps={steps}", "--run.val_every_n_steps=30", "--run.save_every_n_steps=10"]
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder), random.Random(seed), options)
+        for devices in (1, 2):
+            for name, count in (("whole", 0), ("killed", kills)):
+                name, seen = f"{name}-{devices}", 0
+                for _ in range(count):
+                    process = bench.start(name, devices)
+                    bench.wait_for_a_checkpoint(name, process, seen)
+                    time.sleep(bench.draw.uniform(0, 1))
+                    if process.poll() is not None:
+                        raise RuntimeError("the run came to its end before it was killed: more steps are needed")
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+                    seen = bench.newest(name)
+                assert bench.finish(bench.start(name, devices)) == 0
+                path = checkpoint_path(Path(folder, "runs", name, "version_0"), steps)
+                print(f"{devices} device{'s' * (devices > 1)}, {count} kills: {weights_sha256(path)}", flush=True)
+
+
+def weights_sha256(path: Path) -> str:
+    """Return the digest of all weights of a checkpoint."""
+    digest = hashlib.sha256()
+    for name, value in sorted(read_checkpoint(path)["state_dict"].items()):
+        digest.update(name.encode() + value.numpy().tobytes())
+    return digest.hexdigest()
+
+
 class Bench:
     """Runs with faults, in a folder."""
 
-    def __init__(self, folder: Path, draw: random.Random) -> None:
-        self.folder, self.draw = folder, draw
+    def __init__(self, folder: Path, draw: random.Random, options: Sequence[str] = ()) -> None:
+        self.folder, self.draw, self.options = folder, draw, options
         words = "the a model learns from data to write text about trees and rivers in winter , slowly .".split()
         (folder / "words.txt").write_text(" ".join(random.Random(0).choices(words, k=20_000)))
         self.wholes: dict[int, dict[str, torch.Tensor]] = {}
@@ -94,7 +133,7 @@ class Bench:
 
     def start(self, name: str, devices: int = 1, limit: int | None = None) -> "subprocess.Popen[bytes]":
         """Start the run, or go on with it."""
-        command = [sys.executable, "-c", SLOW, str(ROOT), *TRAIN, f"--run.name={name}"]
+        command = [sys.executable, "-c", SLOW, str(ROOT), *TRAIN, *self.options, f"--run.name={name}"]
         if devices > 1:
             script = self.folder / "slow.py"  # the second rank is started with the first one's words
             script.write_text(SLOW.replace("sys.argv.pop(1)", repr(str(ROOT))))

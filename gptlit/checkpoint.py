@@ -236,7 +236,7 @@ def load_plain(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise InputError(f"checkpoint {str(path)!r} does not exist")
-    is_zip = zipfile.is_zipfile(path)
+    is_zip = _is_zip(path)
     if not is_zip and path.suffix == SUFFIX:
         raise InputError(f"{path} is truncated or no checkpoint: it has {path.stat().st_size} bytes and no end")
     _check_sum(path)
@@ -249,6 +249,13 @@ def load_plain(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path} is a checkpoint of another kind: it holds a {type(content).__name__}, no dict")
     return content
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # one whose end is damaged in a certain way
+        return False
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

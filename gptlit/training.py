@@ -181,7 +181,10 @@ class TrainingCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Remember the words: `_given` reads them again without the defaults."""
         self._args = args
-        self.config = parser.parse_args(args)
+        try:
+            self.config = parser.parse_args(args)
+        except UnicodeDecodeError as error:
+            fail(f"a configuration file is not UTF-8 ({error}): save it as that", status=2)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let a checkpoint's hyper-parameters override configuration and flags: not here."""

@@ -164,7 +164,7 @@ def read_all(data: TokenData) -> None:
         windows[torch.tensor([index]).numpy()]
 
 
-@pytest.mark.parametrize("examples", [25, pytest.param(1000, marks=pytest.mark.slow)], ids=["few", "many"])
+@pytest.mark.parametrize("examples", [6, pytest.param(1000, marks=pytest.mark.slow)], ids=["few", "many"])
 def test_mutated_configurations(
     tmp_path: Path, text_file: Path, examples: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,6 +6,7 @@ folder that has one is complete.
 
 import hashlib
 import json
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -209,8 +210,8 @@ def together(parts: Sequence[TokenData]) -> TokenData:
 def _foreign_shard(path: Path, dtype: str) -> Shard:
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = np.frombuffer(file.read(12), dtype="<i4")
-    if len(start) == 3 and start[0] == LLMC_MAGIC:
+        start = struct.unpack("<3i", file.read(12).ljust(12, b"\0"))
+    if start[0] == LLMC_MAGIC:
         if start[1] != LLMC_VERSION:
             raise InputError(f"{path} is an llm.c file of version {start[1]}: only version {LLMC_VERSION} can be read")
         if size != LLMC_HEADER + 2 * int(start[2]):
