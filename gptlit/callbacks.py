@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -134,9 +135,10 @@ class StepCheckpoint(Checkpoint):
         best = checkpoint_path(self.run, best_step)
         if best_step >= 0 and best.is_file():
             link = best.with_name(".best.partial")
-            link.unlink(missing_ok=True)
-            link.symlink_to(best.name)
-            link.replace(best_path(self.run))
+            with suppress(OSError):  # some file systems have no links; the checkpoint itself is kept all the same
+                link.unlink(missing_ok=True)
+                link.symlink_to(best.name)
+                link.replace(best_path(self.run))
         if self.keep_last > 0:  # what has a higher number is damaged, or not of this timeline
             for path in [path for path in checkpoints(self.run) if path <= newest][: -self.keep_last]:
                 if path != best:
