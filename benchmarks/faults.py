@@ -68,6 +68,7 @@ def run(rounds: int = 100, out: str = "faults.json", seed: int = 0) -> None:
             ("full disk", max(1, rounds // 20), bench.fill),
         ):
             table[name] = bench.many(name, count, fault)
+            print(name, dict(table[name]), flush=True)  # the whole takes half an hour
     columns = ("faults", "inside a write", "runs", "weights differ", "checkpoints lost", "hangs", "wrong status")
     shown = Table("fault", *columns)
     for name, counts in table.items():
