@@ -1,6 +1,7 @@
 """The `gptlit` command: all that is not training. Heavy imports wait until a command needs them."""
 
 import inspect as introspection
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -479,6 +480,9 @@ def main(args: list[str] | None = None) -> None:
             allow_abbrev=False,
             description="Everything around training a GPT; training itself is `python train.py fit --help`.",
         )
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except (InputError, OSError) as error:
         fail(error)
     except KeyboardInterrupt:

@@ -1,7 +1,10 @@
 """The `gptlit` command."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -317,6 +320,14 @@ def test_a_changed_shard_is_found_by_verify(tmp_path: Path, capsys: pytest.Captu
     with pytest.raises(SystemExit):
         main(["inspect", "o", "--verify"])
     assert "train-00000.bin does not match the SHA-256 in its manifest.json" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_read_enough_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text of a few words " * 9)
+    main(["prepare", "a.txt", "--out=o", "--val_fraction=0"])
+    command = f"{sys.executable} -m gptlit inspect o --length 50 | true"
+    result = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
+    assert (result.returncode, result.stderr) == (0, "")
 
 
 def test_short_spellings(monkeypatch: pytest.MonkeyPatch) -> None:
