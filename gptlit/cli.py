@@ -119,11 +119,17 @@ def inspect(
         verify: Read every shard and check its SHA-256.
         json: Print one JSON object instead of a table.
     """
-    from gptlit.data.inspection import open_folder, summaries, window_text
+    from gptlit.data.inspection import summaries, window_text
+    from gptlit.data.tokenizer import load_tokenizer
+    from gptlit.data.tokens import folder_tokenizer, open_folder
 
     if position < 0 or length < 1:
         raise InputError(f"position {position} and length {length}: at least 0 and 1 are needed")
-    data, encoding = open_folder(user_path(folder), tokenizer, dtype)
+    path = user_path(folder)
+    if not path.is_dir():
+        raise InputError(f"{folder} is no folder of tokens")
+    encoding = load_tokenizer(tokenizer or folder_tokenizer(path) or "gpt2")
+    data = open_folder(path, encoding, dtype)
     if verify and not data.manifest:
         raise InputError(f"{folder} has no manifest.json, there are no hashes to verify")
     if verify:
@@ -455,8 +461,8 @@ def _spelt_out(args: list[str]) -> list[str]:
         key, is_joined, value = words.pop(0).partition("=")
         kind = str(getattr(parameters.get(key.removeprefix("--")), "annotation", ""))
         count = next((n for n, word in enumerate(words) if word.startswith("--")), len(words))
-        if count == 0 and kind and kind != str(bool):
-            count = min(1, len(words))  # `--separator --- `: it needs a value
+        if count == 0 and kind and kind != str(bool) and words and words[0].removeprefix("--") not in parameters:
+            count = 1  # `--separator ---`: it needs a value
         values = [value] if is_joined else [words.pop(0) for _ in range(count)]
         if kind == str(bool) and not values:
             values = ["true"]

@@ -181,7 +181,7 @@ class GPTModule(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip as `trainer.gradient_clip_val` says, pass over what is not finite, log what belongs to the step."""
-        norm = self._clip(gradient_clip_val or math.inf, gradient_clip_algorithm)
+        norm = self._clip(gradient_clip_val, gradient_clip_algorithm)
         self._guard(optimizer, norm)
         if self.trainer._logger_connector.should_update_logs:
             loss = torch.stack(self._losses).mean()
@@ -224,14 +224,15 @@ class GPTModule(pl.LightningModule):
         """Steps that were passed over since the last good one. Waits for the device."""
         return int(self._in_a_row.item())
 
-    def _clip(self, limit: float, algorithm: str | None) -> Tensor:
+    def _clip(self, limit: float | None, algorithm: str | None) -> Tensor:
         """Return the norm of the gradient before it is clipped."""
         parameters = [p for p in self.parameters() if p.grad is not None]
-        if algorithm == "value":
-            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if limit and algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, limit)
-            return norm
-        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+        elif limit:
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return norm
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Build the optimizer. A fused AdamW would unscale fp16 gradients itself, after they have been clipped."""

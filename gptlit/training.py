@@ -58,7 +58,7 @@ from gptlit.weights import agree, read_source  # noqa: E402
 gc.freeze()
 gc.enable()
 
-GO_BACK_LIMIT = 3  # times that a run is sent back to its last checkpoint
+GO_BACK_LIMIT = 3  # the time that a run is not sent back to its last checkpoint any more
 
 
 @dataclass
@@ -306,16 +306,19 @@ class TrainingCLI(LightningCLI):
         """Run it. A fit that is sent back begins again at its newest checkpoint, without what was not finite."""
         writes = subcommand == "fit" and self.trainer.is_global_zero and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
         with locked(self.run) if writes else nullcontext():
-            for _ in range(GO_BACK_LIMIT):
+            for times in count(1):
                 try:
-                    super()._run_subcommand(subcommand)
-                    return
+                    return super()._run_subcommand(subcommand)
                 except GoBack as back:
+                    if times == GO_BACK_LIMIT:
+                        raise InputError(
+                            f"the run was sent back {times - 1} times: its gradient is not finite whatever it reads"
+                        ) from None
                     self._go_back(subcommand, back)
-        raise InputError(f"the run was sent back {GO_BACK_LIMIT} times: its gradient is not finite whatever it reads")
 
     def _go_back(self, subcommand: str, back: GoBack) -> None:
-        found = newest_checkpoint(self.run)
+        saver = self.trainer.checkpoint_callback
+        found = newest_checkpoint(saver.run) if isinstance(saver, StepCheckpoint) else None
         if found is None:
             raise InputError("the gradient is not finite, and there is no checkpoint to go back to yet: lower model.lr")
         note(f"going back to {found}: {back}")

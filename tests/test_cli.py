@@ -348,5 +348,6 @@ def test_short_spellings(monkeypatch: pytest.MonkeyPatch) -> None:
             ["prepare", "a", "--separator", "---", "--out", "o"],
             ["prepare", '--source=["a"]', "--separator=---", "--out=o"],
         ),
+        (["prepare", "a", "--out", "--overwrite"], ["prepare", '--source=["a"]', "--out", "--overwrite=true"]),
     ):
         assert _spelt_out(short) == full

@@ -7,9 +7,10 @@ import pytest
 from test_prepare import corpus_of
 
 from gptlit.data import inspection
-from gptlit.data.inspection import open_folder, summaries, window_text
+from gptlit.data.inspection import summaries, window_text
 from gptlit.data.prepare import Split, prepare
 from gptlit.data.tokenizer import load_tokenizer
+from gptlit.data.tokens import open_folder
 from gptlit.errors import InputError
 
 GPT2 = load_tokenizer()
@@ -20,19 +21,19 @@ def test_documents_are_counted_and_measured_over_the_ends_of_shards(tmp_path: Pa
     for shard_tokens in (4, 1000):
         folder = tmp_path / f"{shard_tokens}"
         prepare(corpus_of(*documents), folder, GPT2, Split(0.0), shard_tokens=shard_tokens)
-        data, tokenizer = open_folder(folder)
-        summary = summaries(data, tokenizer.eot_token)["train"]
+        data = open_folder(folder, GPT2)
+        summary = summaries(data, GPT2.eot_token)["train"]
         assert (summary.documents, summary.median, summary.longest) == (5, 7, 25)
         assert (summary.tokens, summary.measured) == (46 + 4, 50)
         assert summary.text_bytes == sum(map(len, documents))
-        assert window_text(data, "train", tokenizer, 3, 3) == "<|endoftext|> tree tree"
+        assert window_text(data, "train", GPT2, 3, 3) == "<|endoftext|> tree tree"
 
 
 def test_only_the_beginning_of_a_very_large_split_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(corpus_of(*[" tree" * 9] * 10), tmp_path / "a", GPT2, Split(0.0), shard_tokens=25)
     monkeypatch.setattr(inspection, "SCAN_LIMIT", 40)
     monkeypatch.setattr(inspection, "SCAN", 7)
-    data, _ = open_folder(tmp_path / "a")
+    data = open_folder(tmp_path / "a", GPT2)
     summary = summaries(data, GPT2.eot_token)["train"]
     assert (summary.tokens, summary.measured, summary.documents, summary.longest) == (99, 40, 4, 9)
 
@@ -40,17 +41,17 @@ def test_only_the_beginning_of_a_very_large_split_is_measured(tmp_path: Path, mo
 def test_files_of_nanogpt_end_their_documents_with_the_token(tmp_path: Path) -> None:
     ids = np.array([5, 6, 7, 50256, 8, 50256], dtype="<u2")
     ids.tofile(tmp_path / "train.bin")
-    data, tokenizer = open_folder(tmp_path)
-    summary = summaries(data, tokenizer.eot_token)["train"]
+    data = open_folder(tmp_path, GPT2)
+    summary = summaries(data, GPT2.eot_token)["train"]
     assert (summary.documents, summary.longest, summary.text_bytes) == (2, 3, None)
 
 
 def test_what_cannot_be_inspected_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="nowhere is no folder of tokens"):
-        open_folder(Path("nowhere"))
+    with pytest.raises(InputError, match="nowhere has no .bin file"):
+        open_folder(Path("nowhere"), GPT2)
     with pytest.raises(InputError, match="has no .bin file with 'train' in its name, and no manifest"):
-        open_folder(tmp_path)
+        open_folder(tmp_path, GPT2)
     prepare(corpus_of("some text"), tmp_path / "a", GPT2, Split(0.0))
-    data, tokenizer = open_folder(tmp_path / "a")
+    data = open_folder(tmp_path / "a", GPT2)
     with pytest.raises(InputError, match="the val part of .* ends before there: it has 0 tokens"):
-        window_text(data, "val", tokenizer, 0, 5)
+        window_text(data, "val", GPT2, 0, 5)

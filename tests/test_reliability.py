@@ -375,6 +375,22 @@ def test_what_differs_may_be_named_and_is_resumed_despite(fit: Fit, capsys: pyte
     assert read_checkpoint(checkpoint_path(Path("runs/t/version_0"), 4))["global_step"] == 4
 
 
+def test_another_tokenizer_is_refused_on_a_resume(
+    fit: Fit, tokenizer_json: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit("--trainer.max_steps=2", f"--data.tokenizer={tokenizer_json}")
+    content = json.loads(tokenizer_json.read_text())
+    content["model"]["merges"].reverse()
+    Path("tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(SystemExit):
+        fit("--trainer.max_steps=4", "--ckpt_path=last", "--data.tokenizer=tokenizer.json")
+    assert re.search(
+        r"error: the tokenizer is [0-9a-f]{12}, but the checkpoint was trained with [0-9a-f]{12} "
+        r"\(this one is 'tokenizer.json [0-9a-f]{12}'\): resume with that",
+        capsys.readouterr().err,
+    )
+
+
 def test_a_checkpoint_says_what_made_it(fit: Fit) -> None:
     fit("--trainer.max_steps=2")
     origin = read_checkpoint(checkpoint_path(Path("runs/t/version_0"), 2))["origin"]

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,16 +16,7 @@ from gptlit.data.corpus import Reading, open_corpus
 from gptlit.data.prepare import Split, prepare_cached
 from gptlit.data.progress import downloading, preparing
 from gptlit.data.tokenizer import fingerprint, load_tokenizer, tokenizer_spec
-from gptlit.data.tokens import (
-    MANIFEST,
-    SPLITS,
-    TokenData,
-    check_vocabulary,
-    folder_tokenizer,
-    open_foreign,
-    open_tokens,
-    together,
-)
+from gptlit.data.tokens import SPLITS, TokenData, folder_tokenizer, holds_tokens, open_folder, together
 from gptlit.data.windows import EvalOrder, Mix, TrainOrder, Windows, beyond
 from gptlit.errors import InputError, user_path
 
@@ -176,7 +167,8 @@ class TokenDataModule(pl.LightningDataModule):
             for name, source in self.other_sources.items():
                 if source is not None:
                     other = self._open(source, Split(0.0))
-                    self.data.splits[name] = [shard for split in SPLITS for shard in other.shards(split)]
+                    shards = [shard for split in SPLITS for shard in other.shards(split)]
+                    self.data = replace(self.data, splits={**self.data.splits, name: shards})
             counts = [len(self._windows(corpus, "train", length)) for corpus in corpora]
             self.mix = Mix(counts, [part.weight for part in self.sources], self.seed)
         self.windows = {name: self._windows(self.data, name, length) for name in SPLITS}
@@ -195,13 +187,8 @@ class TokenDataModule(pl.LightningDataModule):
     def _open(self, path: str, split: Split) -> TokenData:
         """Open a folder of token files, or tokenise a corpus unless that is done already."""
         folder = user_path(path)
-        is_prepared = (folder / MANIFEST).is_file()
-        if is_prepared or (folder.is_dir() and any(folder.glob("*.bin"))):
-            data = open_tokens(folder) if is_prepared else open_foreign(folder, self.dtype)
-            data.require_tokenizer(self.tokenizer)
-            if not is_prepared:
-                check_vocabulary(data, self.vocab_size)
-            return data
+        if holds_tokens(folder):
+            return open_folder(folder, self.tokenizer, self.dtype)
         with downloading(path) as show:
             corpus = open_corpus(path, self.reading, self.cache_dir / "downloads", show)
         with preparing(corpus.name) as report:
@@ -426,12 +413,9 @@ class TokenDataModule(pl.LightningDataModule):
         if self._trainer().state.fn != "fit":
             return
         source = f" ({self.source!r}, the checkpoint's {state['source']!r})"
+        name = f" (this one is {self.tokenizer.name!r})"
         now = {
-            "tokenizer": (
-                fingerprint(self.tokenizer)[:12],
-                state.get("tokenizer_sha256", "")[:12],
-                self.tokenizer.name,
-            ),
+            "tokenizer": (fingerprint(self.tokenizer)[:12], state.get("tokenizer_sha256", "")[:12], name),
             "corpus": (self.data.fingerprint[:12], state["corpus"][:12], source),
             **{key: (value, state.get(key, value), "") for key, value in self._order.items()},
         }

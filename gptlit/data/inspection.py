@@ -2,20 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from gptlit.data.tokenizer import Tokenizer, load_tokenizer
-from gptlit.data.tokens import (
-    MANIFEST,
-    SPLITS,
-    TokenData,
-    check_vocabulary,
-    folder_tokenizer,
-    open_foreign,
-    open_tokens,
-)
+from gptlit.data.tokenizer import Tokenizer
+from gptlit.data.tokens import SPLITS, TokenData
 from gptlit.errors import InputError
 
 SCAN = 2**24  # ids looked at at once
@@ -43,24 +34,6 @@ class SplitSummary:
     longest: int
     text_bytes: int | None
     measured: int
-
-
-def open_folder(folder: Path, tokenizer: str | None = None, dtype: str = "uint16") -> tuple[TokenData, Tokenizer]:
-    """Open a folder of tokens, prepared here or by another project, and the tokenizer that belongs to it.
-
-    Raises:
-        InputError: It is no such folder, it is damaged, or the tokenizer is not the one that made it.
-    """
-    if not folder.is_dir():
-        raise InputError(f"{folder} is no folder of tokens")
-    loaded = load_tokenizer(tokenizer or folder_tokenizer(folder) or "gpt2")
-    if (folder / MANIFEST).is_file():
-        data = open_tokens(folder)
-    else:
-        data = open_foreign(folder, dtype)
-        check_vocabulary(data, loaded.n_vocab)
-    data.require_tokenizer(loaded)
-    return data, loaded
 
 
 def summarize(data: TokenData, split: str, end: int) -> SplitSummary:

@@ -46,8 +46,8 @@ class Split:
 
     Documents stay whole where there are several, and a document's part follows from its own text, so that it keeps it
     when the corpus grows; of few (below 10 for the smallest part) those with the lowest numbers are taken, so that
-    every part gets some. The
-    characters of a single text are divided: the first train, the next validate, the last test.
+    every part gets some. The characters of a single text are divided: the first train, the next validate, the last
+    test.
 
     Raises:
         InputError: A share is out of its range.

@@ -110,12 +110,8 @@ class TokenData:
                     report(shard)
 
 
-def open_tokens(folder: Path) -> TokenData:
-    """Open a prepared folder and check that each shard is there in its full length.
-
-    Raises:
-        InputError: The manifest cannot be read or a shard is missing, truncated or too long.
-    """
+def _read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, list[Shard]]]:
+    """Return what the manifest says, checked, and the shards that it lists, unseen."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         dtype = manifest["dtype"]
@@ -134,7 +130,7 @@ def open_tokens(folder: Path) -> TokenData:
         for split in SPLITS:
             values = manifest["splits"][split]
             values.update({key: int(values[key]) for key in ("documents", "bytes")})
-        data = TokenData(folder, splits, hashlib.sha256(hashes.encode()).hexdigest(), manifest)
+        manifest["fingerprint"] = hashlib.sha256(hashes.encode()).hexdigest()
     except (
         OSError,
         ValueError,
@@ -145,13 +141,23 @@ def open_tokens(folder: Path) -> TokenData:
         RecursionError,
     ) as error:
         raise InputError(f"{folder / MANIFEST} cannot be used ({type(error).__name__}: {error}): {AGAIN}") from error
+    return manifest, splits
+
+
+def open_tokens(folder: Path) -> TokenData:
+    """Open a prepared folder and check that each shard is there in its full length.
+
+    Raises:
+        InputError: The manifest cannot be read or a shard is missing, truncated or too long.
+    """
+    manifest, splits = _read_manifest(folder)
     for shard in chain(*splits.values()):
-        size = shard.tokens * np.dtype(dtype).itemsize
+        size = shard.tokens * np.dtype(shard.dtype).itemsize
         found = shard.path.stat().st_size if shard.path.is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
             raise InputError(f"{shard.path} {state}, its {MANIFEST} says {size}: {AGAIN}")
-    return data
+    return TokenData(folder, splits, manifest["fingerprint"], manifest)
 
 
 def folder_tokenizer(folder: Path) -> str | None:
@@ -162,7 +168,7 @@ def folder_tokenizer(folder: Path) -> str | None:
     """
     if not (folder / MANIFEST).is_file():
         return None
-    name = str(open_tokens(folder).manifest["tokenizer"])
+    name = str(_read_manifest(folder)[0]["tokenizer"])
     return str(folder / TOKENIZER_JSON) if name == TOKENIZER_JSON else name
 
 
@@ -196,6 +202,31 @@ def open_foreign(folder: Path, dtype: str = "uint16") -> TokenData:
             file.seek(max(0, shard.path.stat().st_size - 2**20))
             digest.update(file.read())
     return TokenData(folder, splits, digest.hexdigest())
+
+
+def holds_tokens(folder: Path) -> bool:
+    """Return whether a folder holds tokens, prepared here or by another project."""
+    return (folder / MANIFEST).is_file() or (folder.is_dir() and any(folder.glob("*.bin")))
+
+
+def open_folder(folder: Path, tokenizer: Tokenizer, dtype: str = "uint16") -> TokenData:
+    """Open a folder of tokens, prepared here or by another project, that this tokenizer made.
+
+    Args:
+        folder: Where they are.
+        tokenizer: The one that must have made them.
+        dtype: Number type of files without a header.
+
+    Raises:
+        InputError: It is no such folder, it is damaged, or another tokenizer made it.
+    """
+    if (folder / MANIFEST).is_file():
+        data = open_tokens(folder)
+        data.require_tokenizer(tokenizer)
+    else:
+        data = open_foreign(folder, dtype)
+        check_vocabulary(data, tokenizer.n_vocab)
+    return data
 
 
 def together(parts: Sequence[TokenData]) -> TokenData:
