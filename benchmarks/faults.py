@@ -240,7 +240,9 @@ class Bench:
             os.kill(self.draw.choice(ranks), signal.SIGTERM)
             self.counts["faults"] += 1
             status = self.finish(process, 60)
-            self.counts["wrong status"] += status not in (143, 0)
+            if status not in (143, 0):
+                self.counts["wrong status"] += 1
+                print(f"status {status} at step {self.newest(name)}: {(self.folder / 'log').read_text()[-1000:]}")
             self.check_loads(name, self.newest(name))
         if self.newest(name) == STEPS:
             self.compare(name, 2)

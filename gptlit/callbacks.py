@@ -1,24 +1,18 @@
 """What happens beside the training step: checkpoints, speed, sample text, progress. One small class each."""
 
-import json
 import math
-import os
-import signal
-import subprocess
-import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.rule import Rule
@@ -26,9 +20,10 @@ from rich.text import Text
 
 from gptlit.checkpoint import DurableCheckpointIO, best_path, checkpoint_path, checkpoints, remove, tidy
 from gptlit.data.datamodule import TokenDataModule
-from gptlit.errors import InputError, note
+from gptlit.errors import InputError
 from gptlit.generate import generate
 from gptlit.module import GPTModule
+from gptlit.sharding import local
 
 
 class StepLogger(TensorBoardLogger):
@@ -120,11 +115,13 @@ class StepCheckpoint(Checkpoint):
         began = time.perf_counter()
         if trainer.is_global_zero and not self._folder.is_dir():
             raise InputError(f"the folder {self._folder} has gone: step {step} cannot be saved")
-        for name, parameter in trainer.lightning_module.named_parameters():
-            if not parameter.isfinite().all():
-                raise InputError(
-                    f"{name} is not finite at step {step}: it is not saved, the checkpoint before it is good"
-                )
+        parameters = trainer.lightning_module.named_parameters()
+        wrong = next((name for name, parameter in parameters if not local(parameter).isfinite().all()), None)
+        if trainer.strategy.reduce_boolean_decision(wrong is not None, all=False):  # a shard may be on another device
+            raise InputError(
+                f"{wrong or 'a weight on another device'} is not finite at step {step}: it is not saved, the "
+                "checkpoint before it is good"
+            )
         self.io.then = partial(self._tidy, checkpoint_path(self.run, step), self.best_step)
         trainer.save_checkpoint(checkpoint_path(self.run, step))
         self.seconds += time.perf_counter() - began
@@ -143,156 +140,6 @@ class StepCheckpoint(Checkpoint):
             for path in [path for path in checkpoints(self.run) if path <= newest][: -self.keep_last]:
                 if path != best:
                     remove(path)
-
-
-class GracefulStop(Callback):
-    """SIGTERM, SIGINT and SLURM's SIGUSR1 save and end a fit within a step; a second one ends the process at once.
-
-    The handler only sets a flag, which is looked at between steps. With several devices the first one to notice writes
-    into the process group's store after which step all of them stop: the others cannot make that step without it, so
-    they have all seen it by then, and nothing is synchronised in the steps before. The exit status is 128 + the signal.
-
-    Args:
-        checkpoint: Saves; None where nothing is to be saved.
-    """
-
-    SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
-    fits = 0  # of this process: a name for each in the store
-
-    def __init__(self, checkpoint: StepCheckpoint | None) -> None:
-        self.checkpoint = checkpoint
-        self.signal: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen."""
-        GracefulStop.fits += 1
-        self._key = f"gptlit/stop/{GracefulStop.fits}"
-        if threading.current_thread() is threading.main_thread():
-            for name in self.SIGNALS:
-                if number := getattr(signal, name, None):  # Windows has no SIGUSR1
-                    self._before[number] = signal.signal(number, self._handle)
-
-    def _handle(self, number: int, _: Any) -> None:
-        if self.signal is not None:
-            os._exit(128 + number)
-        self.signal = signal.Signals(number)
-        note(f"{self.signal.name}: saving and ending after this step (a second one ends at once)")
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Listen no more."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Lightning tears nothing down then."""
-        self.teardown(trainer, pl_module, "")
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, _: int) -> None:
-        """Stop between two steps."""
-        assert isinstance(pl_module, GPTModule)
-        if not pl_module.is_between_steps:
-            return
-        step = trainer.global_step
-        if trainer.world_size > 1:
-            store = torch.distributed.distributed_c10d._get_default_store()
-            if self.signal is not None and not store.check([self._key]):
-                store.compare_set(self._key, "", f"{step + 1} {int(self.signal)}")
-            if not store.check([self._key]):
-                return
-            stop, number = map(int, store.get(self._key).split())
-            if step >= stop:
-                self._stop(trainer, signal.Signals(number))
-        elif self.signal is not None:
-            self._stop(trainer, self.signal)
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop before a validation rather than after it: the resumed run makes it. All devices are here at once."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            number = torch.tensor(int(self.signal or 0), device=pl_module.device)
-            number = trainer.strategy.reduce(number, reduce_op="max") if trainer.world_size > 1 else number
-            if int(number):
-                self._stop(trainer, signal.Signals(int(number)))
-
-    def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Alone, stop in the midst of one."""
-        if trainer.state.fn == "fit" and trainer.world_size == 1 and self.signal is not None:
-            self._stop(trainer, self.signal)
-
-    def _stop(self, trainer: pl.Trainer, number: signal.Signals) -> NoReturn:
-        """Save and leave, with the status that a shell gives to this signal."""
-        if self.checkpoint is not None:
-            self.checkpoint.save(trainer)
-            self.checkpoint.io.wait()
-        launcher = trainer.strategy.launcher
-        if isinstance(launcher, _SubprocessScriptLauncher):  # its observer would take their end for a failure
-            processes, launcher.procs = launcher.procs, []
-            for process in processes:
-                process.wait(timeout=60)
-        note(f"stopped by {number.name} after step {trainer.global_step}; --ckpt_path last goes on there")
-        if number.name == "SIGUSR1" and trainer.is_global_zero and (job := os.environ.get("SLURM_JOB_ID")):
-            subprocess.run(["scontrol", "requeue", job], check=False)
-        raise SystemExit(128 + number)
-
-
-class GoBack(Exception):  # noqa: N818  (not an error: the fit begins again at its last checkpoint)
-    """Several steps in a row were not finite, and their windows are to be passed over.
-
-    Args:
-        first: Position of the first of them.
-        count: Windows.
-    """
-
-    def __init__(self, first: int, count: int) -> None:
-        super().__init__(f"windows {first} to {first + count} are passed over")
-        self.first, self.count = first, count
-
-
-class NonFinite(Callback):
-    """Ends a fit, or sends it back to its last checkpoint, after too many steps in a row that were not finite.
-
-    The windows of these steps are written to `non-finite.json` in the run's folder, by shard and offset.
-
-    Args:
-        run: The run's folder.
-        limit: Steps in a row.
-        go_back: Go back and pass over their windows, rather than end.
-    """
-
-    def __init__(self, run: Path, limit: int, go_back: bool) -> None:
-        self.run = run
-        self.limit = limit
-        self.go_back = go_back
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Look at the count: after each step on a CPU, at log points where looking means waiting for the device.
-
-        Raises:
-            InputError: There were too many.
-            GoBack: There were too many, and the fit goes back.
-        """
-        assert isinstance(pl_module, GPTModule)
-        waits = pl_module.device.type != "cpu"
-        if not pl_module.is_between_steps or (waits and not trainer._logger_connector.should_update_logs):
-            return
-        if not (count := pl_module.skipped_in_a_row):
-            return
-        step = trainer.global_step
-        note(f"step {step}: the gradient is not finite, nothing was changed ({count} in a row)")
-        if count < self.limit:
-            return
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        windows = [window for past in range(step - count, step) for window in datamodule.addresses(past)]
-        path = self.run / "non-finite.json"
-        if trainer.is_global_zero:
-            path.write_text(json.dumps({"steps": [step - count + 1, step], "windows": windows}, indent=1) + "\n")
-        if self.go_back:
-            raise GoBack(datamodule.position_after(step - count), count * datamodule.batch_size)
-        raise InputError(
-            f"the gradient was not finite in {count} steps in a row, up to step {step}; their windows are in {path}: "
-            "look at them, lower model.lr, or set run.on_nonfinite to go_back"
-        )
 
 
 class FinalValidation(Callback):

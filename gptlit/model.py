@@ -6,12 +6,21 @@ Source: Radford et al. 2019, "Language Models are Unsupervised Multitask Learner
 """
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gptlit.config import GPTConfig
+
+LayerContext = Callable[[nn.Module], AbstractContextManager[None]]
+
+
+def _plain(_: nn.Module) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 class MultiHeadAttention(nn.Module):
@@ -49,10 +58,14 @@ class FeedForward(nn.Sequential):
 
 
 class TransformerBlock(nn.Module):
-    """Attention and feed-forward, each normalised before and added to its shortcut: (B, T, C) -> (B, T, C)."""
+    """Attention and feed-forward, each normalised before and added to its shortcut: (B, T, C) -> (B, T, C).
+
+    With `recompute` a training step keeps only the block's input and computes the rest again on the way back.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
+        self.recompute = False
         self.att = MultiHeadAttention(config)
         self.ff = FeedForward(config)
         self.norm1 = nn.LayerNorm(config.emb_dim)
@@ -60,6 +73,11 @@ class TransformerBlock(nn.Module):
         self.drop_shortcut = nn.Dropout(config.drop_rate)
 
     def forward(self, hidden: Tensor, cache: "LayerCache | None" = None) -> Tensor:
+        if self.recompute and self.training:
+            return checkpoint(self._forward, hidden, use_reentrant=False)  # type: ignore[no-any-return]
+        return self._forward(hidden, cache)
+
+    def _forward(self, hidden: Tensor, cache: "LayerCache | None" = None) -> Tensor:
         hidden = hidden + self.drop_shortcut(self.att(self.norm1(hidden), cache))
         hidden = hidden + self.drop_shortcut(self.ff(self.norm2(hidden)))
         return hidden
@@ -80,22 +98,45 @@ class GPTModel(nn.Module):
         self.trf_blocks = nn.Sequential(*[TransformerBlock(config) for _ in range(config.n_layers)])
         self.final_norm = nn.LayerNorm(config.emb_dim)
         self.out_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
-        if config.init == "gpt2":
-            self.apply(self._init_gpt2)
         if config.tie_weights:
-            nn.init.normal_(self.tok_emb.weight, std=0.02)
             self.out_head.weight = self.tok_emb.weight
+        self._draw_as_gpt2(_plain)  # what torch draws, the layers have drawn
 
-    def _init_gpt2(self, module: nn.Module) -> None:
-        """N(0, 0.02) everywhere, scaled down where a block adds to the residual stream. Source: GPT-2, section 2.3."""
-        residual_std = 0.02 / math.sqrt(2 * self.config.n_layers)
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-        if isinstance(module, TransformerBlock):  # `apply` visits a block after its layers
-            nn.init.normal_(module.att.out_proj.weight, std=residual_std)
-            nn.init.normal_(module.ff[2].weight, std=residual_std)  # type: ignore[arg-type]
+    def draw_weights(self, whole: LayerContext = _plain) -> None:
+        """Draw all weights anew, as the constructor does: the same seed gives the same ones.
+
+        Args:
+            whole: A context for each layer while it draws; a sharded model makes its parameters whole in it.
+        """
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear | nn.Embedding | nn.LayerNorm):
+                with whole(layer):
+                    layer.reset_parameters()
+        self._draw_as_gpt2(whole)
+
+    def _draw_as_gpt2(self, whole: LayerContext) -> None:
+        """N(0, 0.02) everywhere, scaled down where a block adds to the residual stream. Source: GPT-2, section 2.3.
+
+        A tied embedding is drawn so in any case.
+        """
+
+        def draw(layer: nn.Module, std: float = 0.02) -> None:
+            with whole(layer):
+                nn.init.normal_(layer.weight, std=std)  # type: ignore[arg-type]
+                if getattr(layer, "bias", None) is not None:
+                    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+
+        def visit(module: nn.Module) -> None:
+            if isinstance(module, nn.Linear | nn.Embedding):
+                draw(module)
+            if isinstance(module, TransformerBlock):  # `apply` visits a block after its layers
+                draw(module.att.out_proj, 0.02 / math.sqrt(2 * self.config.n_layers))
+                draw(module.ff[2], 0.02 / math.sqrt(2 * self.config.n_layers))
+
+        if self.config.init == "gpt2":
+            self.apply(visit)
+        if self.config.tie_weights:
+            draw(self.tok_emb)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Return logits (B, T, V) for int64 ids (B, T).

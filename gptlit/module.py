@@ -16,8 +16,9 @@ from torchmetrics import MeanMetric
 from gptlit.config import GPTConfig
 from gptlit.errors import InputError
 from gptlit.loss import next_token_loss
-from gptlit.model import GPTModel
+from gptlit.model import GPTModel, TransformerBlock
 from gptlit.optimizer import OptimizerName, make_optimizer, set_values
+from gptlit.sharding import gathered, sharded_model
 from gptlit.weights import copy_weights, read_source
 
 ScheduleName = Literal["cosine", "constant"]
@@ -68,7 +69,9 @@ class GPTModule(pl.LightningModule):
         decay_all: Decay biases, norms and everything else too.
         beta1: AdamW's decay of the gradient's running mean.
         beta2: AdamW's decay of the running mean of its square.
-        compile: Compile the model with torch.compile (needs a C++ compiler on a CPU). Checkpoints stay the same.
+        compile: Compile the blocks with torch.compile (needs a C++ compiler on a CPU). Checkpoints stay the same.
+        activation_checkpointing: Keep only the input of each block, and compute the block again on the way back: much
+            less memory for a third more time.
         init_from: Where to take the first weights from: a checkpoint or a run's folder, a Hugging Face folder or
             `hf:NAME`, the book's `.pth`, nanoGPT's `ckpt.pt`. Everything else starts anew.
 
@@ -92,6 +95,7 @@ class GPTModule(pl.LightningModule):
         beta1: float = 0.9,
         beta2: float = 0.95,
         compile: bool = False,
+        activation_checkpointing: bool = False,
         init_from: str | None = None,
     ) -> None:
         super().__init__()
@@ -114,6 +118,7 @@ class GPTModule(pl.LightningModule):
         self.optimizer_name = optimizer
         self._values: Any = {"weight_decay": weight_decay, "decay_all": decay_all, "betas": (beta1, beta2)}
         self.compile_model = compile
+        self.activation_checkpointing = activation_checkpointing
         self.init_from = init_from
         self.tokens = 0  # seen since the run began, all devices
         self.skipped_steps = 0  # those before this fit; `_skipped` counts on, on the device
@@ -135,6 +140,7 @@ class GPTModule(pl.LightningModule):
                 "beta1": beta1,
                 "beta2": beta2,
                 "compile": compile,
+                "activation_checkpointing": activation_checkpointing,
             }
         )
 
@@ -142,11 +148,18 @@ class GPTModule(pl.LightningModule):
         """Build the model, once; Lightning calls this when the devices are known."""
         if hasattr(self, "model"):
             return
-        self.model = GPTModel(self.config)
+        mesh = self.device_mesh  # only a strategy that shards has one
+        if mesh is None:
+            self.model = GPTModel(self.config)
+        else:
+            self.model = sharded_model(self.config, mesh["data_parallel"], self.trainer.strategy.root_device)
         if self.init_from is not None:
             copy_weights(self.model, read_source(self.init_from))
-        if self.compile_model:
-            self.model.compile()  # in place: the keys of the state dict stay as they are
+        for block in self.model.trf_blocks:
+            assert isinstance(block, TransformerBlock)
+            block.recompute = self.activation_checkpointing
+            if self.compile_model:
+                block.compile()  # in place: the keys of the state dict stay as they are
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Token ids (B, T) -> logits (B, T, V)."""
@@ -227,7 +240,7 @@ class GPTModule(pl.LightningModule):
     def _clip(self, limit: float | None, algorithm: str | None) -> Tensor:
         """Return the norm of the gradient before it is clipped."""
         parameters = [p for p in self.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm: Tensor = gathered(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         if limit and algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, limit)
         elif limit:

@@ -5,7 +5,6 @@ import gc
 import logging
 import os
 import platform
-import signal
 import subprocess
 import sys
 import warnings
@@ -21,17 +20,12 @@ import lightning.pytorch as pl  # noqa: E402
 import torch  # noqa: E402
 from jsonargparse import Namespace  # noqa: E402
 from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
-from lightning.pytorch.callbacks import Callback  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback  # noqa: E402
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher  # noqa: E402
 
 from gptlit import __version__  # noqa: E402
 from gptlit.callbacks import (  # noqa: E402
     DrawnWindows,
     FinalValidation,
-    GoBack,
-    GracefulStop,
-    NonFinite,
     SampleText,
     StepCheckpoint,
     StepLogger,
@@ -53,6 +47,8 @@ from gptlit.data.datamodule import TokenDataModule, tokenizer_for  # noqa: E402
 from gptlit.data.tokenizer import load_tokenizer  # noqa: E402
 from gptlit.errors import InputError, OneLineErrors, fail, note  # noqa: E402
 from gptlit.module import GPTModule  # noqa: E402
+from gptlit.stopping import GoBack, GracefulStop, NonFinite, PeerWatch  # noqa: E402
+from gptlit.strategies import register_strategies  # noqa: E402
 from gptlit.weights import agree, read_source  # noqa: E402
 
 gc.freeze()
@@ -100,17 +96,6 @@ class RunConfig:
 
 class Parser(OneLineErrors, LightningArgumentParser):
     """Lightning's parser with one-line errors."""
-
-
-class EndTogether(Callback):
-    """When the first device meets an error that is the user's to mend, the others end without a word of their own."""
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Without this they would report that the first one has gone."""
-        launcher = trainer.strategy.launcher
-        if isinstance(exception, InputError | OSError) and isinstance(launcher, _SubprocessScriptLauncher):
-            launcher.kill(signal.SIGKILL)
-            launcher.procs = []  # Lightning's observer would take their end for a failure, and kill this process
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -211,6 +196,22 @@ class TrainingCLI(LightningCLI):
             raise InputError("a run needs an end: set trainer.max_steps or trainer.max_epochs")
         if trainer.precision is None:
             trainer.precision = best_precision(trainer.accelerator)
+        self._settle_devices(trainer)
+
+    def _settle_devices(self, trainer: Any) -> None:
+        """Take the number of nodes and of devices on each from torchrun or SLURM, where they are not given."""
+        nodes, devices = launched()
+        if nodes is None or devices is None:
+            return
+        given = self._given("trainer")
+        for key, ours in {"num_nodes": nodes, "devices": devices}.items():
+            if key not in given or given[key] in ("auto", -1, "-1"):
+                trainer[key] = ours
+            elif str(given[key]) != str(ours):
+                raise InputError(
+                    f"trainer.{key} is {given[key]}, but this process was started for {nodes} "
+                    f"node{'s' * (nodes != 1)} with {devices} device{'s' * (devices != 1)} each: leave it out"
+                )
 
     def _given(self, *keys: str) -> dict[str, Any]:
         """Return what files and flags say under a key, defaults left out."""
@@ -281,7 +282,7 @@ class TrainingCLI(LightningCLI):
         on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         io = DurableCheckpointIO(asynchronous=on_gpu if run.async_save is None else run.async_save)
         checkpoint = None
-        callbacks: list[Any] = [EndTogether(), FinalValidation(run.val_every_n_steps)]
+        callbacks: list[Any] = [PeerWatch(), FinalValidation(run.val_every_n_steps)]
         if config.trainer.enable_checkpointing is not False:
             checkpoint = StepCheckpoint(self.run, io, run.save_every_n_steps, run.keep_last, run.keep_best)
             callbacks.append(checkpoint)
@@ -381,6 +382,17 @@ class TrainingCLI(LightningCLI):
             )
 
 
+def launched() -> tuple[int | None, int | None]:
+    """Return the number of nodes and of processes on each that torchrun or SLURM has started; None for neither."""
+    get = os.environ.get
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return int(get("WORLD_SIZE", 1)) // int(get("LOCAL_WORLD_SIZE", 1)), int(get("LOCAL_WORLD_SIZE", 1))
+    if "SLURM_NTASKS" in os.environ and get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        nodes = int(get("SLURM_NNODES", 1))
+        return nodes, int(get("SLURM_NTASKS", 1)) // nodes
+    return None, None
+
+
 def best_precision(accelerator: Any) -> str:
     """Return bf16-mixed where the device multiplies bf16 natively, else 32-true."""
     on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
@@ -421,6 +433,7 @@ def _silence_lightning() -> None:
     """Seeds, devices and tips are not news; warnings of what a user does are."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message=".*recommended to use `self.log.*sync_dist=True")  # torchmetrics does it
     for name in ("lightning.pytorch", "lightning.fabric", "lightning_fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -442,6 +455,7 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line; errors that a user can mend are one line."""
     _silence_lightning()
     keep_freed_memory()
+    register_strategies()
     try:
         TrainingCLI(
             GPTModule,

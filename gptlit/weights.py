@@ -23,6 +23,7 @@ from gptlit.config import GPTConfig
 from gptlit.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer, save_huggingface
 from gptlit.errors import InputError, note
 from gptlit.model import GPTModel
+from gptlit.sharding import gathered, shard_like
 
 PREFIX = "model."  # the GPTModel inside a GPTModule
 HUB = "hf:"
@@ -434,10 +435,11 @@ def copy_weights(model: GPTModel, source: Source) -> None:
         InputError: The architectures differ.
     """
     agree(asdict(model.config), source)
-    positions = model.pos_emb.weight.detach().clone()
+    positions = gathered(model.pos_emb.weight).detach().clone()
     common = min(len(positions), source.config.context_length)
     positions[:common] = source.state["pos_emb.weight"][:common]
-    model.load_state_dict({**source.state, "pos_emb.weight": positions})
+    state, own = {**source.state, "pos_emb.weight": positions}, model.state_dict()
+    model.load_state_dict({name: shard_like(value, own[name]) for name, value in state.items()})
 
 
 # --- writing ----------------------------------------------------------------------------------------------------

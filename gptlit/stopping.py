@@ -1,0 +1,278 @@
+"""How a fit ends before its end: signals, steps that are not finite, and other processes of the run that have gone."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from torch.distributed import DistError
+from torch.distributed.distributed_c10d import _get_default_store
+
+from gptlit.callbacks import StepCheckpoint
+from gptlit.errors import InputError, note
+from gptlit.module import GPTModule
+
+
+class GracefulStop(Callback):
+    """SIGTERM, SIGINT and SLURM's SIGUSR1 save and end a fit within a step; a second one ends the process at once.
+
+    The handler only sets a flag, which is looked at between steps. With several devices the first one to notice writes
+    into the process group's store after which step all of them stop: the others cannot make that step without it, so
+    they have all seen it by then, and nothing is synchronised in the steps before. The exit status is 128 + the signal.
+
+    Args:
+        checkpoint: Saves; None where nothing is to be saved.
+    """
+
+    SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
+    fits = 0  # of this process: a name for each in the store
+
+    def __init__(self, checkpoint: StepCheckpoint | None) -> None:
+        self.checkpoint = checkpoint
+        self.signal: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Lightning's own handling of SIGTERM is left out: it synchronises all devices in every batch, and can hang."""
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listen."""
+        GracefulStop.fits += 1
+        self._key = f"gptlit/stop/{GracefulStop.fits}"
+        if threading.current_thread() is threading.main_thread():
+            for name in self.SIGNALS:
+                if number := getattr(signal, name, None):  # Windows has no SIGUSR1
+                    self._before[number] = signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _: Any) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = signal.Signals(number)
+        note(f"{self.signal.name}: saving and ending after this step (a second one ends at once)")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Listen no more."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Lightning tears nothing down then."""
+        self.teardown(trainer, pl_module, "")
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, _: int) -> None:
+        """Stop between two steps."""
+        assert isinstance(pl_module, GPTModule)
+        if not pl_module.is_between_steps:
+            return
+        step = trainer.global_step
+        if trainer.world_size > 1:
+            store = torch.distributed.distributed_c10d._get_default_store()
+            if self.signal is not None and not store.check([self._key]):
+                store.compare_set(self._key, "", f"{step + 1} {int(self.signal)}")
+            if not store.check([self._key]):
+                return
+            stop, number = map(int, store.get(self._key).split())
+            if step >= stop:
+                self._stop(trainer, signal.Signals(number))
+        elif self.signal is not None:
+            self._stop(trainer, self.signal)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop before a validation rather than after it: the resumed run makes it. All devices are here at once."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            number = torch.tensor(int(self.signal or 0), device=pl_module.device)
+            number = trainer.strategy.reduce(number, reduce_op="max") if trainer.world_size > 1 else number
+            if int(number):
+                self._stop(trainer, signal.Signals(int(number)))
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Alone, stop in the midst of one."""
+        if trainer.state.fn == "fit" and trainer.world_size == 1 and self.signal is not None:
+            self._stop(trainer, self.signal)
+
+    def _stop(self, trainer: pl.Trainer, number: signal.Signals) -> NoReturn:
+        """Save and leave, with the status that a shell gives to this signal."""
+        if self.checkpoint is not None:
+            self.checkpoint.save(trainer)
+            self.checkpoint.io.wait()
+        for process in children(trainer):
+            process.wait(timeout=60)
+        note(f"stopped by {number.name} after step {trainer.global_step}; --ckpt_path last goes on there")
+        if number.name == "SIGUSR1" and trainer.is_global_zero and (job := os.environ.get("SLURM_JOB_ID")):
+            subprocess.run(["scontrol", "requeue", job], check=False)
+        raise SystemExit(128 + number)
+
+
+class GoBack(Exception):  # noqa: N818  (not an error: the fit begins again at its last checkpoint)
+    """Several steps in a row were not finite, and their windows are to be passed over.
+
+    Args:
+        first: Position of the first of them.
+        count: Windows.
+    """
+
+    def __init__(self, first: int, count: int) -> None:
+        super().__init__(f"windows {first} to {first + count} are passed over")
+        self.first, self.count = first, count
+
+
+class NonFinite(Callback):
+    """Ends a fit, or sends it back to its last checkpoint, after too many steps in a row that were not finite.
+
+    The windows of these steps are written to `non-finite.json` in the run's folder, by shard and offset.
+
+    Args:
+        run: The run's folder.
+        limit: Steps in a row.
+        go_back: Go back and pass over their windows, rather than end.
+    """
+
+    def __init__(self, run: Path, limit: int, go_back: bool) -> None:
+        self.run = run
+        self.limit = limit
+        self.go_back = go_back
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Look at the count: after each step on a CPU, at log points where looking means waiting for the device.
+
+        Raises:
+            InputError: There were too many.
+            GoBack: There were too many, and the fit goes back.
+        """
+        assert isinstance(pl_module, GPTModule)
+        waits = pl_module.device.type != "cpu"
+        if not pl_module.is_between_steps or (waits and not trainer._logger_connector.should_update_logs):
+            return
+        if not (count := pl_module.skipped_in_a_row):
+            return
+        step = trainer.global_step
+        note(f"step {step}: the gradient is not finite, nothing was changed ({count} in a row)")
+        if count < self.limit:
+            return
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        windows = [window for past in range(step - count, step) for window in datamodule.addresses(past)]
+        path = self.run / "non-finite.json"
+        if trainer.is_global_zero:
+            path.write_text(json.dumps({"steps": [step - count + 1, step], "windows": windows}, indent=1) + "\n")
+        if self.go_back:
+            raise GoBack(datamodule.position_after(step - count), count * datamodule.batch_size)
+        raise InputError(
+            f"the gradient was not finite in {count} steps in a row, up to step {step}; their windows are in {path}: "
+            "look at them, lower model.lr, or set run.on_nonfinite to go_back"
+        )
+
+
+PERIOD = 2.0  # seconds between two signs of life
+PATIENCE = 30.0  # seconds without one, after which a process has gone
+
+
+def children(trainer: pl.Trainer) -> "list[subprocess.Popen[bytes]]":
+    """Return the processes that Lightning has started for the other devices; none under torchrun or SLURM."""
+    launcher = trainer.strategy.launcher
+    return launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
+
+
+class PeerWatch(Callback):
+    """Ends this process, with a line that says why, when another one of the run has gone: it would wait for it forever.
+
+    Each process gives signs of life in the process group's store, and a thread of it looks for those of the next one:
+    a ring, so that a thousand of them cost the store no more than a few hundred requests a second. Who finds one
+    missing writes it down for all to read. Processes that were started by this one are asked directly.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._ended = threading.Event()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Begin, once."""
+        if trainer.world_size == 1 or self._thread is not None:
+            return
+        for thread in threading.enumerate():
+            if thread.name == "child-process-observer":  # Lightning's own kills this process without a word
+                thread._child_processes = []  # type: ignore[attr-defined]
+        self._rank, self._world_size, self._local_rank = trainer.global_rank, trainer.world_size, trainer.local_rank
+        self._children = dict(enumerate(children(trainer), start=trainer.global_rank + 1))
+        self._store: Any = _get_default_store().clone()  # type: ignore[attr-defined]  # a connection of its own
+        self._store.set_timeout(timedelta(seconds=PATIENCE))
+        self._host = socket.gethostname()
+        self._store.set(f"gptlit/host/{self._rank}", self._host)
+        self._first_host = self._store.get("gptlit/host/0").decode()
+        self._thread = threading.Thread(target=self._watch, name="peer-watch", daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        following = (self._rank + 1) % self._world_size
+        seen, since, beat = b"", time.monotonic(), 0
+        while not self._ended.wait(PERIOD):
+            beat += 1
+            try:
+                for rank, process in self._children.items():
+                    if process.poll():
+                        self._end(rank, self._host, f"has ended with status {process.returncode}")
+                if self._store.check(["gptlit/gone"]):
+                    self._end(*json.loads(self._store.get("gptlit/gone")))
+                self._store.set(f"gptlit/beat/{self._rank}", str(beat))
+                sign = self._read(f"gptlit/beat/{following}")
+                if sign != seen or sign == b"ended":
+                    seen, since = sign, time.monotonic()
+                elif time.monotonic() - since > PATIENCE:
+                    host = self._read(f"gptlit/host/{following}").decode()
+                    self._end(following, host, f"has given no sign of life for {PATIENCE:.0f} s")
+            except DistError:  # the store is in the first process
+                self._end(0, self._first_host, "cannot be reached any more")
+
+    def _read(self, key: str) -> bytes:
+        return self._store.get(key) if self._store.check([key]) else b""
+
+    def _end(self, rank: int, host: str, what: str) -> NoReturn:
+        """Say it, pass it on, end. What the others would print about a lost connection is not news."""
+        if self._local_rank == 0 or host == self._host:
+            message = f"error: device {rank} of {self._world_size} (on {host}) {what}: this run ends here"
+            print(f"{message}; start it again with --ckpt_path last", file=sys.stderr, flush=True)
+        with suppress(DistError):
+            self._store.set("gptlit/gone", json.dumps([rank, host, what]))
+        for process in self._children.values():
+            process.kill()
+        if self._rank == 0 and not self._children:
+            time.sleep(2 * PERIOD)  # the store ends with this process: the others read it first
+        os._exit(1)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """This process is ready, nobody needs to wait for it any more."""
+        if self._thread is not None:
+            self._ended.set()
+            self._thread.join()
+            self._thread = None
+            self._ended = threading.Event()
+            with suppress(DistError):
+                self._store.set(f"gptlit/beat/{self._rank}", "ended")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """A lost connection is explained by the thread, which needs a moment; other errors end all processes."""
+        if isinstance(exception, InputError | OSError) and not self._is_connection(exception):
+            for process in children(trainer):  # they have met the same, or wait for this one
+                process.kill()
+        elif self._thread is not None and self._is_connection(exception):
+            self._thread.join(PATIENCE + 5 * PERIOD)
+        self.teardown(trainer, pl_module, "")
+
+    @staticmethod
+    def _is_connection(exception: BaseException) -> bool:
+        text = str(exception)
+        return isinstance(exception, DistError) or "gloo" in text or "onnection closed by peer" in text
