@@ -2,10 +2,11 @@
 
 from jsonargparse import auto_cli
 
-from benchmarks import bigram, faults, generate, loader, prepare, saves
+from benchmarks import bigram, devices, faults, generate, loader, prepare, saves
 
 if __name__ == "__main__":
-    benchmarks = (bigram, faults, generate, loader, prepare, saves)
+    benchmarks = (bigram, devices, faults, generate, loader, prepare, saves)
     runs = {module.__name__.removeprefix("benchmarks."): module.run for module in benchmarks}
     runs["bitwise"] = faults.bitwise
+    runs["memory"] = devices.memory
     auto_cli(runs, as_positional=False, prog="python -m benchmarks")

@@ -107,6 +107,12 @@ def bitwise(steps: int = 200, kills: int = 5, seed: int = 0) -> None:
                 print(f"{devices} device{'s' * (devices > 1)}, {count} kills: {weights_sha256(path)}", flush=True)
 
 
+def write_words(path: Path) -> None:
+    """Write a text of twenty thousand words."""
+    words = "the a model learns from data to write text about trees and rivers in winter , slowly .".split()
+    path.write_text(" ".join(random.Random(0).choices(words, k=20_000)))
+
+
 def weights_sha256(path: Path) -> str:
     """Return the digest of all weights of a checkpoint."""
     digest = hashlib.sha256()
@@ -120,8 +126,7 @@ class Bench:
 
     def __init__(self, folder: Path, draw: random.Random, options: Sequence[str] = ()) -> None:
         self.folder, self.draw, self.options = folder, draw, options
-        words = "the a model learns from data to write text about trees and rivers in winter , slowly .".split()
-        (folder / "words.txt").write_text(" ".join(random.Random(0).choices(words, k=20_000)))
+        write_words(folder / "words.txt")
         self.wholes: dict[int, dict[str, torch.Tensor]] = {}
         self.counts: Counter[str] = Counter()
 

@@ -18,7 +18,7 @@ from gptlit.errors import InputError
 from gptlit.loss import next_token_loss
 from gptlit.model import GPTModel, TransformerBlock
 from gptlit.optimizer import OptimizerName, make_optimizer, set_values
-from gptlit.sharding import gathered, sharded_model
+from gptlit.sharding import gradient_norm, sharded_model
 from gptlit.weights import copy_weights, read_source
 
 ScheduleName = Literal["cosine", "constant"]
@@ -240,7 +240,7 @@ class GPTModule(pl.LightningModule):
     def _clip(self, limit: float | None, algorithm: str | None) -> Tensor:
         """Return the norm of the gradient before it is clipped."""
         parameters = [p for p in self.parameters() if p.grad is not None]
-        norm: Tensor = gathered(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        norm = gradient_norm(parameters)
         if limit and algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, limit)
         elif limit:

@@ -3,7 +3,7 @@
 Plain torch; the strategy that uses it is in `strategies.py`. Source: Zhao et al. 2023, "PyTorch FSDP".
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.linalg import vector_norm
 
 from gptlit.config import GPTConfig
 from gptlit.model import GPTModel
@@ -27,16 +28,22 @@ def sharded_model(config: GPTConfig, mesh: DeviceMesh, device: torch.device) -> 
         mesh: The devices, in one dimension.
         device: This process's own.
     """
+    model = shards_without_memory(config, mesh)
+    model.to_empty(device=device)
+    if config.tie_weights:
+        model.out_head.weight = model.tok_emb.weight
+    model.draw_weights(_whole)
+    return model
+
+
+def shards_without_memory(config: GPTConfig, mesh: DeviceMesh) -> GPTModel:
+    """Build a GPTModel in shards on the meta device: shapes, but no numbers."""
     with torch.device("meta"):
         model = GPTModel(config)
     for block in model.trf_blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     register_fsdp_forward_method(model, "hidden")
-    model.to_empty(device=device)
-    if config.tie_weights:
-        model.out_head.weight = model.tok_emb.weight
-    model.draw_weights(_whole)
     return model
 
 
@@ -64,6 +71,25 @@ def shard_like(whole: Tensor, like: Tensor) -> Tensor:
 def local(value: Tensor) -> Tensor:
     """Return this device's shard of a tensor, or the whole where it is not sharded."""
     return value.to_local() if isinstance(value, DTensor) else value
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Return the L2 norm of all gradients together, over the shards of all devices.
+
+    torch's own norm adds up a large tensor in one float32 on a CPU, and is 0.3% low for GPT-2 small's embedding: rows
+    first, and it is exact to the last digits at the same speed.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    parts = [local(gradient) for gradient in gradients]
+    if parts[0].device.type == "cpu":
+        total = vector_norm(torch.stack([vector_norm(vector_norm(part, dim=-1)) for part in parts]))
+    else:
+        total = torch.nn.utils.get_total_norm(parts)
+    if isinstance(gradients[0], DTensor):
+        square = total.square()
+        torch.distributed.all_reduce(square, group=gradients[0].device_mesh.get_group())
+        total = square.sqrt()
+    return total
 
 
 def gathered(value: Any) -> Any:

@@ -223,9 +223,10 @@ class PeerWatch(Callback):
             beat += 1
             try:
                 for rank, process in self._children.items():
-                    if process.poll():
+                    if process.poll() and self._read(f"gptlit/beat/{rank}") != b"ended":
                         self._end(rank, self._host, f"has ended with status {process.returncode}")
                 if self._store.check(["gptlit/gone"]):
+                    time.sleep(2 * PERIOD)  # it may still be saying why
                     self._end(*json.loads(self._store.get("gptlit/gone")))
                 self._store.set(f"gptlit/beat/{self._rank}", str(beat))
                 sign = self._read(f"gptlit/beat/{following}")
@@ -241,8 +242,8 @@ class PeerWatch(Callback):
         return self._store.get(key) if self._store.check([key]) else b""
 
     def _end(self, rank: int, host: str, what: str) -> NoReturn:
-        """Say it, pass it on, end. What the others would print about a lost connection is not news."""
-        if self._local_rank == 0 or host == self._host:
+        """Say it, unless there is nothing to add; pass it on; end. What a lost connection would print is not news."""
+        if what and (self._local_rank == 0 or host == self._host):
             message = f"error: device {rank} of {self._world_size} (on {host}) {what}: this run ends here"
             print(f"{message}; start it again with --ckpt_path last", file=sys.stderr, flush=True)
         with suppress(DistError):
@@ -254,23 +255,29 @@ class PeerWatch(Callback):
         os._exit(1)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """This process is ready, nobody needs to wait for it any more."""
+        """Nobody needs to wait for this process any more."""
+        self._leave(f"gptlit/beat/{trainer.global_rank}", "ended")
+
+    def _leave(self, key: str, value: str) -> None:
         if self._thread is not None:
             self._ended.set()
             self._thread.join()
-            self._thread = None
-            self._ended = threading.Event()
+            self._thread, self._ended = None, threading.Event()
             with suppress(DistError):
-                self._store.set(f"gptlit/beat/{self._rank}", "ended")
+                self._store.set(key, value)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """A lost connection is explained by the thread, which needs a moment; other errors end all processes."""
-        if isinstance(exception, InputError | OSError) and not self._is_connection(exception):
-            for process in children(trainer):  # they have met the same, or wait for this one
-                process.kill()
+        """A lost connection is explained by the thread, which needs a moment; an error of this process ends all."""
+        is_input = isinstance(exception, InputError | OSError)
+        if isinstance(exception, SystemExit | KeyboardInterrupt | GoBack):
+            self.teardown(trainer, pl_module, "")
         elif self._thread is not None and self._is_connection(exception):
             self._thread.join(PATIENCE + 5 * PERIOD)
-        self.teardown(trainer, pl_module, "")
+        else:
+            what = "" if is_input else f"has failed with {type(exception).__name__}"
+            self._leave("gptlit/gone", json.dumps([trainer.global_rank, socket.gethostname(), what]))
+            for process in children(trainer) if is_input else ():  # they have met the same, or wait for this one
+                process.kill()
 
     @staticmethod
     def _is_connection(exception: BaseException) -> bool:

@@ -4,18 +4,25 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from conftest import ROOT, TINY, losses, run_script
 from gptlit.checkpoint import checkpoints, read_checkpoint
+from gptlit.config import PRESETS
+from gptlit.sharding import local, shards_without_memory
 
 RUN = Path("runs/t/version_0")
+FIT = [str(ROOT / "train.py"), "fit", *TINY]
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 # train.py, but the loss is no number where a certain word is among the targets
 POISONED = """
@@ -35,6 +42,107 @@ main()
 """
 
 
+# train.py, but a run in shards fails unless every parameter is one
+ALL_SHARDED = """
+from torch.distributed.tensor import DTensor
+from gptlit.module import GPTModule
+from gptlit.training import main
+
+start = GPTModule.on_train_start
+def sharded(self):
+    assert all(isinstance(parameter, DTensor) for parameter in self.parameters())
+    start(self)
+if any("fsdp2" in word for word in __import__("sys").argv):
+    GPTModule.on_train_start = sharded
+main()
+"""
+
+
+def test_two_devices_give_the_curve_of_one(text_file: Path, tmp_path: Path) -> None:
+    """An odd number of validation windows, so that one device gets padding."""
+    Path("fit.py").write_text(ALL_SHARDED)
+    common = ["fit.py", "fit", *TINY, f"--data.source={text_file}", "--trainer.max_steps=8"]
+    common += ["--run.val_every_n_steps=4", "--data.micro_batch_size=2", "--data.batch_size=8"]
+    common += ["--trainer.gradient_clip_val=0.5"]
+    runs = {"t": [], "ddp": TWO, "fsdp2": [*TWO, "--trainer.strategy=fsdp2"]}
+    for name, flags in runs.items():
+        result = run_script(*common, *flags, f"--run.name={name}", cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    for name in ("ddp", "fsdp2"):
+        run = Path("runs", name, "version_0")
+        for tag, error in (("train/loss", 1e-5), ("val/loss", 1e-5), ("train/grad_norm", 2e-4)):
+            assert losses(run, tag) == pytest.approx(losses(RUN, tag), abs=error), (name, tag)
+        assert losses(run, "train/tokens") == losses(RUN, "train/tokens")
+
+
+def test_an_error_of_the_user_is_said_once(tmp_path: Path) -> None:
+    result = run_script(*FIT, *TWO, "--data.source=nowhere.txt", "--trainer.max_steps=1", cwd=tmp_path)
+    assert result.returncode == 1
+    errors = [line for line in result.stderr.splitlines() if line]
+    assert len(errors) == 1
+    assert errors[0].startswith("error: data.source 'nowhere.txt' does not exist")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flag", "error"), [("--model.config.tie_weights=true", 1e-5), ("--model.optimizer=muon", 2e-4)]
+)
+def test_a_run_moves_from_any_devices_to_any_others(text_file: Path, tmp_path: Path, flag: str, error: float) -> None:
+    """Saved on one kind of devices, resumed on another, with the losses of a run that never moved. (Muon turns its
+    updates in bf16, which makes differences in the last digit larger.)
+    """
+    fit = [*FIT, flag, f"--data.source={text_file}", "--run.val_every_n_steps=2", "--data.micro_batch_size=1"]
+    fit.append("--model.schedule=constant")
+    places = {
+        "one": ["--trainer.devices=1"],
+        "ddp": TWO,
+        "fsdp2": [*TWO, "--trainer.strategy=fsdp2"],
+    }
+    assert run_script(*fit, "--trainer.max_steps=8", "--run.name=whole", cwd=tmp_path).returncode == 0
+    whole = Path("runs/whole/version_0")
+    for before, after in (("one", "fsdp2"), ("fsdp2", "one"), ("ddp", "fsdp2"), ("fsdp2", "ddp"), ("ddp", "one")):
+        name = f"{before}-{after}"
+        for place, steps in ((before, 4), (after, 8)):
+            steps_flags = [f"--trainer.max_steps={steps}", f"--run.name={name}", "--ckpt_path=last"]
+            result = run_script(*fit, *places[place], *steps_flags, cwd=tmp_path)
+            assert result.returncode == 0, result.stderr
+        for tag in ("train/loss", "val/loss"):
+            assert losses(Path("runs", name, "version_0"), tag) == pytest.approx(losses(whole, tag), abs=error), (
+                name,
+                tag,
+            )
+
+
+@pytest.mark.slow
+def test_a_device_that_fails_ends_the_other(text_file: Path, tmp_path: Path) -> None:
+    Path("fails.py").write_text(
+        "from gptlit.module import GPTModule\nfrom gptlit.training import main\n"
+        "step = GPTModule.training_step\n"
+        "def fail(self, batch, batch_idx):\n"
+        "    assert not (self.global_rank == 1 and self.global_step == 3), 'a bug'\n"
+        "    return step(self, batch, batch_idx)\n"
+        "GPTModule.training_step = fail\nmain()\n"
+    )
+    result = run_script("fails.py", *FIT[1:], *TWO, f"--data.source={text_file}", "--trainer.max_steps=9", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "AssertionError: a bug" in result.stderr
+    assert "error: device 1 of 2" in result.stderr
+
+
+def test_shards_of_the_largest_model_are_as_the_formula_says() -> None:
+    """Counted on the meta device, in a group of processes that are not there."""
+    config = replace(PRESETS["gpt2-xl"], tie_weights=True, qkv_bias=True)
+    for rank in (0, 7):
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=8)
+        try:
+            model = shards_without_memory(config, init_device_mesh("cpu", (8,)))
+        finally:
+            torch.distributed.destroy_process_group()
+        assert sum(parameter.numel() for parameter in model.parameters()) == 1_557_611_200
+        held = sum(local(parameter).numel() for parameter in model.parameters())
+        assert held == pytest.approx(1_557_611_200 / 8, rel=1e-4)
+
+
 @pytest.mark.slow
 def test_several_devices_go_back_together(text: str, tmp_path: Path) -> None:
     Path("words.txt").write_text(text[:4000] + " dragon " + text[4000:8000])
@@ -50,6 +158,25 @@ def test_several_devices_go_back_together(text: str, tmp_path: Path) -> None:
     assert json.loads((RUN / "non-finite.json").read_text())["steps"][0] in losses(RUN)
 
 
+def start(*flags: str) -> "subprocess.Popen[str]":
+    """Start a fit on two devices."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *FIT, *TWO, *flags],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_a_checkpoint(process: "subprocess.Popen[str]") -> None:
+    """Wait until the first one is there."""
+    limit = time.monotonic() + 60
+    while not checkpoints(RUN) and process.poll() is None and time.monotonic() < limit:
+        time.sleep(0.005)
+
+
 def children(pid: int) -> list[int]:
     """Return the processes that a process started."""
     files = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
@@ -61,19 +188,39 @@ def children(pid: int) -> list[int]:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_either_device_stops_both_and_the_resume_is_bitwise(text_file: Path, rank: int) -> None:
     flags = ["--model.config.drop_rate=0.2", "--trainer.max_steps=60", "--run.save_every_n_steps=5", "--data.seed=3"]
-    fit = [sys.executable, str(ROOT / "train.py"), "fit", *TINY, *TWO, *flags, f"--data.source={text_file}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*fit, "--run.name=whole"], env=environment, check=True, capture_output=True)
-    process = subprocess.Popen(fit, env=environment, stderr=subprocess.PIPE, text=True)
-    limit = time.monotonic() + 60
-    while not checkpoints(RUN) and process.poll() is None and time.monotonic() < limit:
-        time.sleep(0.005)
+    flags.append(f"--data.source={text_file}")
+    assert start(*flags, "--run.name=whole").wait(120) == 0
+    process = start(*flags)
+    wait_for_a_checkpoint(process)
     os.kill([process.pid, *children(process.pid)][rank], signal.SIGTERM)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 143, said
     assert "stopped by SIGTERM after step" in said
     assert 0 < read_checkpoint(checkpoints(RUN)[-1])["global_step"] < 60
-    subprocess.run([*fit, "--ckpt_path=last"], env=environment, check=True, capture_output=True)
+    assert start(*flags, "--ckpt_path=last").wait(120) == 0
     ours, whole = (read_checkpoint(checkpoints(Path("runs", name, "version_0"))[-1]) for name in ("t", "whole"))
     for name, value in whole["state_dict"].items():
         assert torch.equal(value, ours["state_dict"][name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the second process in /proc")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_other_with_a_line_and_the_run_resumes(
+    text_file: Path, rank: int, strategy: str
+) -> None:
+    flags = ["--trainer.max_steps=100000", "--run.save_every_n_steps=5", "--run.val_every_n_steps=100000"]
+    process = start(*flags, f"--trainer.strategy={strategy}", f"--data.source={text_file}")
+    wait_for_a_checkpoint(process)
+    ranks = [process.pid, *children(process.pid)]
+    os.kill(ranks[rank], signal.SIGKILL)
+    _, said = process.communicate(timeout=60)  # until the last one has closed its standard error
+    assert process.returncode == (1 if rank else -signal.SIGKILL)
+    assert f"error: device {rank} of 2 (on {socket.gethostname()}) " in said
+    assert "Traceback" not in said
+    step = read_checkpoint(checkpoints(RUN)[-1])["global_step"]
+    again = run_script(
+        *FIT, "--ckpt_path=last", f"--trainer.max_steps={step + 2}", f"--data.source={text_file}", cwd=Path.cwd()
+    )
+    assert again.returncode == 0, again.stderr

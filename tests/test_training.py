@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from conftest import ROOT, TINY, losses, run_script
+from conftest import ROOT, TINY, losses
 from gptlit.callbacks import SampleText
 from gptlit.checkpoint import DurableCheckpointIO, checkpoints, read_checkpoint
 from gptlit.data.datamodule import TokenDataModule
@@ -370,21 +370,3 @@ def test_the_traceback_of_an_error_can_be_had(fit: Fit, monkeypatch: pytest.Monk
     monkeypatch.setenv("GPTLIT_TRACEBACK", "1")
     with pytest.raises(ValueError, match="does not exist"):
         fit("--trainer.max_steps=1", "--data.source=nowhere.txt")
-
-
-def test_two_devices_give_the_curve_of_one(text_file: Path, tmp_path: Path) -> None:
-    """An odd number of validation windows, so that one device gets padding."""
-    common = [str(ROOT / "train.py"), "fit", *TINY, f"--data.source={text_file}", "--trainer.max_steps=8"]
-    common += ["--run.val_every_n_steps=4", "--data.micro_batch_size=2", "--data.batch_size=8"]
-    two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--run.name=two"]
-    for flags in ([], two):
-        result = run_script(*common, *flags, cwd=tmp_path)
-        assert result.returncode == 0, result.stderr
-    for tag in ("train/loss", "val/loss", "train/grad_norm"):
-        assert losses(Path("runs/two/version_0"), tag) == pytest.approx(losses(RUN, tag), abs=1e-5), tag
-    assert losses(Path("runs/two/version_0"), "train/tokens") == losses(RUN, "train/tokens")
-    result = run_script(*common, *two, "--data.source=nowhere.txt", cwd=tmp_path)
-    assert result.returncode == 1
-    errors = [line for line in result.stderr.splitlines() if line]
-    assert errors == [line for line in errors if line.startswith("error: data.source 'nowhere.txt' does not exist")]
-    assert len(errors) == 1
