@@ -76,20 +76,21 @@ def local(value: Tensor) -> Tensor:
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """Return the L2 norm of all gradients together, over the shards of all devices.
 
-    torch's own norm adds up a large tensor in one float32 on a CPU, and is 0.3% low for GPT-2 small's embedding: rows
-    first, and it is exact to the last digits at the same speed.
+    torch's own norm adds up a large tensor in one float32 on a CPU, and is 0.3% low for GPT-2 small's embedding. Row by
+    row, and the rows in float64, it is exact to the last digits at the same speed.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     parts = [local(gradient) for gradient in gradients]
     if parts[0].device.type == "cpu":
-        total = vector_norm(torch.stack([vector_norm(vector_norm(part, dim=-1)) for part in parts]))
+        norms = [vector_norm(vector_norm(part, dim=-1), dtype=torch.float64) for part in parts]
+        total: Tensor = vector_norm(torch.stack(norms))
     else:
         total = torch.nn.utils.get_total_norm(parts)
     if isinstance(gradients[0], DTensor):
         square = total.square()
         torch.distributed.all_reduce(square, group=gradients[0].device_mesh.get_group())
         total = square.sqrt()
-    return total
+    return total.float()
 
 
 def gathered(value: Any) -> Any:
