@@ -131,18 +131,21 @@ class Devices:
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 # Prints the most memory that each process has held: once the data is open, and at the end.
 PEAK = """
-import resource, sys
+import os, resource
 from gptlit.module import GPTModule
 from gptlit.training import main
+
+def say(what):
+    os.write(1, f"{what} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}\\n".encode())
 
 start = GPTModule.configure_model
 def begin(self):
     if not hasattr(self, "model"):
-        print("before", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
+        say("before")
     start(self)
 GPTModule.configure_model = begin
 main()
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
+say("peak")
 """
 
 

@@ -390,6 +390,7 @@ def _summary(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
         lines += [f"       {line}" for line in datamodule.describe_mix()]
         step = f"{datamodule.batch_size} windows ({datamodule.batch_size * config.context_length:,} tokens)"
         if datamodule.accumulation > 1:
-            step += f", accumulated over {datamodule.accumulation} micro-batches on each device"
+            micro = datamodule.micro_batch_size_used
+            step += f", accumulated over {datamodule.accumulation} micro-batches of {micro} on each device"
         lines.append(f"run    {trainer.max_steps} steps of {step}")
     return lines

@@ -80,15 +80,17 @@ def test_values_out_of_range_are_named(arguments: dict[str, Any], words: str) ->
         TokenDataModule("python-docs", **arguments)
 
 
+@pytest.mark.parametrize(("most", "used"), [(4, 3), (3, 3), (6, 6), (7, 6), (None, 6), (1, 1)])
+def test_a_micro_batch_is_the_largest_that_fits_evenly(text_file: Path, most: int | None, used: int) -> None:
+    data = TokenDataModule(str(text_file), batch_size=6, micro_batch_size=most)
+    fit(data, max_steps=1)
+    assert (data.micro_batch_size_used, data.accumulation) == (used, 6 // used)
+
+
 @pytest.mark.parametrize(
     ("arguments", "trainer", "words"),
     [
         ({"context_length": 8}, {}, "data.context_length 8 contradicts model.config.context_length 16"),
-        (
-            {"batch_size": 6, "micro_batch_size": 4},
-            {},
-            "data.batch_size 6 is not divisible by .*set it to a multiple of 4",
-        ),
         ({}, {"accumulate_grad_batches": 2}, "trainer.accumulate_grad_batches 2 is not for setting"),
         ({}, {"limit_train_batches": 5}, "trainer.limit_train_batches 5 cannot be used here"),
         ({}, {"max_steps": -1, "max_epochs": -1}, "a run needs an end"),

@@ -75,12 +75,20 @@ def test_two_devices_give_the_curve_of_one(text_file: Path, tmp_path: Path) -> N
         assert losses(run, "train/tokens") == losses(RUN, "train/tokens")
 
 
-def test_an_error_of_the_user_is_said_once(tmp_path: Path) -> None:
-    result = run_script(*FIT, *TWO, "--data.source=nowhere.txt", "--trainer.max_steps=1", cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data.source=nowhere.txt"], "data.source 'nowhere.txt' does not exist"),
+        (["--data.batch_size=5"], "data.batch_size 5 is that of all devices together, and not divisible by 2 of them"),
+    ],
+)
+def test_an_error_of_the_user_is_said_once(tmp_path: Path, text_file: Path, flags: list[str], words: str) -> None:
+    common = [f"--data.source={text_file}", "--trainer.max_steps=1"]
+    result = run_script(*FIT, *TWO, *common, *flags, cwd=tmp_path)
     assert result.returncode == 1
     errors = [line for line in result.stderr.splitlines() if line]
     assert len(errors) == 1
-    assert errors[0].startswith("error: data.source 'nowhere.txt' does not exist")
+    assert errors[0].startswith(f"error: {words}")
 
 
 @pytest.mark.slow

@@ -303,7 +303,6 @@ WRONG = [
     (["--data.context_length=8"], 1, r"data\.context_length 8 contradicts model\.config\.context_length 16"),
     (["--data.source=nowhere.txt"], 1, r"data\.source 'nowhere\.txt' does not exist"),
     (["--data.batch_size=0"], 2, r"data\.batch_size must be a positive integer, got 0"),
-    (["--data.micro_batch_size=3"], 1, r"data\.batch_size 4 is not divisible by data\.micro_batch_size 3 x 1 device"),
     (["--trainer.accumulate_grad_batches=2"], 1, r"trainer\.accumulate_grad_batches 2 is not for setting"),
     (["--trainer.val_check_interval=5"], 2, r"use run\.val_every_n_steps"),
     (["--run.name=../x"], 2, r"run\.name must be a plain folder name, got '\.\./x'"),

@@ -53,8 +53,8 @@ class TokenDataModule(pl.LightningDataModule):
             glob of them; hf:OWNER/NAME; a name of the catalogue; or a folder of tokens: one that was prepared here,
             nanoGPT's `train.bin` and `val.bin`, llm.c's shards. Or a list of {path, weight}.
         batch_size: Windows in one optimizer step, over all devices.
-        micro_batch_size: Windows that one device takes at once; None: as many as one step needs. What is missing to
-            `batch_size` is accumulated.
+        micro_batch_size: Windows that one device takes at once, at most; None: as many as one step needs. What is
+            missing to `batch_size` is accumulated.
         tokenizer: Name of a tiktoken encoding or path of a Hugging Face `tokenizer.json`; None: the one that made a
             prepared folder, else gpt2.
         context_length: Window length in tokens; None: the model's.
@@ -125,7 +125,7 @@ class TokenDataModule(pl.LightningDataModule):
         self.num_workers = num_workers
         self.cache_dir = Path(cache_dir)
         self.accumulation = 1
-        self._micro_batch_size = micro_batch_size or batch_size
+        self.micro_batch_size_used = micro_batch_size or batch_size
         self._limits: tuple[int, int | None] = (-1, None)
         self.start = 0  # position of the first window of this fit, over all devices
         self.start_step = 0
@@ -244,7 +244,7 @@ class TokenDataModule(pl.LightningDataModule):
     def _plan(self, trainer: pl.Trainer) -> tuple[int, int]:
         """Return (micro-batch size, accumulation), and remember what limits the run."""
         if trainer is self._configured:
-            return self._micro_batch_size, self.accumulation
+            return self.micro_batch_size_used, self.accumulation
         self._limits = trainer.max_steps, trainer.max_epochs
         self._steps()
         if trainer.accumulate_grad_batches != 1:
@@ -257,16 +257,17 @@ class TokenDataModule(pl.LightningDataModule):
             if value != default and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 raise InputError(f"trainer.{key} {value} cannot be used here: shorten a run with trainer.max_steps")
         devices = trainer.world_size
-        micro_batch_size = self.micro_batch_size or max(1, self.batch_size // devices)
-        at_once = micro_batch_size * devices
-        if self.batch_size % at_once:
+        share, rest = divmod(self.batch_size, devices)
+        if rest:
             raise InputError(
-                f"data.batch_size {self.batch_size} is not divisible by data.micro_batch_size {micro_batch_size} x "
-                f"{devices} device{'s' if devices > 1 else ''}: set it to a multiple of {at_once}"
+                f"data.batch_size {self.batch_size} is that of all devices together, and not divisible by {devices} of "
+                f"them: set it to a multiple of {devices}"
             )
+        most = min(self.micro_batch_size or share, share)
+        micro_batch_size = next(size for size in range(most, 0, -1) if share % size == 0)
         if devices > 1 and trainer._accelerator_connector.use_distributed_sampler:
             raise InputError("trainer.use_distributed_sampler must be false: windows are dealt out to the devices here")
-        return micro_batch_size, self.batch_size // at_once
+        return micro_batch_size, share // micro_batch_size
 
     def _set_steps(self, trainer: pl.Trainer) -> None:
         self.max_steps = trainer.fit_loop.epoch_loop.max_steps = self._steps()
@@ -274,7 +275,7 @@ class TokenDataModule(pl.LightningDataModule):
     def _configure(self, trainer: pl.Trainer) -> None:
         """Tell the Trainer; it counts accumulation and the interval of validation in micro-batches."""
         self.start = self.start_step = 0
-        self._micro_batch_size, self.accumulation = self._plan(trainer)
+        self.micro_batch_size_used, self.accumulation = self._plan(trainer)
         self._set_steps(trainer)
         trainer.accumulate_grad_batches = self.accumulation
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -311,7 +312,7 @@ class TokenDataModule(pl.LightningDataModule):
         order = TrainOrder(
             self.mix,
             batch_size=self.batch_size,
-            micro_batch_size=self._micro_batch_size,
+            micro_batch_size=self.micro_batch_size_used,
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             start=self.start,
