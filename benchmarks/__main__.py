@@ -2,10 +2,10 @@
 
 from jsonargparse import auto_cli
 
-from benchmarks import bigram, devices, faults, generate, loader, prepare, saves
+from benchmarks import bigram, devices, faults, generate, loader, prepare, saves, step
 
 if __name__ == "__main__":
-    benchmarks = (bigram, devices, faults, generate, loader, prepare, saves)
+    benchmarks = (bigram, devices, faults, generate, loader, prepare, saves, step)
     runs = {module.__name__.removeprefix("benchmarks."): module.run for module in benchmarks}
     runs["bitwise"] = faults.bitwise
     runs["memory"] = devices.memory

@@ -3,12 +3,15 @@
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
@@ -22,9 +25,9 @@ PACKAGES = ("torch", "lightning", "transformers")
 class Process:
     """A contender in a process of its own: it prepares and warms up once, then measures when it is asked to."""
 
-    def __init__(self, contender: Contender) -> None:
+    def __init__(self, contender: Contender, python: str = sys.executable) -> None:
         module, arguments = contender
-        command = [sys.executable, "-m", "benchmarks.contenders", module, json.dumps(arguments)]
+        command = [python, "-m", "benchmarks.contenders", module, json.dumps(arguments)]
         environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -52,11 +55,38 @@ class Process:
         self._process.wait()
 
 
+class Gate:
+    """For a contender that runs a training loop: lets `steps` steps pass at a time, and measures them.
+
+    Args:
+        warm: Steps before the first measurement.
+        steps: In one measurement.
+    """
+
+    def __init__(self, warm: int, steps: int) -> None:
+        self.warm, self.steps = warm, steps
+        self.count = 0
+
+    def step(self) -> None:
+        """Tell that a step is done."""
+        self.count += 1
+        if self.count < self.warm or (self.count - self.warm) % self.steps:
+            return
+        found = {}
+        if self.count > self.warm:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+            found = {"seconds": (time.perf_counter() - self._began) / self.steps, "peak GB": peak}
+        print(json.dumps(found), flush=True)
+        if not sys.stdin.readline():
+            os._exit(0)
+        self._began = time.perf_counter()
+
+
 def serve(module: str, arguments: dict[str, Any]) -> None:
     """Be a contender: warm up twice, then measure once for each line on standard input."""
     from importlib import import_module
 
-    once = import_module(module).contender(**arguments)
+    once = import_module(module).contender(**arguments)  # one that trains goes through its gate, and never returns
     for _ in range(2):
         once()
     print("{}", flush=True)
@@ -71,6 +101,7 @@ def compare(
     figure: str,
     out: Path,
     rounds: int,
+    pythons: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Measure all contenders in interleaved rounds; print and write each one's figures and the paired ratios.
 
@@ -81,8 +112,12 @@ def compare(
         figure: The key that is divided.
         out: JSON file.
         rounds: How often each is measured; every other round goes backwards.
+        pythons: The Python of those that need an environment of their own.
     """
-    processes = {name: Process(contender) for name, contender in track(contenders.items(), "preparing")}
+    processes = {
+        name: Process(contender, pythons.get(name, sys.executable))
+        for name, contender in track(contenders.items(), "preparing")
+    }
     results: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
     try:
         for number in track(range(rounds), "measuring"):

@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric
 
 from gptlit.config import GPTConfig
 from gptlit.errors import InputError
-from gptlit.loss import next_token_loss
+from gptlit.loss import head_loss, softmax_, softmax_by_parts_
 from gptlit.model import GPTModel, TransformerBlock
 from gptlit.optimizer import OptimizerName, make_optimizer, set_values
 from gptlit.sharding import gradient_norm, sharded_model
@@ -118,6 +118,7 @@ class GPTModule(pl.LightningModule):
         self.optimizer_name = optimizer
         self._values: Any = {"weight_decay": weight_decay, "decay_all": decay_all, "betas": (beta1, beta2)}
         self.compile_model = compile
+        self._softmax = torch.compile(softmax_, dynamic=False) if compile else softmax_by_parts_
         self.activation_checkpointing = activation_checkpointing
         self.init_from = init_from
         self.tokens = 0  # seen since the run began, all devices
@@ -172,10 +173,14 @@ class GPTModule(pl.LightningModule):
         inputs, targets = batch
         if self.config.drop_rate:
             torch.manual_seed(self._micro_batch_seed())
-        loss = next_token_loss(self.model(inputs), targets)
+        loss = self._loss(inputs, targets, "mean")
         self._losses.append(loss.detach())
         self.tokens += inputs.numel() * self.trainer.world_size
         return loss
+
+    def _loss(self, inputs: Tensor, targets: Tensor, reduction: Literal["mean", "sum"]) -> Tensor:
+        hidden = self.model.hidden(inputs)  # first: it gathers a sharded head
+        return head_loss(hidden, self.model.out_head.weight, targets, reduction, self._softmax)
 
     def _micro_batch_seed(self) -> int:
         """Return a number that follows from the run's seed, the step, the micro-batch in it, and the device."""
@@ -274,7 +279,7 @@ class GPTModule(pl.LightningModule):
         """Add a batch to a mean over tokens; a batch may be all padding."""
         inputs, targets = batch
         count = (targets >= 0).sum()
-        total = next_token_loss(self.model(inputs), targets, reduction="sum")
+        total = self._loss(inputs, targets, "sum")
         metric.update(total / count.clamp(min=1), weight=count)
 
     def _log_mean(self, name: str, metric: MeanMetric) -> None:

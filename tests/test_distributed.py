@@ -31,13 +31,13 @@ from gptlit.data.tokenizer import load_tokenizer
 from gptlit.training import main
 
 (dragon,) = load_tokenizer().encode_ordinary(" dragon")
-loss = module.next_token_loss
+loss = module.head_loss
 
-def poisoned(logits, targets, reduction="mean"):
-    found = loss(logits, targets, reduction)
+def poisoned(hidden, weight, targets, reduction, *rest):
+    found = loss(hidden, weight, targets, reduction, *rest)
     return found * float("nan") if reduction == "mean" and (targets == dragon).any() else found
 
-module.next_token_loss = poisoned
+module.head_loss = poisoned
 main()
 """
 

@@ -193,13 +193,13 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, text_file: Path) -> None:
     from gptlit.data.tokenizer import load_tokenizer
 
     (dragon,) = load_tokenizer().encode_ordinary(" dragon")
-    loss = module.next_token_loss
+    loss = module.head_loss
 
-    def poison(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-        found = loss(logits, targets, reduction) if reduction == "sum" else loss(logits, targets)
+    def poison(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str, *rest: Any) -> Tensor:
+        found = loss(hidden, weight, targets, reduction, *rest)
         return found * float("nan") if (targets == dragon).any() and reduction == "mean" else found
 
-    monkeypatch.setattr(module, "next_token_loss", poison)
+    monkeypatch.setattr(module, "head_loss", poison)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -229,8 +229,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
 def test_too_many_in_a_row_end_the_run_with_their_windows(
     fit: Fit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    loss = module.next_token_loss
-    monkeypatch.setattr(module, "next_token_loss", lambda *a, **k: loss(*a, **k) * float("nan"))
+    loss = module.head_loss
+    monkeypatch.setattr(module, "head_loss", lambda *a, **k: loss(*a, **k) * float("nan"))
     with pytest.raises(SystemExit) as exit_:
         fit("--trainer.max_steps=9", "--run.max_nonfinite_steps=3")
     assert exit_.value.code == 1
