@@ -40,18 +40,19 @@ def run(
         rounds: Measurements of each, every other round backwards.
         nanogpt: Folder of a clone of nanoGPT.
         litgpt_python: The Python of an environment that has litgpt, whose pins collide with ours.
-        out: JSON file for the figures.
+        out: JSON file for the figures; the name of the peer is added to its name.
     """
     shape = {"size": size, "batch_size": batch_size, "length": length}
-    contenders: dict[str, Contender] = {"gptlit": (__name__, {"name": "gptlit", **shape})}
-    for peer in peers:
+    for peer in peers:  # one after the other: all of them at once need more memory than a small machine has
+        contenders: dict[str, Contender] = {"gptlit": (__name__, {"name": "gptlit", **shape})}
         for kind in ("tuned",) if peer == "litgpt" else ("tuned", "shipped"):
             options = {"folder": nanogpt} if peer == "nanogpt" else {}
             contenders[f"{peer}, {kind}"] = (__name__, {"name": peer, "kind": kind, **shape, **options})
-    pythons = {name: litgpt_python for name in contenders if name.startswith("litgpt") and litgpt_python}
-    pairs = [(name, "gptlit") for name in contenders if name != "gptlit"]
-    title = f"seconds a step, {size}, {batch_size} x {length} tokens"
-    compare(title, contenders, pairs, "seconds", Path(out), rounds, pythons)
+        pythons = {f"{peer}, tuned": litgpt_python} if peer == "litgpt" and litgpt_python else {}
+        pairs = [(name, "gptlit") for name in contenders if name != "gptlit"]
+        title = f"seconds a step, {size}, {batch_size} x {length} tokens"
+        path = Path(out)
+        compare(title, contenders, pairs, "seconds", path.with_stem(f"{path.stem}-{peer}"), rounds, pythons)
 
 
 def contender(name: str, size: str, batch_size: int, length: int, kind: str = "tuned", folder: str = "") -> None:

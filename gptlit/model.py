@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gptlit.attention import causal_attention
 from gptlit.config import GPTConfig
 
 LayerContext = Callable[[nn.Module], AbstractContextManager[None]]
@@ -38,8 +39,7 @@ class MultiHeadAttention(nn.Module):
         qkv = self.qkv(hidden).view(B, T, 3, self.n_heads, C // self.n_heads)  # (B, T, 3, H, D)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         if cache is None:
-            dropout = self.drop_rate if self.training else 0.0
-            context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+            context = causal_attention(query, key, value, self.drop_rate if self.training else 0.0)
         else:
             key, value, seen = cache.extend(key, value)  # (B, H, S, D) twice, (B, 1, T, S)
             context = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)

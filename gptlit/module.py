@@ -199,7 +199,8 @@ class GPTModule(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip as `trainer.gradient_clip_val` says, pass over what is not finite, log what belongs to the step."""
-        norm = self._clip(gradient_clip_val, gradient_clip_algorithm)
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        norm = self._clip(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self._guard(optimizer, norm)
         if self.trainer._logger_connector.should_update_logs:
             loss = torch.stack(self._losses).mean()
@@ -222,8 +223,8 @@ class GPTModule(pl.LightningModule):
         found = (~norm.isfinite()).float()
         self._skipped += found
         self._in_a_row = (self._in_a_row + 1) * found
-        if isinstance(optimizer, AdamW) and optimizer.defaults.get("fused"):
-            optimizer.grad_scale, optimizer.found_inf = None, found  # type: ignore[attr-defined]
+        if self._is_told(optimizer):
+            optimizer.found_inf = found  # type: ignore[attr-defined]
         elif found.item():
             optimizer.zero_grad(set_to_none=True)
 
@@ -242,15 +243,21 @@ class GPTModule(pl.LightningModule):
         """Steps that were passed over since the last good one. Waits for the device."""
         return int(self._in_a_row.item())
 
-    def _clip(self, limit: float | None, algorithm: str | None) -> Tensor:
-        """Return the norm of the gradient before it is clipped."""
+    def _clip(self, optimizer: torch.optim.Optimizer, limit: float | None, algorithm: str | None) -> Tensor:
+        """Return the norm of the gradient before it is clipped. A fused AdamW scales it itself, without a pass more."""
         parameters = [p for p in self.parameters() if p.grad is not None]
         norm = gradient_norm(parameters)
         if limit and algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, limit)
+        elif limit and self._is_told(optimizer):
+            optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0)  # type: ignore[attr-defined]
         elif limit:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return norm
+
+    def _is_told(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the optimizer takes a scale and a sign that the gradient is not finite on the device."""
+        return isinstance(optimizer, AdamW) and bool(optimizer.defaults.get("fused"))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Build the optimizer. A fused AdamW would unscale fp16 gradients itself, after they have been clipped."""

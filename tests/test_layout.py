@@ -9,7 +9,7 @@ PACKAGE = ROOT / "gptlit"
 
 # Each module with the ones of this project that it may import.
 BASE = {"errors"}
-MODEL = {"config", "model", *BASE}
+MODEL = {"config", "attention", "model", *BASE}
 DATA = [
     "data.tokenizer",
     "data.download",
@@ -26,7 +26,8 @@ DATA = [
 ALLOWED = {
     "errors": set(),
     "config": set(),
-    "model": {"config"},
+    "attention": set(),
+    "model": {"attention", "config"},
     "loss": set(),
     "generate": {*MODEL, "data.tokenizer"},
     "checkpoint": BASE,

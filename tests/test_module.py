@@ -146,7 +146,7 @@ def test_compile_leaves_the_keys_unchanged() -> None:
     for module in (plain, compiled):
         module.configure_model()
     assert list(plain.state_dict()) == list(compiled.state_dict())
-    assert compiled.model._compiled_call_impl is not None
+    assert all(block._compiled_call_impl is not None for block in compiled.model.trf_blocks)
 
 
 def test_another_architecture_is_not_resumed(tmp_path: Path) -> None:
