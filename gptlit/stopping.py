@@ -191,8 +191,8 @@ class PeerWatch(Callback):
     """Ends this process, with a line that says why, when another one of the run has gone: it would wait for it forever.
 
     Each process gives signs of life in the process group's store, and a thread of it looks for those of the next one:
-    a ring, so that a thousand of them cost the store no more than a few hundred requests a second. Who finds one
-    missing writes it down for all to read. Processes that were started by this one are asked directly.
+    a ring, so that each costs the store two requests a second, however many there are. Who finds one missing writes it
+    down for all to read. Processes that were started by this one are asked directly.
     """
 
     def __init__(self) -> None:

@@ -195,7 +195,9 @@ class TrainingCLI(LightningCLI):
         if endless and self.subcommand == "fit":
             raise InputError("a run needs an end: set trainer.max_steps or trainer.max_epochs")
         if trainer.precision is None:
-            trainer.precision = best_precision(trainer.accelerator)
+            trainer.precision, why = best_precision(trainer.accelerator)
+            if self.subcommand == "fit":
+                note(f"trainer.precision {trainer.precision}: {why}")
         self._settle_devices(trainer)
 
     def _settle_devices(self, trainer: Any) -> None:
@@ -393,15 +395,18 @@ def launched() -> tuple[int | None, int | None]:
     return None, None
 
 
-def best_precision(accelerator: Any) -> str:
-    """Return bf16-mixed where the device multiplies bf16 natively, else 32-true."""
-    on_gpu = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    if on_gpu:
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        cpu = accelerator == "cpu" or not torch.backends.mps.is_available()
-        native = cpu and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return "bf16-mixed" if native else "32-true"
+def best_precision(accelerator: Any) -> tuple[str, str]:
+    """Return the precision for a device, and why: bf16-mixed where it multiplies bf16 natively, else 16-mixed on a GPU
+    of Nvidia's, else 32-true.
+    """
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16-mixed", "this GPU multiplies bf16 natively"
+        return "16-mixed", "this GPU multiplies fp16 natively, and no bf16"
+    is_cpu = accelerator == "cpu" or not torch.backends.mps.is_available()
+    if is_cpu and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return "bf16-mixed", "this CPU multiplies bf16 natively"
+    return "32-true", f"this {'CPU' if is_cpu else 'device'} does not multiply bf16 natively"
 
 
 def last_checkpoint(root: Path, name: str, must_exist: bool = False) -> Path | None:

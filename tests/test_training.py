@@ -369,3 +369,19 @@ def test_the_traceback_of_an_error_can_be_had(fit: Fit, monkeypatch: pytest.Monk
     monkeypatch.setenv("GPTLIT_TRACEBACK", "1")
     with pytest.raises(ValueError, match="does not exist"):
         fit("--trainer.max_steps=1", "--data.source=nowhere.txt")
+
+
+@pytest.mark.parametrize(
+    ("native", "words"),
+    [
+        (True, "trainer.precision bf16-mixed: this CPU multiplies bf16 natively"),
+        (False, "trainer.precision 32-true: this CPU does not multiply bf16 natively"),
+    ],
+)
+def test_the_precision_that_was_picked_is_said(
+    fit: Fit, native: bool, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
+    fit("--trainer.max_steps=1", "--trainer.precision=null")
+    assert words in capsys.readouterr().err
