@@ -43,7 +43,9 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> li
 def test_the_loss_with_the_head_is_that_of_the_textbook(
     rows: int, vocabulary: int, at_once: int, dtype: torch.dtype, reduction: str, seed: int, spread: float
 ) -> None:
-    """Loss and gradients beside float64: equal there, to 1e-4 in float32, to a hundredth in bf16 (8 bits)."""
+    """Loss and gradients beside float64: equal there, to 1e-4 in float32. In bf16 a logit has 8 bits, and an error of it
+    is a relative one of its token's chance: to a hundredth, and more where logits are large.
+    """
     torch.manual_seed(seed)
     hidden = (spread * torch.randn(1, rows, 8)).to(dtype).requires_grad_()
     weight = torch.randn(vocabulary, 8).to(dtype).requires_grad_()
@@ -55,10 +57,11 @@ def test_the_loss_with_the_head_is_that_of_the_textbook(
         patch.setattr(loss_module, "CACHED_ROWS", 3)
         found = head_loss(hidden, weight, targets, reduction)  # type: ignore[arg-type]
         (found * 0.5).backward()
-    bound = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2}[dtype]
+    largest = float((hidden.double() @ weight.double().T).abs().max().detach())
+    bound = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1e-2 + largest / 2**8}[dtype]
     for ours, exact in zip([found, hidden.grad, weight.grad], plain(hidden, weight, targets, reduction), strict=True):
         assert ours is not None
-        assert float((ours.double() - exact).norm()) <= bound * float(exact.norm()) + bound
+        assert float((ours.double() - exact).detach().norm()) <= bound * float(exact.detach().norm()) + bound
 
 
 def test_without_gradients_only_the_loss_is_made() -> None:

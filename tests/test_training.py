@@ -41,7 +41,7 @@ def test_the_log_of_a_fit_without_a_terminal(fit: Fit, capsys: pytest.CaptureFix
     err = capsys.readouterr().err
     assert re.search(r"model  [\d,]+ parameters: 2 layers, 2 heads, 32 wide, context 16; 32-true on 1 x cpu", err)
     assert re.search(r"data   .*words.txt: [\d,]+ tokens to train on, [\d,]+ to validate", err)
-    assert "run    2 steps of 4 windows (64 tokens), accumulated over 4 micro-batches on each device" in err
+    assert "run    2 steps of 4 windows (64 tokens), accumulated over 4 micro-batches of 1 on each device" in err
     assert re.search(r"step 2/2  loss \d+\.\d+  tokens/s [\d,]+  0:00:00 left", err)
     assert f"step 2: val/loss {losses(RUN, 'val/loss')[2]:.4f}, perplexity" in err
     assert "sample" in err
