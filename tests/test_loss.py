@@ -43,8 +43,8 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> li
 def test_the_loss_with_the_head_is_that_of_the_textbook(
     rows: int, vocabulary: int, at_once: int, dtype: torch.dtype, reduction: str, seed: int, spread: float
 ) -> None:
-    """Loss and gradients beside float64: equal there, to 1e-4 in float32. In bf16 a logit has 8 bits, and its error is a
-    relative one of the token's chance: to a hundredth, and more where logits are large.
+    """Loss and gradients beside float64: equal there, to 1e-4 in float32. In bf16 a logit has 8 bits, and
+    its error is a relative one of the token's chance: to a hundredth, and more where logits are large.
     """
     torch.manual_seed(seed)
     hidden = (spread * torch.randn(1, rows, 8)).to(dtype).requires_grad_()
