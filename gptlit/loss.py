@@ -67,10 +67,10 @@ def head_loss(
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     kept = (targets >= 0).flatten()
-    scale = kept.to(_wide(dtype))
-    if reduction == "mean":
-        scale = scale / kept.sum()
-    return _HeadLoss.apply(hidden.flatten(0, 1), weight, targets.flatten(), scale[:, None], dtype, softmax)  # type: ignore[no-any-return,no-untyped-call]
+    scale = kept.to(_wide(dtype))  # the mean is taken at the end: divided by thousands, a gradient is nothing in fp16
+    arguments = hidden.flatten(0, 1), weight, targets.flatten(), scale[:, None], dtype, softmax
+    total: Tensor = _HeadLoss.apply(*arguments)  # type: ignore[no-untyped-call]
+    return total / kept.sum() if reduction == "mean" else total
 
 
 class _HeadLoss(torch.autograd.Function):

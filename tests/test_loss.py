@@ -64,6 +64,19 @@ def test_the_loss_with_the_head_is_that_of_the_textbook(
         assert float((ours.double() - exact).detach().norm()) <= bound * float(exact.detach().norm()) + bound
 
 
+def test_small_gradients_survive_fp16() -> None:
+    """A gradient scaler multiplies them by thousands, but only what is still there."""
+    torch.manual_seed(0)
+    hidden = torch.randn(1, 4096, 8).half().requires_grad_()
+    weight = (torch.randn(2000, 8) / 10).half().requires_grad_()
+    targets = torch.zeros(1, 4096, dtype=torch.int64)
+    (head_loss(hidden, weight, targets) * 4096.0).backward()
+    exact = plain(hidden, weight, targets, "mean")
+    for ours, theirs in ((hidden.grad, exact[1]), (weight.grad, exact[2])):
+        assert ours is not None
+        assert float((ours.double() / 8192.0 - theirs).norm()) < 1e-2 * float(theirs.norm())
+
+
 def test_without_gradients_only_the_loss_is_made() -> None:
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(2, 3, 4), torch.randn(9, 4, requires_grad=True), torch.randint(9, (2, 3))
