@@ -17,7 +17,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, drop_rate: float
     """Return softmax(query @ key.T / sqrt(D)) @ value, each token seeing itself and those before: (B, H, T, D)."""
     is_compiled_here = torch.compiler.is_compiling() and query.device.type == "cpu" and query.dtype == torch.bfloat16
     if is_compiled_here and not drop_rate:
-        heads = (part.flatten(0, 1) for part in (query, key, value))
+        heads = (part.flatten(0, 1).contiguous() for part in (query, key, value))
         return BlockedAttention.apply(*heads).view(query.shape)  # type: ignore[no-any-return,no-untyped-call]
     return F.scaled_dot_product_attention(query, key, value, dropout_p=drop_rate, is_causal=True)
 
@@ -39,21 +39,24 @@ class BlockedAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, ...]:
         query, key, value, output, log_sums = ctx.saved_tensors
         shared = (gradient.float() * output.float()).sum(-1, keepdim=True)
-        to_query: list[Tensor] = []
-        to_key, to_value = (torch.zeros_like(part, dtype=torch.float32) for part in (key, value))
-        for first in range(0, query.shape[1], BLOCK):
-            rows = slice(first, first + BLOCK)
+        to_query, to_key, to_value = [], [], []  # in parts, the last one first
+        keys = values = gradient.new_zeros(())  # sums over the queries so far, of tokens that earlier ones see too
+        for first in reversed(range(0, query.shape[1], BLOCK)):
+            rows, columns = slice(first, first + BLOCK), slice(0, first + BLOCK)
             chances = (_scores(query, key, first) - log_sums[:, rows]).exp()
-            columns = slice(0, chances.shape[-1])
             to_chances = (gradient[:, rows] @ value[:, columns].transpose(1, 2)).float()
             to_scores = (chances * (to_chances - shared[:, rows]) * query.shape[-1] ** -0.5).to(query.dtype)
-            to_value[:, columns] += chances.to(value.dtype).transpose(1, 2) @ gradient[:, rows]
-            to_key[:, columns] += to_scores.transpose(1, 2) @ query[:, rows]
             to_query.append(to_scores @ key[:, columns])
-        return torch.cat(to_query, dim=1), to_key.to(key.dtype), to_value.to(value.dtype)
+            keys = keys + (to_scores.transpose(1, 2) @ query[:, rows]).float()
+            values = values + (chances.to(value.dtype).transpose(1, 2) @ gradient[:, rows]).float()
+            to_key.append(keys[:, first:].to(key.dtype))
+            to_value.append(values[:, first:].to(value.dtype))
+            keys, values = keys[:, :first], values[:, :first]
+        to_heads = (torch.cat(parts[::-1], dim=1) for parts in (to_query, to_key, to_value))
+        return tuple(to_heads)
 
 
 def _scores(query: Tensor, key: Tensor, first: int) -> Tensor:

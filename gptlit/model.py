@@ -36,8 +36,8 @@ class MultiHeadAttention(nn.Module):
 
     def forward(self, hidden: Tensor, cache: "LayerCache | None" = None) -> Tensor:
         B, T, C = hidden.shape  # noqa: N806
-        qkv = self.qkv(hidden).view(B, T, 3, self.n_heads, C // self.n_heads)  # (B, T, 3, H, D)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        parts = self.qkv(hidden).split(C, dim=-1)
+        query, key, value = (part.view(B, T, self.n_heads, -1).transpose(1, 2) for part in parts)  # (B, H, T, D)
         if cache is None:
             context = causal_attention(query, key, value, self.drop_rate if self.training else 0.0)
         else:
@@ -46,13 +46,26 @@ class MultiHeadAttention(nn.Module):
         return self.out_proj(context.transpose(1, 2).reshape(B, T, C))  # type: ignore[no-any-return]
 
 
+class GELU(nn.Module):
+    """x times the normal distribution function of x, approximated by tanh.
+
+    Source: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units"; GPT-2's form.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() and x.device.type == "cpu":  # the same by its exponential: twice as fast
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            return (wide * torch.sigmoid(math.sqrt(8 / math.pi) * (wide + 0.044715 * wide**3))).to(x.dtype)
+        return F.gelu(x, approximate="tanh")
+
+
 class FeedForward(nn.Sequential):
     """Two linear layers, four times wider in between: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(
             nn.Linear(config.emb_dim, 4 * config.emb_dim),
-            nn.GELU(approximate="tanh"),
+            GELU(),
             nn.Linear(4 * config.emb_dim, config.emb_dim),
         )
 

@@ -9,7 +9,7 @@ from llms_from_scratch.ch04 import GPTModel as BookModel
 
 from gptlit.config import GPT_CONFIG_124M, PRESETS, GPTConfig
 from gptlit.loss import next_token_loss
-from gptlit.model import GPTModel
+from gptlit.model import GELU, GPTModel
 
 SMALL = GPTConfig(vocab_size=101, context_length=12, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.0)
 
@@ -151,3 +151,15 @@ def test_too_long_a_sequence_is_refused() -> None:
 def test_ids_outside_the_vocabulary_are_refused(wrong: int) -> None:
     with pytest.raises(ValueError, match=f"token id {wrong} is outside the vocabulary of 101"):
         GPTModel(SMALL)(torch.tensor([[3, wrong, 5]]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_the_compiled_gelu_is_torchs(dtype: torch.dtype, bound: float) -> None:
+    values = torch.linspace(-12, 12, 4001).to(dtype).requires_grad_()
+    expected = torch.nn.functional.gelu(values.double(), approximate="tanh")
+    (to_values,) = torch.autograd.grad(expected.sum(), values)
+    found = torch.compile(GELU())(values)
+    (ours,) = torch.autograd.grad(found.float().sum(), values)
+    assert torch.allclose(found.double(), expected, atol=bound, rtol=bound)
+    assert torch.allclose(ours.double(), to_values.double(), atol=5 * bound, rtol=bound)
