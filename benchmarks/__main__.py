@@ -2,11 +2,26 @@
 
 from jsonargparse import auto_cli
 
-from benchmarks import bigram, devices, faults, generate, loader, prepare, saves, step
+from benchmarks import bigram, curves, devices, faults, footprint, generate, loader, prepare, profile, saves, step
+
+RUNS = {
+    "bigram": bigram.run,
+    "bitwise": faults.bitwise,
+    "devices": devices.run,
+    "faults": faults.run,
+    "footprint": footprint.run,
+    "generate": generate.run,
+    "ladder": step.ladder,
+    "loader": loader.run,
+    "memory": devices.memory,
+    "numerics": curves.numerics,
+    "overhead": step.overhead,
+    "prepare": prepare.run,
+    "profile": profile.run,
+    "saves": saves.run,
+    "step": step.run,
+    "time_to_loss": curves.time_to_loss,
+}
 
 if __name__ == "__main__":
-    benchmarks = (bigram, devices, faults, generate, loader, prepare, saves, step)
-    runs = {module.__name__.removeprefix("benchmarks."): module.run for module in benchmarks}
-    runs["bitwise"] = faults.bitwise
-    runs["memory"] = devices.memory
-    auto_cli(runs, as_positional=False, prog="python -m benchmarks")
+    auto_cli(RUNS, as_positional=False, prog="python -m benchmarks")

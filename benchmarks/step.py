@@ -1,27 +1,14 @@
-"""One training step (forward, loss, backward, clipping, optimizer) beside other projects', as they come and tuned.
+"""One training step (forward, loss, backward, clipping, optimizer): beside others, without Lightning, rung by rung."""
 
-"As shipped" is what each does by itself on a CPU: float32, no compilation. "Tuned" gives every one what helps: bf16,
-torch.compile, fused AdamW, and an allocator that keeps freed memory.
-"""
-
-import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-import numpy as np
-
 from benchmarks.contenders import Contender, Gate, compare
-
-SIZES = {"124m": (768, 12, 12), "small": (384, 6, 6)}  # emb_dim, n_heads, n_layers
-VOCABULARY = 50257
-STEPS = 2  # in one measurement
+from benchmarks.peers import SIZES, VOCABULARY, bare, loop, make
 
 
 def run(
-    peers: tuple[str, ...] = ("nanogpt", "transformers", "trainer", "book"),
+    peers: tuple[str, ...] = ("nanogpt", "trainer", "transformers", "book"),
     size: str = "124m",
     batch_size: int = 1,
     length: int = 1024,
@@ -30,7 +17,7 @@ def run(
     litgpt_python: str | None = None,
     out: str = "step.json",
 ) -> None:
-    """Compare the time of a step.
+    """Compare the time of a step. "matmul" is the time that its operations take at the peak of bf16 products.
 
     Args:
         peers: Some of nanogpt, transformers (bare), trainer (Transformers' own), litgpt, book.
@@ -40,201 +27,101 @@ def run(
         rounds: Measurements of each, every other round backwards.
         nanogpt: Folder of a clone of nanoGPT.
         litgpt_python: The Python of an environment that has litgpt, whose pins collide with ours.
-        out: JSON file for the figures; the name of the peer is added to its name.
+        out: JSON file for the figures; the name of the peer is added to its name. Table and picture lie beside it.
     """
-    shape = {"size": size, "batch_size": batch_size, "length": length}
     for peer in peers:  # one after the other: all of them at once need more memory than a small machine has
-        contenders: dict[str, Contender] = {"gptlit": (__name__, {"name": "gptlit", **shape})}
-        for kind in ("tuned",) if peer == "litgpt" else ("tuned", "shipped"):
-            options = {"folder": nanogpt} if peer == "nanogpt" else {}
-            contenders[f"{peer}, {kind}"] = (__name__, {"name": peer, "kind": kind, **shape, **options})
+        names = ["gptlit", "matmul", f"{peer}, tuned"] + ([] if peer == "litgpt" else [f"{peer}, shipped"])
+        options = {"folder": nanogpt} if peer == "nanogpt" else {}
+        contenders = {name: make(name, size, batch_size, length, **options) for name in names}
         pythons = {f"{peer}, tuned": litgpt_python} if peer == "litgpt" and litgpt_python else {}
-        pairs = [(name, "gptlit") for name in contenders if name != "gptlit"]
+        pairs = [(name, "gptlit") for name in names[1:]]
         title = f"seconds a step, {size}, {batch_size} x {length} tokens"
         path = Path(out)
         compare(title, contenders, pairs, "seconds", path.with_stem(f"{path.stem}-{peer}"), rounds, pythons)
 
 
-def contender(name: str, size: str, batch_size: int, length: int, kind: str = "tuned", folder: str = "") -> None:
-    """Train one step after the other, through the gate; never returns."""
+def overhead(rounds: int = 6, out: str = "overhead.json") -> None:
+    """Compare a step under `train.py`'s Trainer with the same step in a bare loop: GPT-2 small, and a toy.
+
+    Args:
+        rounds: Measurements of each, every other round backwards.
+        out: JSON file for the figures; the size is added to its name.
+    """
+    for size, length, steps in (("124m", 1024, 2), ("toy", 16, 100)):
+        contenders = {name: make(name, size, 1, length, steps=steps) for name in ("gptlit", "bare")}
+        title = f"seconds a step, {size}, 1 x {length} tokens"
+        path = Path(out)
+        pairs = [("gptlit", "bare")]
+        compare(title, contenders, pairs, "seconds", path.with_stem(f"{path.stem}-{size}"), rounds)
+
+
+RUNGS = (
+    "plain float32",
+    "freed memory is kept",
+    "bf16",
+    "fused AdamW",
+    "blocks compiled",
+    "loss with its head",
+    "attention in blocks",
+    "GELU by one exponential",
+    "clipping inside AdamW",
+)
+
+
+def ladder(batch_size: int = 1, length: int = 1024, rounds: int = 3, out: str = "ladder.json") -> None:
+    """Compare GPT-2 small's step with each technique on top of those before it; the last rung is gptlit's own step.
+
+    Args:
+        batch_size: Windows in a step.
+        length: Tokens in a window.
+        rounds: Measurements of each, every other round backwards.
+        out: JSON file for the figures; the rung is added to its name.
+    """
+    top = len(RUNGS) - 1
+    for rung in range(top):
+        contenders: dict[str, Contender] = {
+            RUNGS[number]: (__name__, {"rung": number, "batch_size": batch_size, "length": length})
+            for number in (rung, top)
+        }
+        path = Path(out)
+        title = f"seconds a step, 124m, {batch_size} x {length} tokens"
+        compare(
+            title, contenders, [(RUNGS[rung], RUNGS[top])], "seconds", path.with_stem(f"{path.stem}-{rung}"), rounds
+        )
+
+
+def contender(rung: int, batch_size: int, length: int) -> Any:
+    """Train on a rung of the ladder, through the gate; never returns."""
     import torch
+    import torch.nn.functional as F
+
+    from benchmarks.allocator import keep_freed_memory
+    from gptlit import GPTConfig, GPTModel, attention
+    from gptlit import model as architecture
+    from gptlit.loss import head_loss, next_token_loss, softmax_
 
     torch.manual_seed(0)
-    if kind == "tuned":
-        from benchmarks.allocator import keep_freed_memory
-
-        keep_freed_memory()
-    if name == "gptlit":
-        return train_gptlit(size, batch_size, length)
     batch = torch.randint(VOCABULARY, (batch_size, length + 1))
-    if name == "trainer":
-        return train_transformers(size, batch, kind == "tuned")
-    model, loss = {"nanogpt": nanogpt, "transformers": transformers, "litgpt": litgpt, "book": book}[name](
-        *SIZES[size], length, folder
-    )
-    loop(model, loss, batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), kind == "tuned")
-    return None
-
-
-def loop(model: Any, loss: Callable[[Any, Any, Any], Any], inputs: Any, targets: Any, tuned: bool) -> None:
-    """Train in a plain loop: what each project's own does on one device."""
-    import torch
-
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    rest = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=tuned)
-    forward = torch.compile(loss) if tuned else loss
-    gate = Gate(warm=5, steps=STEPS)
-    while True:
-        with torch.autocast("cpu", torch.bfloat16, enabled=tuned):
-            value = forward(model, inputs, targets)
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        gate.step()
-
-
-# --- the contenders: (emb_dim, n_heads, n_layers, length, folder) -> (model, loss of a batch) -------------------------
-
-
-def nanogpt(emb_dim: int, n_heads: int, n_layers: int, length: int, folder: str) -> Any:
-    """Build nanoGPT's model from a clone of it."""
-    sys.path.insert(0, folder)
-    from model import GPT, GPTConfig  # type: ignore[import-not-found]
-
-    config = GPTConfig(
-        block_size=length,
-        vocab_size=VOCABULARY,
-        n_layer=n_layers,
-        n_head=n_heads,
-        n_embd=emb_dim,
-        dropout=0.0,
-        bias=True,
-    )
-    return GPT(config), lambda model, inputs, targets: model(inputs, targets)[1]
-
-
-def transformers(emb_dim: int, n_heads: int, n_layers: int, length: int, folder: str) -> Any:
-    """Build Transformers' GPT-2."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    rates = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
-    config = GPT2Config(n_positions=length, n_embd=emb_dim, n_head=n_heads, n_layer=n_layers, use_cache=False, **rates)
-    model = GPT2LMHeadModel(config).train()
-    return model, lambda model, inputs, targets: model(input_ids=inputs, labels=targets, shift_labels=targets).loss
-
-
-def book(emb_dim: int, n_heads: int, n_layers: int, length: int, folder: str) -> Any:
-    """Build the book's model of chapter 4."""
-    import torch
-    from llms_from_scratch.ch04 import GPTModel  # type: ignore[import-not-found]
-
-    config = {
-        "vocab_size": VOCABULARY,
-        "context_length": length,
-        "emb_dim": emb_dim,
-        "n_heads": n_heads,
-        "n_layers": n_layers,
-        "drop_rate": 0.0,
-        "qkv_bias": False,
-    }
+    inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+    on = {name: number <= rung for number, name in enumerate(RUNGS)}
+    gate = Gate(warm=5, steps=2)
+    if on["freed memory is kept"]:
+        keep_freed_memory()
+    if on["clipping inside AdamW"]:
+        return bare(*SIZES["124m"], inputs, targets, gate)
+    if not on["attention in blocks"]:
+        attention.torch.compiler.is_compiling = lambda: False  # type: ignore[assignment]
+    if not on["GELU by one exponential"]:
+        architecture.GELU.forward = lambda self, x: F.gelu(x, approximate="tanh")  # type: ignore[method-assign]
+    model = GPTModel(GPTConfig(context_length=length, drop_rate=0.0, qkv_bias=True, tie_weights=True, init="gpt2"))
+    if on["blocks compiled"]:
+        for block in model.trf_blocks:
+            block.compile()
+    softmax = torch.compile(softmax_, dynamic=False)
 
     def loss(model: Any, inputs: Any, targets: Any) -> Any:
-        return torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+        if on["loss with its head"]:
+            return head_loss(model.hidden(inputs), model.out_head.weight, targets, softmax=softmax)
+        return next_token_loss(model(inputs), targets)
 
-    return GPTModel(config), loss
-
-
-def litgpt(emb_dim: int, n_heads: int, n_layers: int, length: int, folder: str) -> Any:
-    """Build a model of litgpt of the same size; it has no GPT-2: rotary positions, an untied head."""
-    from litgpt.model import GPT, Config  # type: ignore[import-not-found]
-    from litgpt.utils import chunked_cross_entropy  # type: ignore[import-not-found]
-
-    config = Config(
-        block_size=length,
-        vocab_size=VOCABULARY,
-        padded_vocab_size=50304,
-        n_layer=n_layers,
-        n_head=n_heads,
-        n_embd=emb_dim,
-        bias=True,
-        parallel_residual=False,
-        mlp_class_name="GptNeoxMLP",
-        gelu_approximate="tanh",
-    )
-
-    def loss(model: Any, inputs: Any, targets: Any) -> Any:
-        return chunked_cross_entropy(model(inputs), targets, chunk_size=0)
-
-    return GPT(config), loss
-
-
-def train_transformers(size: str, batch: Any, tuned: bool) -> None:
-    """Train under Transformers' Trainer."""
-    import torch
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-
-    model, _ = transformers(*SIZES[size], batch.shape[1] - 1, "")
-    gate = Gate(warm=5, steps=STEPS)
-
-    class Step(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            gate.step()
-
-    class Same(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
-        def __iter__(self) -> Any:
-            while True:
-                yield from ({"input_ids": row[:-1], "labels": row[:-1]} for row in batch)
-
-    options = {"bf16": True, "torch_compile": True, "optim": "adamw_torch_fused"} if tuned else {}
-    arguments = TrainingArguments(
-        "trainer",
-        use_cpu=True,
-        max_steps=10_000,
-        per_device_train_batch_size=len(batch),
-        report_to=[],
-        save_strategy="no",
-        disable_tqdm=True,
-        weight_decay=0.1,
-        **options,
-    )
-    Trainer(model, arguments, train_dataset=Same(), callbacks=[Step()]).train()
-
-
-class GateCallback(pl.Callback):
-    """Lets the gate count the steps of Lightning's Trainer."""
-
-    def on_train_start(self, *_: Any) -> None:
-        """Begin to count."""
-        self.gate = Gate(warm=5, steps=STEPS)
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Count."""
-        self.gate.step()
-
-
-def train_gptlit(size: str, batch_size: int, length: int) -> None:
-    """Train as a user does: `train.py fit`, with its own Trainer, callbacks and logger."""
-    from tempfile import mkdtemp
-
-    folder = mkdtemp()
-    ids = np.random.default_rng(0).integers(0, VOCABULARY, 2_000_000).astype("<u2")
-    ids.tofile(os.path.join(folder, "train.bin"))
-    emb_dim, n_heads, n_layers = SIZES[size]
-    from gptlit.training import main
-
-    flags = [f"--model.config.emb_dim={emb_dim}", f"--model.config.n_heads={n_heads}", "--model.config.drop_rate=0"]
-    flags += [f"--model.config.n_layers={n_layers}", f"--model.config.context_length={length}"]
-    flags += ["--model.config.qkv_bias=true", "--model.config.tie_weights=true", "--model.config.init=gpt2"]
-    flags += [
-        "--model.compile=true",
-        f"--data.source={folder}",
-        "--data.val_fraction=0",
-        f"--data.batch_size={batch_size}",
-    ]
-    flags += ["--trainer.accelerator=cpu", "--trainer.max_steps=10000", "--trainer.gradient_clip_val=1"]
-    flags += [f"--trainer.default_root_dir={folder}", "--trainer.enable_progress_bar=false"]
-    flags += ["--run.save_every_n_steps=100000", "--trainer.callbacks+=benchmarks.step.GateCallback"]
-    main(["fit", *flags])
+    return loop(model, loss, inputs, targets, on["bf16"], gate, fused=on["fused AdamW"], compiled=False)

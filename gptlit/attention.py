@@ -7,6 +7,7 @@ are computed again on the way back, so that none are kept. Source: Dao et al. 20
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -65,3 +66,14 @@ def _scores(query: Tensor, key: Tensor, first: int) -> Tensor:
     scores: Tensor = (query[:, first:last] @ key[:, :last].transpose(1, 2)).float() * query.shape[-1] ** -0.5
     positions = torch.arange(last, device=query.device)
     return scores.masked_fill(positions > positions[first:, None], -torch.inf)
+
+
+def recompute_in_compiled_blocks() -> None:
+    """Let torch.compile keep less of a block for the way back, on a CPU.
+
+    It would notice that the scores there are those of the way forth, and keep them all: twice the activations. What is
+    cheap (norms, GELU) is made again too; a step takes the same time.
+    """
+    if not torch.cuda.is_available():
+        torch._functorch.config.cse = False
+        torch._functorch.config.activation_memory_budget = 0.9

@@ -1,8 +1,8 @@
 """What happens beside the training step: checkpoints, speed, sample text, progress. One small class each."""
 
 import math
+import sys
 import time
-from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -19,21 +19,18 @@ from rich.rule import Rule
 from rich.text import Text
 
 from gptlit.checkpoint import DurableCheckpointIO, best_path, checkpoint_path, checkpoints, remove, tidy
+from gptlit.costs import Work, count_parameters, describe, make_plan, operations, warnings
 from gptlit.data.datamodule import TokenDataModule
 from gptlit.errors import InputError
 from gptlit.generate import generate
+from gptlit.logs import CsvLogger, StepLogger
 from gptlit.module import GPTModule
 from gptlit.sharding import local
 
-
-class StepLogger(TensorBoardLogger):
-    """TensorBoard with points at optimizer steps 1...n, where Lightning counts from 0."""
-
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Write the metrics of the step that has just been made; `epoch`, which never moves here, is left out."""
-        values = {key: value for key, value in metrics.items() if key != "epoch"}
-        if values:
-            super().log_metrics(values, None if step is None else step + 1)
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 class StepCheckpoint(Checkpoint):
@@ -182,26 +179,53 @@ class FinalValidation(Callback):
 
 
 class Throughput(Callback):
-    """Logs perf/tokens_per_second: of all devices, between two log points, without validations and checkpoints.
+    """Logs the speed between two log points: perf/tokens_per_second of all devices, without validations and
+    checkpoints; perf/mfu, the share of the device's matrix peak; perf/memory_gb, its most so far; and what part of the
+    wall clock went where (share/data, model, optimizer, validation, checkpoint).
 
     It is the wall clock that counts: a GPU works on after each call has returned, but not from one log point to the
-    next. Must come after the callbacks that work at the end of a validation.
+    next. (So with a GPU the shares say where the host waited.) Must come after the callbacks that work at the end of a
+    validation.
+
+    Args:
+        peak: Of a device, in floating-point operations a second; None: that of some products at the start.
     """
 
-    _validating = 0.0  # seconds
+    def __init__(self, peak: float | None = None) -> None:
+        self.peak = peak
+        self._spent = dict.fromkeys(("data", "model", "optimizer", "validation"), 0.0)  # seconds since the start
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock."""
+        """Give the loggers their tokens, measure the peak, start the clock."""
+        assert isinstance(pl_module, GPTModule)
+        for logger in trainer.loggers:
+            if isinstance(logger, StepLogger | CsvLogger):
+                logger.tokens = lambda: pl_module.tokens
+        self._operations = operations(pl_module.config, count_parameters(pl_module.config))
+        if self.peak is None:
+            self.peak = matmul_peak(trainer.strategy.root_device, str(trainer.precision))
+        self._batch_ended, self._saves = time.perf_counter(), self._seconds(trainer)["checkpoint"]
         self._mark(trainer, pl_module)
+
+    def _seconds(self, trainer: pl.Trainer) -> dict[str, float]:
+        """Return what has been spent so far, by part."""
+        saves = [c.seconds for c in trainer.checkpoint_callbacks if isinstance(c, StepCheckpoint)]
+        return {**self._spent, "checkpoint": sum(saves)}
 
     def _mark(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, GPTModule)
-        self._began, self._tokens, self._paused = time.perf_counter(), pl_module.tokens, self._pauses(trainer)
+        self._began, self._tokens, self._before = time.perf_counter(), pl_module.tokens, self._seconds(trainer)
 
-    def _pauses(self, trainer: pl.Trainer) -> float:
-        """Return the seconds that validations and checkpoints have taken so far."""
-        saves = [c.seconds for c in trainer.checkpoint_callbacks if isinstance(c, StepCheckpoint)]
-        return self._validating + sum(saves)
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, _: int) -> None:
+        """The batch is here: since the last one it was waited for, but for a save."""
+        self._batch_began = time.perf_counter()
+        saves = self._seconds(trainer)["checkpoint"]
+        self._spent["data"] += self._batch_began - self._batch_ended - (saves - self._saves)
+        self._saves = saves
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, _: Any) -> None:
+        """The gradient is there."""
+        self._step_began = time.perf_counter()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock."""
@@ -210,15 +234,59 @@ class Throughput(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let it go on."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._validating += time.perf_counter() - self._stopped
+            self._spent["validation"] += time.perf_counter() - self._stopped
+            self._batch_ended = time.perf_counter()
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Log at a log point, and begin anew."""
-        assert isinstance(pl_module, GPTModule)
-        if trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate():
-            spent = time.perf_counter() - self._began - (self._pauses(trainer) - self._paused)
-            pl_module.log("perf/tokens_per_second", (pl_module.tokens - self._tokens) / spent)
+        now = time.perf_counter()
+        accumulates = trainer.fit_loop._should_accumulate()
+        optimizer = 0.0 if accumulates else now - self._step_began
+        self._spent["optimizer"] += optimizer
+        self._spent["model"] += now - self._batch_began - optimizer
+        if trainer._logger_connector.should_update_logs and not accumulates:
+            self._log(trainer, pl_module)
             self._mark(trainer, pl_module)
+        self._batch_ended = time.perf_counter()
+
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, GPTModule)
+        wall = time.perf_counter() - self._began
+        spent = {part: seconds - self._before[part] for part, seconds in self._seconds(trainer).items()}
+        rate = (pl_module.tokens - self._tokens) / (wall - spent["validation"] - spent["checkpoint"])
+        assert self.peak is not None
+        pl_module.log_dict(
+            {
+                "perf/tokens_per_second": rate,
+                "perf/mfu": rate * self._operations / (self.peak * trainer.world_size),
+                "perf/memory_gb": memory_peak(trainer.strategy.root_device) / 1e9,
+                **{f"share/{part}": min(1.0, seconds / wall) for part, seconds in spent.items()},
+            }
+        )
+
+
+def matmul_peak(device: torch.device, precision: str) -> float:
+    """Return the operations a second of a large square product: the best of ten, in the type of the activations."""
+    dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision.split("-")[0], torch.float32)
+    side = 1024 if device.type == "cpu" else 8192
+    matrix, best = torch.ones(side, side, dtype=dtype, device=device), math.inf
+    wait = getattr(torch, device.type).synchronize
+    for _ in range(10):
+        wait()
+        began = time.perf_counter()
+        matrix @ matrix
+        wait()
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best
+
+
+def memory_peak(device: torch.device) -> int:
+    """Return the most bytes that tensors have held on a GPU, or that the process has on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if resource is None:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class DrawnWindows(Callback):
@@ -373,24 +441,41 @@ def _figures(trainer: pl.Trainer) -> str:
 
 
 def _summary(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
-    """Describe model, data and run in a few lines."""
+    """Describe model, data and run in a few lines; what looks wrong comes last."""
     assert isinstance(pl_module, GPTModule)
-    config = pl_module.config
-    parameters = sum(p.numel() for p in pl_module.model.parameters())
-    lines = [
-        f"model  {parameters:,} parameters: {config.n_layers} layers, {config.n_heads} heads, {config.emb_dim} wide, "
-        f"context {config.context_length}; {trainer.precision} on "
-        f"{trainer.world_size} x {trainer.strategy.root_device.type}"
-    ]
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
-    if isinstance(datamodule, TokenDataModule):
-        tokens = {name: datamodule.data.tokens(name) for name in ("train", "val")}
-        source = datamodule.source if isinstance(datamodule.source, str) else f"{len(datamodule.sources)} corpora"
-        lines.append(f"data   {source}: {tokens['train']:,} tokens to train on, {tokens['val']:,} to validate")
-        lines += [f"       {line}" for line in datamodule.describe_mix()]
-        step = f"{datamodule.batch_size} windows ({datamodule.batch_size * config.context_length:,} tokens)"
-        if datamodule.accumulation > 1:
-            micro = datamodule.micro_batch_size_used
-            step += f", accumulated over {datamodule.accumulation} micro-batches of {micro} on each device"
-        lines.append(f"run    {trainer.max_steps} steps of {step}")
-    return lines
+    if not isinstance(datamodule, TokenDataModule):
+        return []
+    work = work_of(trainer, pl_module, datamodule)
+    plan = make_plan(work)
+    lines = describe(work, plan)
+    source = datamodule.source if isinstance(datamodule.source, str) else f"{len(datamodule.sources)} corpora"
+    mix = [f"        {line}" for line in datamodule.describe_mix()]
+    return [f"corpus  {source}", *mix, *lines, *(f"warning: {line}" for line in warnings(work, plan))]
+
+
+def work_of(trainer: pl.Trainer, module: GPTModule, datamodule: TokenDataModule) -> Work:
+    """Return what a run that is about to begin will do."""
+    saver = next((c for c in trainer.checkpoint_callbacks if isinstance(c, StepCheckpoint)), None)
+    keep = saver.keep_last if saver is not None else 0
+    return Work(
+        config=module.config,
+        optimizer=module.optimizer_name,
+        precision=str(trainer.precision),
+        device=trainer.strategy.root_device.type,
+        devices=trainer.world_size,
+        shards=module.device_mesh is not None,
+        recompute=module.activation_checkpointing,
+        compile=module.compile_model,
+        batch_size=datamodule.batch_size,
+        micro_batch_size=datamodule.micro_batch_size_used,
+        steps=trainer.max_steps,
+        lr=module.schedule.peak,
+        warmup_steps=module.schedule.warmup_steps,
+        is_pretrained=module.init_from is not None,
+        windows=len(datamodule.windows["train"]),
+        val_windows=len(datamodule.windows["val"]),
+        train_tokens=datamodule.data.tokens("train"),
+        saves=None if keep == -1 else keep + (saver is not None and saver.keep_best),
+        folder=saver.run if saver is not None else Path("."),
+    )

@@ -415,16 +415,89 @@ def export(checkpoint: str, out: str, to: Literal["huggingface", "book", "safete
     print(f"{out}: " + ", ".join(sorted(path.name for path in Path(out).iterdir())))
 
 
+def plan(config: list[str], measure: bool = False, json: bool = False) -> None:
+    """Say what a run will cost before it starts: parameters, memory, steps, tokens, disk, and what looks wrong.
+
+    Every flag of `train.py fit` may follow (`--data.batch_size 256`). Nothing is trained or written, and no GPU is
+    needed; what depends on a corpus that is not prepared here is left open.
+
+    Args:
+        config: One or several YAML files, as for `train.py fit`.
+        measure: Time some steps on this machine, and reckon when the run would end.
+        json: Print one JSON object; what is not known is null.
+    """
+    raise AssertionError("`main` hands this command over before its flags are read: they are those of train.py")
+
+
+def plot(run: list[str], out: str) -> None:
+    """Draw the losses of one or many runs, by tokens and by time, and print what differs in their settings.
+
+    Args:
+        run: Folders of runs: runs/<name>/version_<n>, or runs/<name> for its newest.
+        out: The picture to write: .png, .svg or .pdf.
+    """
+    from gptlit.plot import run as draw
+
+    draw(run, out)
+
+
+def schema(out: str) -> None:
+    """Write a JSON schema of the YAML files, with which an editor completes and checks them.
+
+    Args:
+        out: The .json file to write. A YAML file names it in its first line: # yaml-language-server: $schema=FILE
+    """
+    path = user_path(out)
+    if path.suffix != ".json":
+        raise InputError(f"--out {out!r} must end in .json")
+    from json import dumps
+
+    from gptlit.plan import json_schema
+
+    path.write_text(dumps(json_schema(), indent=1) + "\n")
+    print(f"{out}\nfirst line of a YAML file: # yaml-language-server: $schema={out}")
+
+
+def _plan(words: list[str]) -> None:
+    """Take out the two flags of `plan`; all others belong to `train.py fit`."""
+    found = {"--measure": False, "--json": False}
+    rest = []
+    while words:
+        word = words.pop(0)
+        key, _, value = word.partition("=")
+        if key not in found:
+            rest.append(word)
+            continue
+        if not value and words and words[0].lower() in ("true", "false"):
+            value = words.pop(0)
+        if value.lower() not in ("", "true", "false"):
+            fail(f"{key} is true or false, got {value!r}", status=2)
+        found[key] = value.lower() != "false"
+    if not any(word.partition("=")[0] in ("--config", "-c") for word in rest):
+        fail("--config is needed: gptlit plan --config configs/quickstart.yaml", status=2)
+    from gptlit.plan import run
+
+    run(rest, with_measure=found["--measure"], as_json=found["--json"])
+
+
 COMMANDS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
     "inspect": inspect,
+    "plan": plan,
+    "plot": plot,
+    "schema": schema,
     "generate": generate,
     "chat": chat,
     "evaluate": evaluate,
     "import": import_,
     "export": export,
 }
-POSITIONAL = {"prepare": "source", "inspect": "folder", "import": "source"}  # `gptlit inspect FOLDER` reads better
+POSITIONAL = {
+    "prepare": "source",
+    "inspect": "folder",
+    "plot": "run",
+    "import": "source",
+}  # `gptlit inspect FOLDER` reads better
 
 
 class Parser(OneLineErrors, ArgumentParser):
@@ -476,6 +549,8 @@ def main(args: list[str] | None = None) -> None:
     """Run a command; errors that a user can mend are one line."""
     args = list(sys.argv[1:] if args is None else args)
     try:
+        if args[:1] == ["plan"] and not {"-h", "--help"} & set(args):
+            return _plan(args[1:])
         auto_cli(
             COMMANDS,  # type: ignore[arg-type]
             args=_spelt_out(args),

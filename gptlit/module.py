@@ -8,11 +8,11 @@ from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import AdamW
 from torchmetrics import MeanMetric
 
+from gptlit.attention import recompute_in_compiled_blocks
 from gptlit.config import GPTConfig
 from gptlit.errors import InputError
 from gptlit.loss import head_loss, softmax_, softmax_by_parts_
@@ -156,6 +156,8 @@ class GPTModule(pl.LightningModule):
             self.model = sharded_model(self.config, mesh["data_parallel"], self.trainer.strategy.root_device)
         if self.init_from is not None:
             copy_weights(self.model, read_source(self.init_from))
+        if self.compile_model:
+            recompute_in_compiled_blocks()
         for block in self.model.trf_blocks:
             assert isinstance(block, TransformerBlock)
             block.recompute = self.activation_checkpointing
@@ -274,11 +276,6 @@ class GPTModule(pl.LightningModule):
         self._losses.clear()
         steps = self.trainer.max_steps
         self._max_steps = steps if steps > 0 else int(self.trainer.estimated_stepping_batches)
-        if self.schedule.warmup_steps >= self._max_steps:
-            rank_zero_warn(
-                f"model.warmup_steps {self.schedule.warmup_steps} is no shorter than the run of "
-                f"{self._max_steps} steps: the learning rate never reaches {self.schedule.peak}"
-            )
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
@@ -294,6 +291,9 @@ class GPTModule(pl.LightningModule):
         metric.reset()
         self.log(f"{name}/loss", loss)
         self.log(f"{name}/perplexity", loss.exp())
+        known = getattr(getattr(self.trainer, "datamodule", None), "bytes_per_token", None)
+        if known is not None and name in (ratios := known()):
+            self.log(f"{name}/bits_per_byte", loss / math.log(2) / ratios[name])
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Add one batch to val/loss."""

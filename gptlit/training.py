@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import logging
+import math
 import os
 import platform
 import subprocess
@@ -28,12 +29,12 @@ from gptlit.callbacks import (  # noqa: E402
     FinalValidation,
     SampleText,
     StepCheckpoint,
-    StepLogger,
     StepProgress,
     Throughput,
 )
 from gptlit.checkpoint import (  # noqa: E402
     DurableCheckpointIO,
+    best_path,
     checkpoint_path,
     checkpoints,
     find_checkpoint,
@@ -46,6 +47,7 @@ from gptlit.checkpoint import (  # noqa: E402
 from gptlit.data.datamodule import TokenDataModule, tokenizer_for  # noqa: E402
 from gptlit.data.tokenizer import load_tokenizer  # noqa: E402
 from gptlit.errors import InputError, OneLineErrors, fail, note  # noqa: E402
+from gptlit.logs import CsvLogger, StepLogger  # noqa: E402
 from gptlit.module import GPTModule  # noqa: E402
 from gptlit.stopping import GoBack, GracefulStop, NonFinite, PeerWatch  # noqa: E402
 from gptlit.strategies import register_strategies  # noqa: E402
@@ -72,6 +74,7 @@ class RunConfig:
         max_nonfinite_steps: So many steps in a row whose gradient is not finite end the run.
         on_nonfinite: "stop", or "go_back" to the last checkpoint and pass over the windows of these steps.
         sample_prompt: Text to continue after each validation; empty: no sample.
+        peak_tflops: Of one device, for perf/mfu; None: measured at the start.
     """
 
     name: str = "gpt"
@@ -83,10 +86,13 @@ class RunConfig:
     max_nonfinite_steps: int = 5
     on_nonfinite: Literal["stop", "go_back"] = "stop"
     sample_prompt: str = "The"
+    peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
         if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
             raise ValueError(f"run.name must be a plain folder name, got {self.name!r}")
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise ValueError(f"run.peak_tflops must be a positive number, got {self.peak_tflops}")
         for key in ("val_every_n_steps", "save_every_n_steps", "max_nonfinite_steps"):
             if getattr(self, key) < 1:
                 raise ValueError(f"run.{key} must be a positive integer, got {getattr(self, key)}")
@@ -296,9 +302,10 @@ class TrainingCLI(LightningCLI):
             callbacks.append(StepProgress())
         if isinstance(self.config[self.subcommand].data.source, list):
             callbacks.append(DrawnWindows())
-        callbacks.append(Throughput())
-        if config.trainer.logger in (None, True):
-            kwargs["logger"] = self._tensorboard(config)
+        callbacks.append(Throughput(None if run.peak_tflops is None else run.peak_tflops * 1e12))
+        if config.trainer.logger is not False:
+            others = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
+            kwargs["logger"] = [*self._loggers(config), *(logger for logger in others if logger not in (None, True))]
         self.trainer_defaults["callbacks"] = callbacks
         self.save_config_kwargs = {"run": self.run}
         kwargs["val_check_interval"], kwargs["check_val_every_n_epoch"] = run.val_every_n_steps, None
@@ -328,20 +335,24 @@ class TrainingCLI(LightningCLI):
         self.datamodule.pass_over(back.first, back.count)
         self.config_init[subcommand]["ckpt_path"] = str(found)
 
-    def _tensorboard(self, config: Any) -> StepLogger | bool:
+    def _loggers(self, config: Any) -> list[Any]:
         """Curves go to the run's folder; after a resume they go on where the checkpoint was made."""
         if self.subcommand != "fit":
-            return False
-        purge_step = None
+            return []
+        step = tokens = None
         if config.ckpt_path is not None:
-            purge_step = read_checkpoint(Path(config.ckpt_path))["global_step"] + 1
-        return StepLogger(
+            checkpoint = read_checkpoint(Path(config.ckpt_path))
+            step, tokens = checkpoint["global_step"], checkpoint.get("tokens")
+        tensorboard = StepLogger(
             self.run.parent.parent,
             name=self.run.parent.name,
             version=self.run.name,
             default_hp_metric=False,
-            purge_step=purge_step,
+            purge_step=None if step is None else step + 1,
+            purge_tokens=tokens,
+            settings=_flat(self.config[self.subcommand]),
         )
+        return [tensorboard, CsvLogger(self.run, step)]
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Lightning's table of results is replaced by a line."""
@@ -369,6 +380,9 @@ class TrainingCLI(LightningCLI):
             return
         print()
         self._print_result("val")
+        saver = self.trainer.checkpoint_callback
+        if isinstance(saver, StepCheckpoint) and 0 <= saver.best_step < self.trainer.global_step:
+            print(f"best        {saver.best_loss:.4f} at step {saver.best_step}: {best_path(self.run)}")
         if newest.is_file():
             prompt = self.config[self.subcommand].run.sample_prompt or "The"
             active = os.environ.get("VIRTUAL_ENV") == sys.prefix
@@ -380,8 +394,19 @@ class TrainingCLI(LightningCLI):
                 f"checkpoint  {newest}\n\nwhat next:\n"
                 f'  {python} -m gptlit generate --checkpoint {self.run} --prompt "{prompt}"\n'
                 f"  {python} train.py fit --config {config} --ckpt_path last --trainer.{more}\n"
+                f"  {python} -m gptlit plot {self.run} --out curves.png\n"
                 f"  {python} -m tensorboard.main --logdir {self.run.parent.parent}"
             )
+
+
+def _flat(config: Namespace) -> dict[str, bool | int | float | str]:
+    """Return the settings of model, data and run, and some of the Trainer's, by their dotted names."""
+    found = {}
+    for key, value in config.clone().items():
+        of_trainer = key.removeprefix("trainer.") in ("max_steps", "max_epochs", "precision", "gradient_clip_val")
+        if (key.split(".")[0] in ("model", "data", "run", "seed_everything") or of_trainer) and value is not None:
+            found[key] = value if isinstance(value, bool | int | float | str) else str(value)
+    return found
 
 
 def launched() -> tuple[int | None, int | None]:
@@ -458,11 +483,16 @@ def keep_freed_memory() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """Run the command line; errors that a user can mend are one line."""
+    command_line(TrainingCLI, args)
+
+
+def command_line(cli: type[TrainingCLI], args: list[str] | None) -> TrainingCLI:
+    """Set the process up, then parse and run `args`."""
     _silence_lightning()
     keep_freed_memory()
     register_strategies()
     try:
-        TrainingCLI(
+        return cli(
             GPTModule,
             TokenDataModule,
             save_config_callback=SaveRunConfig,

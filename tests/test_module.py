@@ -107,11 +107,6 @@ def test_the_schedule_knows_the_end_of_a_run_in_epochs() -> None:
     assert min(seen) == pytest.approx(1e-2 * 0.5 * (1 + math.cos(math.pi * 0.8)))
 
 
-def test_a_long_warm_up_warns_and_goes_on() -> None:
-    with pytest.warns(UserWarning, match="model.warmup_steps 9 is no shorter than the run of 5 steps"):
-        trainer().fit(GPTModule(TINY, warmup_steps=9), batches(5))
-
-
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [

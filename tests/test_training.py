@@ -39,9 +39,11 @@ def test_a_fit_leaves_curves_configuration_and_checkpoints(fit: Fit, capsys: pyt
 def test_the_log_of_a_fit_without_a_terminal(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     fit("--trainer.max_steps=2", "--trainer.enable_progress_bar=true", "--data.micro_batch_size=1")
     err = capsys.readouterr().err
-    assert re.search(r"model  [\d,]+ parameters: 2 layers, 2 heads, 32 wide, context 16; 32-true on 1 x cpu", err)
-    assert re.search(r"data   .*words.txt: [\d,]+ tokens to train on, [\d,]+ to validate", err)
-    assert "run    2 steps of 4 windows (64 tokens), accumulated over 4 micro-batches of 1 on each device" in err
+    assert re.search(r"model   [\d,]+ parameters: 2 layers, 2 heads, 32 wide, context 16; 32-true on 1 x cpu", err)
+    assert re.search(r"corpus  .*words.txt", err)
+    assert re.search(r"data    [\d,]+ tokens, [\d,]+ windows, [\d,]+ to validate; an epoch is [\d,]+ steps", err)
+    assert "step    4 windows = 64 tokens: 1 at once on 1 x cpu, accumulated over 4 micro-batches" in err
+    assert re.search(r"run     2 steps, 128 tokens, .* epochs: .* a parameter", err)
     assert re.search(r"step 2/2  loss \d+\.\d+  tokens/s [\d,]+  0:00:00 left", err)
     assert f"step 2: val/loss {losses(RUN, 'val/loss')[2]:.4f}, perplexity" in err
     assert "sample" in err

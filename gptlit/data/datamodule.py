@@ -13,10 +13,10 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from gptlit.data.corpus import Reading, open_corpus
-from gptlit.data.prepare import Split, prepare_cached
+from gptlit.data.prepare import Split, cache_folder, prepare_cached
 from gptlit.data.progress import downloading, preparing
 from gptlit.data.tokenizer import fingerprint, load_tokenizer, tokenizer_spec
-from gptlit.data.tokens import SPLITS, TokenData, folder_tokenizer, holds_tokens, open_folder, together
+from gptlit.data.tokens import MANIFEST, SPLITS, TokenData, folder_tokenizer, holds_tokens, open_folder, together
 from gptlit.data.windows import EvalOrder, Mix, TrainOrder, Windows, beyond
 from gptlit.errors import InputError, user_path
 
@@ -43,6 +43,12 @@ def tokenizer_for(source: str | Sequence[Weighted], tokenizer: str | None) -> st
     paths = [source] if isinstance(source, str) else [part.path for part in source]
     found = (folder_tokenizer(user_path(path)) for path in paths)
     return tokenizer or next(filter(None, found), "gpt2")
+
+
+def micro_batch_size(batch_size: int, devices: int, most: int | None) -> int:
+    """Return how many of `batch_size` windows each of `devices` takes at once, at most `most`, without a remainder."""
+    share = max(1, batch_size // devices)
+    return next(size for size in range(min(most or share, share), 0, -1) if share % size == 0)
 
 
 class TokenDataModule(pl.LightningDataModule):
@@ -177,6 +183,20 @@ class TokenDataModule(pl.LightningDataModule):
             self._require(name)
 
     @property
+    def is_prepared(self) -> bool:
+        """Whether everything that is needed is there, as tokens: nothing would be downloaded or tokenised."""
+        used = [(part.path, self.split) for part in self.sources]
+        used += [(path, Split(0.0)) for path in self.other_sources.values() if path is not None]
+        return all(self._is_prepared(path, split) for path, split in used)
+
+    def _is_prepared(self, path: str, split: Split) -> bool:
+        folder = user_path(path)
+        if holds_tokens(folder) or not (path == "python-docs" or folder.exists()):
+            return holds_tokens(folder)
+        corpus = open_corpus(path, self.reading, self.cache_dir / "downloads")
+        return (cache_folder(corpus, self.cache_dir, self.tokenizer, split) / MANIFEST).is_file()
+
+    @property
     def _is_val_wanted(self) -> bool:
         return self.split.val_fraction > 0 or self.other_sources["val"] is not None
 
@@ -257,17 +277,15 @@ class TokenDataModule(pl.LightningDataModule):
             if value != default and not trainer.fast_dev_run:  # type: ignore[attr-defined]
                 raise InputError(f"trainer.{key} {value} cannot be used here: shorten a run with trainer.max_steps")
         devices = trainer.world_size
-        share, rest = divmod(self.batch_size, devices)
-        if rest:
+        if self.batch_size % devices:
             raise InputError(
                 f"data.batch_size {self.batch_size} is that of all devices together, and not divisible by {devices} of "
                 f"them: set it to a multiple of {devices}"
             )
-        most = min(self.micro_batch_size or share, share)
-        micro_batch_size = next(size for size in range(most, 0, -1) if share % size == 0)
+        size = micro_batch_size(self.batch_size, devices, self.micro_batch_size)
         if devices > 1 and trainer._accelerator_connector.use_distributed_sampler:
             raise InputError("trainer.use_distributed_sampler must be false: windows are dealt out to the devices here")
-        return micro_batch_size, share // micro_batch_size
+        return size, self.batch_size // (devices * size)
 
     def _set_steps(self, trainer: pl.Trainer) -> None:
         self.max_steps = trainer.fit_loop.epoch_loop.max_steps = self._steps()
@@ -383,6 +401,12 @@ class TokenDataModule(pl.LightningDataModule):
         """What the order of windows depends on beside the corpus."""
         weights = [part.weight for part in self.sources]
         return {"seed": self.seed, "stride": self.windows["train"].stride, "weights": weights}
+
+    def bytes_per_token(self) -> dict[str, float]:
+        """Return how many bytes of text a token of a split stands for, where that is known."""
+        parts = self.data.manifest.get("splits", {})
+        own = [name for name in parts if not self.other_sources.get(name) and self.data.tokens(name)]
+        return {name: parts[name]["bytes"] / self.data.tokens(name) for name in own}
 
     @property
     def names(self) -> list[str]:

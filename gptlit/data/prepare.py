@@ -375,6 +375,14 @@ def prepare(
     return open_tokens(folder)
 
 
+def cache_folder(corpora: Corpus | Mapping[str, Corpus], root: Path, tokenizer: Tokenizer, split: Split) -> Path:
+    """Return the folder under `root` that belongs to a corpus, a tokenizer and a split."""
+    corpora = {"train": corpora} if isinstance(corpora, Corpus) else dict(corpora)
+    settings = _settings(corpora, tokenizer, split, SHARD_TOKENS)
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return root / f"{corpora['train'].name}-{key[:12]}"
+
+
 def prepare_cached(
     corpora: Corpus | Mapping[str, Corpus],
     root: Path,
@@ -387,10 +395,7 @@ def prepare_cached(
     Raises:
         InputError: As in `prepare`; or what is there was changed.
     """
-    corpora = {"train": corpora} if isinstance(corpora, Corpus) else dict(corpora)
-    settings = _settings(corpora, tokenizer, split, SHARD_TOKENS)
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    folder = root / f"{corpora['train'].name}-{key[:12]}"
+    folder = cache_folder(corpora, root, tokenizer, split)
     if (folder / MANIFEST).is_file():
         data = open_tokens(folder)
     else:

@@ -1,0 +1,210 @@
+"""Curves, not speed alone: how soon a loss is reached, and whether the optimisations change the losses."""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.contenders import machine
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+WIDTH, HEADS, LAYERS, LENGTH, BATCH = 128, 4, 6, 128, 16  # the quickstart's
+
+
+# --- time to a loss ---------------------------------------------------------------------------------------------------
+
+
+def time_to_loss(nanogpt: str, steps: int = 800, seeds: int = 3, out: str = "time_to_loss.json") -> None:
+    """Compare the time of nanoGPT's recipe with the time in which the quickstart's reaches its last validation loss.
+
+    Same corpus, model, tokens a step and validation part; bf16, compiled, fused AdamW on both sides. The recipe is that
+    of nanoGPT's small models (AdamW, betas 0.9 and 0.99, 100 steps of warm-up, a cosine down to a tenth), at the better
+    one of two learning rates. The time is that of the steps; the first one, which compiles, and validations are left
+    out on both sides.
+
+    Args:
+        nanogpt: Folder of a clone of nanoGPT.
+        steps: Of nanoGPT's run.
+        seeds: Runs of each; the median of the paired ratios is shown.
+        out: JSON file for the figures.
+    """
+    rates = {lr: train("nanogpt", folder=nanogpt, steps=steps, lr=lr, seed=0) for lr in (1e-3, 3e-3)}
+    lr = min(rates, key=lambda rate: rates[rate][-1][1])
+    runs = []
+    table = Table("seed", "nanoGPT's last loss", "its seconds", "seconds to it here", "ratio", "last loss here")
+    for seed in track(range(seeds), "seeds"):
+        *_, (theirs, target) = train("nanogpt", folder=nanogpt, steps=steps, lr=lr, seed=seed)
+        points = train("gptlit", seed=seed)
+        ours = next((seconds for seconds, loss in points if loss <= target), float("nan"))
+        runs.append({"loss": target, "nanogpt": theirs, "gptlit": ours, "ratio": ours / theirs, "points": points})
+        table.add_row(
+            f"{seed}", f"{target:.4f}", f"{theirs:.1f}", f"{ours:.1f}", f"{ours / theirs:.2f}", f"{points[-1][1]:.4f}"
+        )
+    Console().print(table)
+    ratio = statistics.median(run["ratio"] for run in runs)
+    found = {f"{rate:g}": points[-1][1] for rate, points in rates.items()}
+    print(f"median ratio {ratio:.2f}; nanoGPT's last loss by learning rate: {found}")
+    values = {"machine": machine(), "learning rates": found, "runs": runs, "median ratio": ratio}
+    Path(out).write_text(json.dumps(values, indent=1) + "\n")
+
+
+def train(name: str, **options: Any) -> list[tuple[float, float]]:
+    """Train in a process of its own; return the seconds and the loss of each validation."""
+    command = [sys.executable, "-m", "benchmarks.curves", name, json.dumps(options)]
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT).stdout
+    return [tuple(json.loads(line)) for line in output.splitlines() if line.startswith("[")]
+
+
+class Clock(pl.Callback):
+    """Prints the seconds that steps have taken, the first one left out, and val/loss after each validation."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Let the clock go."""
+        self.began = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Stop it."""
+        if trainer.global_step > 1:
+            self.seconds += time.perf_counter() - self.began
+
+    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Print."""
+        print(json.dumps([self.seconds, float(trainer.callback_metrics["val/loss"])]), flush=True)
+
+
+def train_gptlit(seed: int) -> None:
+    """Train the quickstart, compiled, without its samples and checkpoints."""
+    from gptlit.training import main
+
+    flags = [f"--seed_everything={seed}", "--run.val_every_n_steps=25", "--run.sample_prompt=", "--model.compile=true"]
+    flags += ["--trainer.enable_checkpointing=false", "--trainer.callbacks+=benchmarks.curves.Clock"]
+    with tempfile.TemporaryDirectory() as folder:
+        main(["fit", f"--config={QUICKSTART}", f"--trainer.default_root_dir={folder}", *flags])
+
+
+def train_nanogpt(folder: str, steps: int, lr: float, seed: int) -> None:
+    """Train nanoGPT's model by its recipe, windows drawn with replacement as there."""
+    import torch
+
+    from benchmarks.allocator import keep_freed_memory
+    from gptlit.data.datamodule import TokenDataModule
+    from gptlit.module import Schedule
+
+    keep_freed_memory()
+    sys.path.insert(0, folder)
+    from model import GPT, GPTConfig  # type: ignore[import-not-found]
+
+    datamodule = TokenDataModule("python-docs", batch_size=BATCH, val_fraction=0.05)
+    datamodule.context_length = LENGTH
+    datamodule.prepare_data()
+    datamodule.setup("fit")
+    ids = torch.from_numpy(np.concatenate([s.ids for s in datamodule.data.shards("train")]).astype(np.int64))
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(LENGTH, 50257, LAYERS, HEADS, WIDTH, dropout=0.0, bias=True))
+    optimizer = model.configure_optimizers(0.1, lr, (0.9, 0.99), "cuda" if torch.cuda.is_available() else "cpu")
+    for group in optimizer.param_groups:
+        group["fused"], group["foreach"] = True, False
+    schedule = Schedule("cosine", lr / 100, lr, lr / 10, 100)
+    compiled = torch.compile(model)
+    seconds = 0.0
+    for step in range(steps):
+        began = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.at(step, steps)
+        starts = torch.randint(len(ids) - LENGTH, (BATCH,)).tolist()
+        inputs = torch.stack([ids[start : start + LENGTH] for start in starts])
+        targets = torch.stack([ids[start + 1 : start + 1 + LENGTH] for start in starts])
+        with torch.autocast("cpu", torch.bfloat16):
+            _, loss = compiled(inputs, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds += time.perf_counter() - began if step else 0
+    print(json.dumps([seconds, mean_loss(model, datamodule.val_dataloader())]), flush=True)
+
+
+def mean_loss(model: Any, batches: Any) -> float:
+    """Return nanoGPT's loss a token over all validation windows."""
+    import torch
+    import torch.nn.functional as F
+
+    total, count = 0.0, 0
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for inputs, targets in batches:
+            logits, _ = model(inputs, targets.clamp(min=0))
+            total += float(F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum"))
+            count += int((targets >= 0).sum())
+    return total / count
+
+
+# --- the same losses? ------------------------------------------------------------------------------------------------
+
+# The run without any optimisation: float32, nothing compiled, torch's cross-entropy on all logits.
+PLAIN = """
+from gptlit import training
+from gptlit.loss import next_token_loss
+from gptlit.module import GPTModule
+
+GPTModule._loss = lambda self, inputs, targets, reduction: next_token_loss(self.model(inputs), targets, reduction)
+training.main()
+"""
+OPTIMISED = "from gptlit import training; training.main()"
+
+
+def numerics(steps: int = 200, out: str = "numerics.json") -> None:
+    """Compare the losses of a run with every optimisation (bf16, compiled) with plain float32: same seed, same data.
+
+    Args:
+        steps: Of both runs: 6 layers, 384 wide, 4 x 256 tokens of Python's documentation, AdamW.
+        out: JSON file for the curves.
+    """
+    curves = {}
+    plain = ["--trainer.precision=32-true", "--model.compile=false"]
+    for name, script, flags in (("plain", PLAIN, plain), ("optimised", OPTIMISED, ["--model.compile=true"])):
+        curves[name] = losses(script, steps, flags)
+    both = list(zip(curves["plain"], curves["optimised"], strict=True))
+    off = [abs(b / a - 1) for a, b in both]
+    last = [statistics.mean(curve[-20:]) for curve in curves.values()]
+    table = Table("step", *curves, "difference")
+    for step in sorted({1, steps // 4, steps // 2, 3 * steps // 4, steps}):
+        table.add_row(f"{step}", *(f"{curve[step - 1]:.4f}" for curve in curves.values()), f"{off[step - 1]:.3%}")
+    table.add_row("mean of the last 20", *(f"{loss:.4f}" for loss in last), f"{abs(last[1] / last[0] - 1):.3%}")
+    table.add_row("largest", "", "", f"{max(off):.3%}")
+    Console().print(table)
+    Path(out).write_text(json.dumps({"machine": machine(), "curves": curves}, indent=1) + "\n")
+
+
+def losses(script: str, steps: int, flags: list[str]) -> list[float]:
+    """Return train/loss of every step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    shape = {"emb_dim": 384, "n_heads": 6, "n_layers": 6, "context_length": 256}
+    words = [f"--model.config.{key}={value}" for key, value in shape.items()]
+    words += ["--model.optimizer=adamw", "--model.lr=1e-3", "--data.batch_size=4", "--trainer.log_every_n_steps=1"]
+    words += [f"--trainer.max_steps={steps}", f"--run.val_every_n_steps={steps}", "--run.sample_prompt="]
+    with tempfile.TemporaryDirectory() as folder:
+        words += [f"--trainer.default_root_dir={folder}", "--trainer.enable_checkpointing=false"]
+        command = [sys.executable, "-c", script, "fit", f"--config={QUICKSTART}", *words, *flags]
+        subprocess.run(command, check=True, cwd=ROOT)
+        events = EventAccumulator(str(next(Path(folder).glob("*/version_0"))), size_guidance={"scalars": 0})
+        events.Reload()
+        return [event.value for event in events.Scalars("train/loss")]
+
+
+if __name__ == "__main__":
+    {"gptlit": train_gptlit, "nanogpt": train_nanogpt}[sys.argv[1]](**json.loads(sys.argv[2]))

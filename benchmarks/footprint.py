@@ -1,0 +1,72 @@
+"""Memory of a training step of GPT-2 small: its peak, and the largest batch that fits."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.contenders import Process, machine
+from benchmarks.peers import make
+
+STATE = 16 * 124_439_808 / 1e9  # GB: weights, gradients and AdamW's two moments in float32
+
+
+def run(
+    peers: tuple[str, ...] = ("nanogpt, tuned", "transformers, tuned", "book, shipped"),
+    batch_size: int = 8,
+    length: int = 1024,
+    limit: float = 8.0,
+    nanogpt: str | None = None,
+    out: str = "footprint.json",
+) -> None:
+    """Print each contender's peak at a batch size, and the largest one whose peak stays under a limit.
+
+    Args:
+        peers: Some of nanogpt, transformers, trainer, book, with ", tuned" or ", shipped".
+        batch_size: Windows in a step.
+        length: Tokens in a window.
+        limit: In GB, of the whole process.
+        nanogpt: Folder of a clone of nanoGPT.
+        out: JSON file for the figures.
+    """
+    table = Table(
+        "contender", f"peak GB at {batch_size} x {length}", "above 16 bytes a parameter", f"fits {limit:g} GB"
+    )
+    found: dict[str, dict[str, float]] = {}
+    for name in ("gptlit", *peers):
+        options: dict[str, Any] = {"folder": nanogpt} if name.startswith("nanogpt") else {}
+        peaks = Peaks(name, length, options)
+        largest = peaks.largest(limit)
+        found[name] = {"peak GB": peaks[batch_size], "above GB": peaks[batch_size] - STATE, "largest batch": largest}
+        table.add_row(name, f"{peaks[batch_size]:.2f}", f"{peaks[batch_size] - STATE:.2f}", f"{largest} x {length}")
+    Console().print(table)
+    Path(out).write_text(json.dumps({"machine": machine(), "results": found}, indent=1) + "\n")
+
+
+class Peaks:
+    """The peak memory, in GB, of three steps of a contender, by batch size; each is measured once."""
+
+    def __init__(self, name: str, length: int, options: dict[str, Any]) -> None:
+        self.name, self.length, self.options = name, length, options
+        self._known: dict[int, float] = {}
+
+    def __getitem__(self, batch_size: int) -> float:
+        if batch_size not in self._known:
+            contender = make(self.name, "124m", batch_size, self.length, warm=2, steps=1, **self.options)
+            process = Process(contender)
+            self._known[batch_size] = process.measure()["peak GB"]
+            process.close()
+            print(f"{self.name}: {batch_size} x {self.length} tokens, {self._known[batch_size]:.2f} GB", flush=True)
+        return self._known[batch_size]
+
+    def largest(self, limit: float) -> int:
+        """Return the largest batch size under a limit; the first guess is where a line through two of them meets it."""
+        slope = (self[4] - self[2]) / 2
+        size = max(1, int(2 + (limit - self[2]) / slope))
+        while size > 0 and self[size] > limit:
+            size -= 1
+        while self[size + 1] <= limit:
+            size += 1
+        return size

@@ -1,0 +1,276 @@
+"""The contenders of a training step: gptlit under `train.py`, its own parts in a bare loop, and other projects.
+
+"As shipped" is what each does by itself on a CPU: float32, no compilation. "Tuned" gives every one what helps: bf16,
+torch.compile, fused AdamW, and an allocator that keeps freed memory.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+
+from benchmarks.contenders import Contender, Gate
+
+SIZES = {"124m": (768, 12, 12), "small": (384, 6, 6), "toy": (16, 2, 1)}  # emb_dim, n_heads, n_layers
+VOCABULARY = 50257
+WARM, STEPS = 5, 2  # steps before the first measurement, and in each
+
+
+def make(name: str, size: str, batch_size: int, length: int, **options: Any) -> Contender:
+    """Return what `contenders.compare` starts: a peer's name, perhaps with ", tuned" or ", shipped" behind it."""
+    peer, _, kind = name.partition(", ")
+    shape = {"size": size, "batch_size": batch_size, "length": length, "kind": kind or "tuned"}
+    return __name__, {"name": peer, **shape, **options}
+
+
+def operations(size: str, batch_size: int, length: int) -> float:
+    """Return the floating-point operations of a step of the tied model (PaLM, appendix B)."""
+    width, _, layers = SIZES[size]
+    multiplied = 12 * layers * width**2 + 13 * layers * width + VOCABULARY * width + 2 * width
+    return batch_size * length * (6 * multiplied + 12 * layers * width * length)
+
+
+def contender(
+    name: str,
+    size: str,
+    batch_size: int,
+    length: int,
+    kind: str = "tuned",
+    folder: str = "",
+    warm: int = WARM,
+    steps: int = STEPS,
+) -> Any:
+    """Train one step after the other, through the gate; never returns. "matmul" returns what `compare` calls."""
+    import torch
+
+    torch.manual_seed(0)
+    if kind == "tuned":
+        from benchmarks.allocator import keep_freed_memory
+
+        keep_freed_memory()
+    if name == "matmul":
+        return partial(time_at_peak, operations(size, batch_size, length))
+    gate = Gate(warm, steps)
+    if name == "gptlit":
+        return train_gptlit(size, batch_size, length, gate)
+    batch = torch.randint(VOCABULARY, (batch_size, length + 1))
+    inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+    if name == "bare":
+        return bare(*SIZES[size], inputs, targets, gate)
+    if name == "trainer":
+        return train_transformers(size, batch, kind == "tuned", gate)
+    builders = {"nanogpt": nanogpt, "transformers": transformers, "litgpt": litgpt, "book": book}
+    model, loss = builders[name](*SIZES[size], length, folder)
+    return loop(model, loss, inputs, targets, kind == "tuned", gate)
+
+
+def time_at_peak(work: float) -> dict[str, float]:
+    """Return the seconds that so many operations take at the peak: the best of 30 square products in bf16."""
+    import torch
+
+    side = 2048
+    matrix = torch.randn(side, side).bfloat16()
+    best = float("inf")
+    for _ in range(30):
+        began = time.perf_counter()
+        matrix @ matrix
+        best = min(best, time.perf_counter() - began)
+    return {"seconds": work * best / (2 * side**3), "peak GB": 0.0}
+
+
+def loop(
+    model: Any,
+    loss: Callable[[Any, Any, Any], Any],
+    inputs: Any,
+    targets: Any,
+    tuned: bool,
+    gate: Gate,
+    fused: bool | None = None,
+    compiled: bool | None = None,
+) -> None:
+    """Train in a plain loop: what each project's own does on one device."""
+    import torch
+
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=tuned if fused is None else fused)
+    forward = torch.compile(loss) if (tuned if compiled is None else compiled) else loss
+    while True:
+        with torch.autocast("cpu", torch.bfloat16, enabled=tuned):
+            value = forward(model, inputs, targets)
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        gate.step()
+
+
+def bare(emb_dim: int, n_heads: int, n_layers: int, inputs: Any, targets: Any, gate: Gate) -> None:
+    """Train with gptlit's own step, without a Trainer around it."""
+    import torch
+
+    from gptlit import GPTConfig, GPTModule
+
+    shape = {"emb_dim": emb_dim, "n_heads": n_heads, "n_layers": n_layers, "context_length": inputs.shape[1]}
+    config = GPTConfig(**shape, drop_rate=0.0, qkv_bias=True, tie_weights=True, init="gpt2")
+    module = GPTModule(config, compile=True)
+    module._trainer = SimpleNamespace(precision="bf16-mixed")  # type: ignore[assignment]
+    module.configure_model()
+    optimizer = module.configure_optimizers()
+    while True:
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = module._loss(inputs, targets, "mean")
+        optimizer.zero_grad()
+        loss.backward()
+        module._guard(optimizer, module._clip(optimizer, 1.0, "norm"))
+        optimizer.step()
+        gate.step()
+
+
+# --- the peers: (emb_dim, n_heads, n_layers, length, folder) -> (model, loss of a batch) -------------------------
+
+
+def nanogpt(emb_dim: int, n_heads: int, n_layers: int, length: int, folder: str) -> Any:
+    """Build nanoGPT's model from a clone of it."""
+    sys.path.insert(0, folder)
+    from model import GPT, GPTConfig  # type: ignore[import-not-found]
+
+    config = GPTConfig(
+        block_size=length,
+        vocab_size=VOCABULARY,
+        n_layer=n_layers,
+        n_head=n_heads,
+        n_embd=emb_dim,
+        dropout=0.0,
+        bias=True,
+    )
+    return GPT(config), lambda model, inputs, targets: model(inputs, targets)[1]
+
+
+def transformers(emb_dim: int, n_heads: int, n_layers: int, length: int, folder: str) -> Any:
+    """Build Transformers' GPT-2."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    rates = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+    config = GPT2Config(n_positions=length, n_embd=emb_dim, n_head=n_heads, n_layer=n_layers, use_cache=False, **rates)
+    model = GPT2LMHeadModel(config).train()
+    return model, lambda model, inputs, targets: model(input_ids=inputs, labels=targets, shift_labels=targets).loss
+
+
+def book(emb_dim: int, n_heads: int, n_layers: int, length: int, folder: str) -> Any:
+    """Build the book's model of chapter 4."""
+    import torch
+    from llms_from_scratch.ch04 import GPTModel  # type: ignore[import-not-found]
+
+    config = {
+        "vocab_size": VOCABULARY,
+        "context_length": length,
+        "emb_dim": emb_dim,
+        "n_heads": n_heads,
+        "n_layers": n_layers,
+        "drop_rate": 0.0,
+        "qkv_bias": False,
+    }
+
+    def loss(model: Any, inputs: Any, targets: Any) -> Any:
+        return torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
+
+    return GPTModel(config), loss
+
+
+def litgpt(emb_dim: int, n_heads: int, n_layers: int, length: int, folder: str) -> Any:
+    """Build a model of litgpt of the same size; it has no GPT-2: rotary positions, an untied head."""
+    from litgpt.model import GPT, Config  # type: ignore[import-not-found]
+    from litgpt.utils import chunked_cross_entropy  # type: ignore[import-not-found]
+
+    config = Config(
+        block_size=length,
+        vocab_size=VOCABULARY,
+        padded_vocab_size=50304,
+        n_layer=n_layers,
+        n_head=n_heads,
+        n_embd=emb_dim,
+        bias=True,
+        parallel_residual=False,
+        mlp_class_name="GptNeoxMLP",
+        gelu_approximate="tanh",
+    )
+
+    def loss(model: Any, inputs: Any, targets: Any) -> Any:
+        return chunked_cross_entropy(model(inputs), targets, chunk_size=0)
+
+    return GPT(config), loss
+
+
+def train_transformers(size: str, batch: Any, tuned: bool, gate: Gate) -> None:
+    """Train under Transformers' Trainer."""
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    model, _ = transformers(*SIZES[size], batch.shape[1] - 1, "")
+
+    class Step(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            gate.step()
+
+    class Same(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
+        def __iter__(self) -> Any:
+            while True:
+                yield from ({"input_ids": row[:-1], "labels": row[:-1]} for row in batch)
+
+    options = {"bf16": True, "torch_compile": True, "optim": "adamw_torch_fused"} if tuned else {}
+    arguments = TrainingArguments(
+        "trainer",
+        use_cpu=True,
+        max_steps=10_000,
+        per_device_train_batch_size=len(batch),
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        weight_decay=0.1,
+        **options,
+    )
+    Trainer(model, arguments, train_dataset=Same(), callbacks=[Step()]).train()
+
+
+class GateCallback(pl.Callback):
+    """Lets the gate count the steps of Lightning's Trainer."""
+
+    gate: Gate
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Count."""
+        self.gate.step()
+
+
+def train_gptlit(size: str, batch_size: int, length: int, gate: Gate) -> None:
+    """Train as a user does: `train.py fit`, with its own Trainer, callbacks and logger."""
+    from tempfile import mkdtemp
+
+    GateCallback.gate = gate
+    folder = mkdtemp()
+    ids = np.random.default_rng(0).integers(0, VOCABULARY, 2_000_000).astype("<u2")
+    ids.tofile(os.path.join(folder, "train.bin"))
+    emb_dim, n_heads, n_layers = SIZES[size]
+    from gptlit.training import main
+
+    flags = [f"--model.config.emb_dim={emb_dim}", f"--model.config.n_heads={n_heads}", "--model.config.drop_rate=0"]
+    flags += [f"--model.config.n_layers={n_layers}", f"--model.config.context_length={length}"]
+    flags += ["--model.config.qkv_bias=true", "--model.config.tie_weights=true", "--model.config.init=gpt2"]
+    flags += [
+        "--model.compile=true",
+        f"--data.source={folder}",
+        "--data.val_fraction=0",
+        f"--data.batch_size={batch_size}",
+    ]
+    flags += ["--trainer.accelerator=cpu", "--trainer.max_steps=100000", "--trainer.gradient_clip_val=1"]
+    flags += [f"--trainer.default_root_dir={folder}", "--trainer.enable_progress_bar=false"]
+    flags += ["--run.save_every_n_steps=1000000", "--trainer.callbacks+=benchmarks.peers.GateCallback"]
+    main(["fit", *flags])

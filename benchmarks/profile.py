@@ -1,0 +1,95 @@
+"""Where the time of one training step goes, by part."""
+
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.contenders import Process, machine
+from benchmarks.peers import operations, time_at_peak, train_gptlit
+
+PARTS = {  # the first pattern that is found in an operation's name says where it belongs
+    "products of layers and head": r"aten::(mm|addmm)$",
+    "products inside attention": r"aten::bmm",
+    "copies for these products": r"aten::(copy_|clone)",
+    "AdamW": r"adamw|AdamW",
+    "norm of the gradient": r"linalg_vector_norm",
+    "softmax of the loss": r"cpp_fused.*copy__.*logsumexp",
+    "GELU, with the norm behind it": r"cpp_fused.*(sigmoid|gelu)",
+    "attention: masks, softmax, sums": r"cpp_fused.*(masked_fill|exp_|_mul_slice_sub)",
+    "norms, shortcuts, casts of weights": r"cpp_fused",
+    "gradients: sums, scaling, zeros": r"aten::(add_|mul_|fill_|zero_)",
+    "everything else": r"",
+}
+
+
+def run(batch_size: int = 1, length: int = 1024, out: str = "profile.json") -> None:
+    """Print the parts of a step of GPT-2 small under `train.py`, the products beside their peak.
+
+    Args:
+        batch_size: Windows in a step.
+        length: Tokens in a window.
+        out: JSON file for the figures.
+    """
+    process = Process((__name__, {"batch_size": batch_size, "length": length}))
+    parts = process.measure()
+    process.close()
+    total = parts.pop("total")
+    peak = time_at_peak(operations("124m", batch_size, length))["seconds"]
+    table = Table("part", "ms", "share", title=f"a step of {batch_size} x {length} tokens: {1e3 * total:.0f} ms")
+    for name, seconds in parts.items():
+        table.add_row(name, f"{1e3 * seconds:.0f}", f"{seconds / total:.1%}")
+    table.add_row("all products at the peak of bf16", f"{1e3 * peak:.0f}", f"{peak / total:.1%}")
+    Console().print(table)
+    values = {"machine": machine(), "seconds": total, "parts": parts, "at the peak": peak}
+    Path(out).write_text(json.dumps(values, indent=1) + "\n")
+
+
+class ProfilingGate:
+    """Lets steps pass, profiles one, and prints the seconds of its parts."""
+
+    def __init__(self, warm: int) -> None:
+        self.left = warm
+
+    def step(self) -> None:
+        """Tell that a step is done."""
+        from torch.profiler import profile
+
+        self.left -= 1
+        if self.left == 0:
+            print("{}", flush=True)
+            self._profile = profile()
+            self._profile.__enter__()
+            self._began = time.perf_counter()
+        elif self.left < 0:
+            total = time.perf_counter() - self._began
+            self._profile.__exit__(None, None, None)
+            print(json.dumps({**by_part(self._profile.key_averages(), total), "total": total}), flush=True)
+            os._exit(0)
+
+
+def by_part(events: Any, total: float) -> dict[str, float]:
+    """Add up the seconds of operations, those inside them left out, by part; "everything else" is what is missing."""
+    seconds = dict.fromkeys(PARTS, 0.0)
+    for event in events:
+        part = next(name for name, pattern in PARTS.items() if re.search(pattern, event.key))
+        seconds[part] += event.self_cpu_time_total / 1e6
+    seconds["everything else"] = 0.0
+    return {**seconds, "everything else": total - sum(seconds.values())}
+
+
+def contender(batch_size: int, length: int) -> None:
+    """Train under `train.py`, with kernels that have names, and profile a step; never returns."""
+    from torch._inductor import config
+
+    from benchmarks.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    config.cpp.enable_kernel_profile = True
+    config.cpp.descriptive_names = "original_aten"
+    train_gptlit("124m", batch_size, length, ProfilingGate(warm=8))

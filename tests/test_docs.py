@@ -1,0 +1,180 @@
+"""Every command in the README and in docs/ is read by the parser that it is for; those of the README run, in order."""
+
+import functools
+import inspect
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from conftest import ROOT, run_script
+from gptlit import cli
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Yield the words of each command in a page: in its blocks, and in backticks."""
+    text = page.read_text()
+    blocks = "\n".join(re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)).replace("\\\n", " ")
+    inline = re.findall(r"`((?:python |gptlit )[^`\n]+)`", text)
+    for line in [*blocks.splitlines(), *inline]:
+        line = re.sub(r"^\.venv/bin/", "", line.strip())
+        if re.match(r"(python -m gptlit |python -m benchmarks |gptlit |python train.py |torchrun |sbatch )", line):
+            yield shlex.split(line, comments=True)
+
+
+def all_commands(start: str) -> list[Any]:
+    found = {" ".join(words): words for page in PAGES for words in commands(page) if " ".join(words).startswith(start)}
+    return [pytest.param(words, id=name) for name, words in found.items()]
+
+
+def arguments_of_fit() -> list[Any]:
+    """Return the words after `train.py` of each command, those of launchers too."""
+    found = []
+    for start in ("python train.py ", "torchrun ", "sbatch "):
+        for case in all_commands(start):
+            words = case.values[0]
+            at = next(i for i, word in enumerate(words) if word.endswith(("train.py", "train.sbatch")))
+            rest = words[at + 1 :] if start != "sbatch " else ["fit", *words[at + 1 :]]
+            if not {"...", "X.yaml"} & set(rest) and len(rest) > 1:
+                found.append(pytest.param(rest, id=case.id))
+    return found
+
+
+@pytest.mark.parametrize("words", arguments_of_fit())
+def test_flags_of_training_are_known(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gptlit.training import main
+
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as exit_:
+        main([*words, "--print_config"])
+    assert exit_.value.code == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [*all_commands("python -m gptlit "), *all_commands("gptlit ")])
+def test_flags_of_the_command_are_known(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = words[1:] if words[0] == "gptlit" else words[3:]
+    words = [word for word in words if not re.fullmatch(r"\[.*\]|\.\.\.", word)]
+    words = [word.split("|")[0] for word in words]  # --to huggingface|book|safetensors
+    if words[0] == "plan":
+        assert (ROOT / words[words.index("--config") + 1]).is_file() or words[words.index("--config") + 1] == "X"
+        return
+    calls = []
+    for name, function in cli.COMMANDS.items():
+        stub = functools.wraps(function)(lambda *args, **values: calls.append(values))
+        monkeypatch.setitem(cli.COMMANDS, name, stub)
+    signature = inspect.signature(cli.COMMANDS[words[0]])
+    required = [key for key, value in signature.parameters.items() if value.default is inspect.Parameter.empty]
+    given = {word.removeprefix("--") for word in words} | {cli.POSITIONAL.get(words[0])}
+    if len(words) == 1 or not set(required) <= given:  # named in a sentence, not spelt out
+        assert {word[2:] for word in words if word.startswith("--")} <= set(signature.parameters)
+        return
+    cli.main(words)
+    assert len(calls) == 1, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", all_commands("python -m benchmarks "))
+def test_flags_of_the_benchmarks_are_known(words: list[str]) -> None:
+    from benchmarks.__main__ import RUNS
+
+    assert {word[2:] for word in words[4:] if word.startswith("--")} <= set(
+        inspect.signature(RUNS[words[3]]).parameters
+    )
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_tests_that_are_named_exist() -> None:
+    names = set(re.findall(r"def (test_\w+)", "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))))
+    for page in PAGES:
+        for name in re.findall(r"`(test_\w+?)(?:_?\.\.\.)?`", page.read_text()):
+            assert any(known.startswith(name) for known in names), f"{page.name}: {name}"
+
+
+def test_readme_is_two_screens() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+# --- the schema of the YAML ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def schema() -> dict[str, Any]:
+    from gptlit.plan import json_schema
+
+    return json_schema()
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.name)
+def test_the_schema_takes_every_config(file: Path, schema: dict[str, Any]) -> None:
+    import jsonschema
+
+    jsonschema.validate(yaml.safe_load(file.read_text()), schema)
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "value"),
+    [("model", "learning_rate", 1e-3), ("model", "lr", "much"), ("run", "val_every_n_step", 5), (None, "trainr", {})],
+)
+def test_the_schema_refuses_what_is_misspelt(group: str | None, key: str, value: Any, schema: dict[str, Any]) -> None:
+    import jsonschema
+
+    config = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
+    (config if group is None else config[group])[key] = value
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(config, schema)
+
+
+def test_the_schema_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["schema", "--out", "s.json"])
+    assert yaml.safe_load(Path("s.json").read_text())["properties"]["model"]
+    assert "yaml-language-server: $schema=s.json" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["schema", "--out", "s.yaml"])
+
+
+# --- the README, as a new user ---
+
+TINY = """
+model: {config: {context_length: 16, emb_dim: 32, n_heads: 2, n_layers: 2}, warmup_steps: 1}
+data: {batch_size: 4, source: FILE.txt}
+trainer: {max_steps: 6, accelerator: cpu, log_every_n_steps: 1}
+run: {name: quickstart, val_every_n_steps: 3}
+"""
+
+
+@pytest.mark.slow
+def test_the_readmes_commands_run_in_their_order(text: str) -> None:
+    """The recipe is a tiny one under the same name; chat reads an empty input, TensorBoard is not started."""
+    Path("FILE.txt").write_text(text)
+    Path("configs").mkdir()
+    Path("configs/quickstart.yaml").write_text(TINY)
+    shutil.copy(ROOT / "train.py", "train.py")
+    section = (ROOT / "README.md").read_text().split("## What you can do")[1]
+    block = re.findall(r"^```\n(.*?)^```", section, re.DOTALL | re.MULTILINE)[0]
+    ran = 0
+    for line in block.splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["python"]:
+            done = run_script(*words[1:], cwd=Path())
+            assert done.returncode == 0, f"{line}\n{done.stderr}"
+            assert "Traceback" not in done.stderr
+            ran += 1
+    assert ran >= 14
+    assert Path("curves.png").is_file()
+    assert Path("my-gpt/model.safetensors").is_file()

@@ -1,0 +1,218 @@
+"""`gptlit plan`, and the same summary at the start of `fit`."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import ROOT, TINY, run_script
+from gptlit.cli import main
+from gptlit.config import PRESETS, GPTConfig
+from gptlit.costs import Work, count_parameters, describe, make_plan, operations, usual_lr, warnings
+from gptlit.model import GPTModel
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def planned(capsys: pytest.CaptureFixture[str], *flags: str) -> dict[str, Any]:
+    main(["plan", "--json", *flags])
+    return dict(json.loads(capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.name)
+def test_parameters_of_every_config_are_exact(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(capsys, f"--config={file}")
+    import yaml
+
+    given = yaml.safe_load(file.read_text())["model"]["config"]
+    pretrained = {"qkv_bias": True, "tie_weights": True} if file.stem == "finetune" else {}
+    with torch.device("meta"):
+        model = GPTModel(GPTConfig(**{**pretrained, **given}))
+    assert plan["parameters"]["total"] == sum(p.numel() for p in model.parameters())
+    assert plan["memory"]["total"] > 16 * plan["parameters"]["total"] * 0.7
+    assert not list(Path().iterdir())  # nothing was written
+
+
+def test_what_depends_on_a_missing_corpus_is_open(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(capsys, f"--config={ROOT / 'configs/gpt2-124m.yaml'}", "--data.source=data/NOWHERE")
+    assert plan["data"] == {
+        "train_tokens": None,
+        "train_windows": None,
+        "val_windows": None,
+        "steps_per_epoch": None,
+        "epochs": None,
+    }
+    assert plan["step"] == {
+        "windows": 512,
+        "tokens": 512 * 1024,
+        "devices": max(1, torch.cuda.device_count()),
+        "micro_batch_size": 16,
+        "accumulation": 32 // max(1, torch.cuda.device_count()),
+    }
+    assert plan["run"]["tokens"] == 20_000 * 512 * 1024
+    assert plan["run"]["tokens_per_parameter"] == pytest.approx(84.26, abs=0.01)
+    assert plan["time"]["seconds"] is None
+
+
+def test_a_prepared_corpus_is_counted(text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["prepare", str(text_file), "--out", "tokens", "--val_fraction", "0.1"])
+    capsys.readouterr()
+    flags = [flag for flag in TINY if "run.name" not in flag]
+    plan = planned(
+        capsys, f"--config={ROOT / 'configs/quickstart.yaml'}", *flags, "--data.source=tokens", "--trainer.max_steps=50"
+    )
+    data = plan["data"]
+    assert data["train_windows"] == (data["train_tokens"] - 1) // 16
+    assert data["steps_per_epoch"] == -(-data["train_windows"] // 4)
+    assert data["epochs"] == pytest.approx(50 * 4 / data["train_windows"])
+    assert plan["warnings"] == [] or all("val/loss" in line or "warm-up" in line for line in plan["warnings"])
+
+
+def test_measure_gives_a_time(text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(
+        capsys, f"--config={ROOT / 'configs/quickstart.yaml'}", *TINY, "--measure", "--data.micro_batch_size=2"
+    )
+    assert plan["time"]["seconds"] == pytest.approx(400 * plan["time"]["seconds_a_step"])
+    assert plan["time"]["tokens_per_second"] == pytest.approx(4 * 16 / plan["time"]["seconds_a_step"])
+    assert re.match(r"20\d\d-", plan["time"]["end"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_here_is_not_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["plan", f"--config={ROOT / 'configs/gpt2-124m.yaml'}", "--measure"])
+    assert exit_.value.code == 2
+    assert "there is no GPU here; add --trainer.accelerator cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "--config is needed"),
+        (["--config=nowhere.yaml"], "nowhere.yaml"),
+        (["--config", str(ROOT / "configs/quickstart.yaml"), "--model.lr=-1"], "model.lr must be a number"),
+        (["--config", str(ROOT / "configs/quickstart.yaml"), "--model.learning_rate=1"], "learning_rate"),
+        (["--config", str(ROOT / "configs/quickstart.yaml"), "--json=maybe"], "--json is true or false, got 'maybe'"),
+    ],
+)
+def test_bad_input_is_one_line(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["plan", *flags])
+    assert exit_.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(lines) == 1
+    assert words in lines[0]
+
+
+# --- the plan itself ---------------------------------------------------------------------------------------------
+
+SMALL = Work(GPTConfig(tie_weights=True, qkv_bias=True), micro_batch_size=1, steps=1000)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("tie_weights", [False, True])
+def test_operations_are_those_of_the_paper(preset: str, tie_weights: bool) -> None:
+    config = replace(PRESETS[preset], tie_weights=tie_weights)
+    with torch.device("meta"):
+        model = GPTModel(config)
+    products = sum(p.numel() for p in model.trf_blocks.parameters()) + model.out_head.weight.numel()
+    norm = sum(p.numel() for p in model.final_norm.parameters())
+    expected = 6 * (products + norm) + 12 * config.n_layers * config.emb_dim * config.context_length
+    assert operations(config, count_parameters(config)) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"micro_batch_size": 10**6, "batch_size": 10**6}, "are needed and the device has"),
+        ({"windows": 1000, "val_windows": 3}, "val/loss comes from 3 windows only"),
+        ({"windows": 160, "warmup_steps": 30}, "the warm-up of 30 steps is longer than an epoch of 10"),
+        ({"warmup_steps": 1000}, "the warm-up of 1000 steps is no shorter than the run of 1000"),
+        ({"lr": 0.1}, "model.lr 0.1 is far from the usual 0.0007"),
+        ({"lr": 1e-6}, "model.lr 1e-06 is far from the usual"),
+        ({"saves": 10**6}, "the checkpoints need"),
+    ],
+)
+def test_what_looks_wrong_is_said(changes: dict[str, Any], words: str) -> None:
+    assert warnings(SMALL, make_plan(SMALL)) == []
+    work = replace(SMALL, **changes)
+    found = warnings(work, make_plan(work))
+    assert len(found) == 1
+    assert words in found[0]
+
+
+def test_a_small_rate_is_usual_for_trained_weights() -> None:
+    work = replace(SMALL, lr=3e-5, is_pretrained=True)
+    assert warnings(work, make_plan(work)) == []
+    assert usual_lr(10**7) > usual_lr(10**8) > usual_lr(10**10)
+
+
+def test_less_memory_with_shards_recomputing_and_half_precision() -> None:
+    def total(**changes: Any) -> int:
+        return int(make_plan(replace(SMALL, **changes))["memory"]["total"])
+
+    assert total(recompute=True) < total()
+    assert total(precision="bf16-mixed") < total()
+    assert total(shards=True, devices=8) < total(devices=8)
+    assert total(optimizer="muon") < total()
+    assert total(micro_batch_size=8) > total()
+
+
+def test_the_lines_say_it_all() -> None:
+    work = replace(SMALL, windows=1600, val_windows=80, train_tokens=1600 * 1024 + 1, batch_size=64, devices=2)
+    work = replace(work, micro_batch_size=16)
+    text = "\n".join(describe(work, make_plan(work)))
+    for words in (
+        "124,439,808 parameters: 12 layers, 12 heads, 768 wide, context 1024; 32-true on 2 x cpu",
+        "blocks 85,054,464, head tied",
+        "step    64 windows = 65,536 tokens: 16 at once on 2 x cpu, accumulated over 2 micro-batches",
+        "1,638,401 tokens, 1,600 windows, 80 to validate; an epoch is 25 steps",
+        "1,000 steps, 65,536,000 tokens, 40 epochs: 0.53 a parameter (Chinchilla: 20)",
+        "1.5 GB a checkpoint, at most 4.5 GB kept",
+    ):
+        assert words in text
+
+
+UNCOMPILED = "--model.compile=false"
+# Prints the plan's figure and the peak of a run of three steps, both in bytes.
+PEAK = """
+import json, resource, subprocess, sys
+from gptlit.training import main
+flags = sys.argv[1:]
+command = [sys.executable, "-m", "gptlit", "plan", "--json", *flags]
+plan = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+main(["fit", *flags, "--trainer.max_steps=3", "--run.val_every_n_steps=3"])
+print(json.dumps([plan["memory"]["total"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "flags"),
+    [
+        ("verdict", ["--trainer.max_epochs=1"]),
+        ("gpt2-124m", ["--trainer.accelerator=cpu", "--data.batch_size=2", "--data.num_workers=0"]),
+        ("gpt2-124m", ["--trainer.accelerator=cpu", "--data.batch_size=4", "--data.num_workers=0", UNCOMPILED]),
+    ],
+)
+def test_memory_is_that_of_a_run(config: str, flags: list[str], text_file: Path) -> None:
+    file = ROOT / "configs" / f"{config}.yaml"
+    done = run_script(
+        "-c", PEAK, f"--config={file}", f"--data.source={text_file}", "--data.val_fraction=0.2", *flags, cwd=Path()
+    )
+    assert done.returncode == 0, done.stderr
+    expected, peak = json.loads(done.stdout.splitlines()[-1])
+    assert peak == pytest.approx(expected, rel=0.10)
+
+
+def test_a_fit_begins_with_its_plan(fit: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
+    fit("--trainer.max_steps=2", "--trainer.enable_progress_bar=true", "--model.warmup_steps=2")
+    err = capsys.readouterr().err
+    assert re.search(r"memory  .* of .* on the cpu, about: weights", err)
+    assert re.search(r"disk    .* a checkpoint, at most", err)
+    assert "warning: the warm-up of 2 steps is no shorter than the run of 2" in err

@@ -1,0 +1,89 @@
+"""`gptlit plot`."""
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gptlit.cli import main
+from gptlit.plot import differences, draw, read_run, smooth
+
+
+@pytest.fixture
+def runs() -> list[str]:
+    """Two runs, as training leaves them."""
+    for version, lr in enumerate((1e-3, 2e-3)):
+        folder = Path(f"runs/a/version_{version}")
+        folder.mkdir(parents=True)
+        lines = ["step,tokens,seconds,name,value"]
+        for step in range(1, 41):
+            lines.append(f"{step},{step * 1000},{step * 2.5},train/loss,{5 + 5 * math.exp(-step / 8) - version / 10}")
+            if step % 10 == 0:
+                lines.append(f"{step},{step * 1000},{step * 2.5},val/loss,{5.2 + abs(step - 30) / 50 - version / 10}")
+        (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+        config = {"model": {"lr": lr, "config": {"emb_dim": 32}}, "run": {"name": f"a{version}"}}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return ["runs/a/version_0", "runs/a/version_1"]
+
+
+@pytest.mark.parametrize(("ending", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_a_picture_is_written(runs: list[str], ending: str, start: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plot", *runs, "--out", f"curves.{ending}"])
+    assert Path(f"curves.{ending}").read_bytes().startswith(start)
+    out = capsys.readouterr().out
+    assert "5.2000" in out  # the best of the first run, at step 30
+    assert "5.1000" in out
+    assert "model.lr" in out
+    assert "emb_dim" not in out
+    assert not list(Path().glob(".*"))
+
+
+def test_the_picture_shows_curves_best_points_and_differences(runs: list[str]) -> None:
+    figure = draw([read_run(run) for run in runs])
+    tokens, seconds, table = figure.axes
+    assert [len(part.lines) for part in (tokens, seconds)] == [8, 8]  # raw, smoothed, val, best: of two runs
+    assert tokens.lines[3].get_xydata().tolist() == [[0.03, 5.2]]  # million tokens
+    assert seconds.lines[3].get_xydata().tolist() == [[75 / 60, 5.2]]
+    assert {text.get_text() for text in tokens.texts} == {"5.200", "5.100"}
+    cells = {cell.get_text().get_text() for cell in table.tables[0].get_celld().values()}
+    assert {"model.lr", "0.001", "0.002"} <= cells
+    assert draw([read_run(runs[0])]).axes[-1].get_xlabel() == "minutes of training"
+
+
+def test_the_newest_version_is_taken(runs: list[str]) -> None:
+    assert read_run("runs/a").folder == Path("runs/a/version_1")
+    assert differences([read_run(run) for run in runs]) == {"model.lr": [1e-3, 2e-3]}
+
+
+def test_smoothing_begins_at_the_first_value_and_passes_over_nan() -> None:
+    assert smooth([3.0, 3.0, math.nan, 3.0]) == pytest.approx([3.0] * 4)
+    assert smooth([1.0, 2.0], weight=0.5) == pytest.approx([1.0, 5 / 3])
+
+
+@pytest.mark.parametrize(
+    ("words", "args"),
+    [
+        ("must end in .png, .svg or .pdf", ["runs/a", "--out", "curves.txt"]),
+        ("there is no folder", ["runs/a", "--out", "nowhere/curves.png"]),
+        ("nowhere has no metrics.csv", ["nowhere", "--out", "curves.png"]),
+        ("has no train/loss and no val/loss yet", ["runs/empty", "--out", "curves.png"]),
+        ("cannot be read", ["runs/bad", "--out", "curves.png"]),
+    ],
+)
+def test_bad_input_is_one_line(
+    runs: list[str], words: str, args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in (
+        ("empty", "step,tokens,seconds,name,value\n"),
+        ("bad", "step,tokens,seconds,name,value\nx,1,1,lr,1\n"),
+    ):
+        Path("runs", name).mkdir()
+        Path("runs", name, "metrics.csv").write_text(text)
+    with pytest.raises(SystemExit) as exit_:
+        main(["plot", *args])
+    assert exit_.value.code == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert words in lines[0]
+    assert not Path("curves.png").exists()
