@@ -68,12 +68,10 @@ def _scores(query: Tensor, key: Tensor, first: int) -> Tensor:
     return scores.masked_fill(positions > positions[first:, None], -torch.inf)
 
 
-def recompute_in_compiled_blocks() -> None:
-    """Let torch.compile keep less of a block for the way back, on a CPU.
+def keep_no_scores() -> None:
+    """Let torch.compile make the scores twice, on a CPU.
 
-    It would notice that the scores there are those of the way forth, and keep them all: twice the activations. What is
-    cheap (norms, GELU) is made again too; a step takes the same time.
+    It would notice that those on the way back are those of the way there, and keep them all: twice the activations.
     """
     if not torch.cuda.is_available():
         torch._functorch.config.cse = False
-        torch._functorch.config.activation_memory_budget = 0.9

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gptlit.attention import recompute_in_compiled_blocks
+from gptlit.attention import keep_no_scores
 from gptlit.config import GPTConfig
 from gptlit.loss import ROWS, head_loss, softmax_, softmax_by_parts_
 from gptlit.model import GPTModel, TransformerBlock
@@ -20,7 +20,6 @@ CHINCHILLA = 20  # tokens a parameter. Source: Hoffmann et al. 2022, "Training C
 PROGRAM = 0.7e9  # bytes that Python, torch and Lightning take in main memory
 COMPILER = 0.25e9  # and torch.compile
 SAVED = {2: 38, 4: 64}  # bytes that a token leaves in a block for the way back, over emb_dim, by the activations' size
-COMPILED = 20  # the same in a compiled block, which makes again what is cheap
 
 
 @dataclass(frozen=True)
@@ -149,13 +148,12 @@ def memory(work: Work, total: int) -> dict[str, int | None]:
     tokens = work.micro_batch_size * config.context_length
     size = 4 if "32" in work.precision else 2
     n = work.devices if work.shards else 1
-    one = COMPILED if work.compile and size == 2 and work.device == "cpu" else SAVED[size]
-    saved = one * (layers + 2)  # and what one block takes on its way back
+    saved = SAVED[size] * (layers + 2)  # and what one block takes on its way back
     if config.drop_rate:
         saved += 2 * layers  # masks behind attention and feed-forward
         if work.device == "cpu":  # torch's attention keeps its probabilities where it drops some
             saved += layers * config.n_heads * config.context_length * (2 * size + 1) // width
-    activations = tokens * width * (4 * layers + 2 * one if work.recompute else saved)
+    activations = tokens * width * (4 * layers + 2 * SAVED[size] if work.recompute else saved)
     casts = 0 if size == 4 else 2 * 12 * width**2 * layers
     rows = min(tokens, ROWS.get(work.device, 1024))
     parts: dict[str, int] = {
@@ -244,6 +242,8 @@ def describe(work: Work, plan: dict[str, Any]) -> list[str]:
             f"run     {run['steps']:,} steps, {run['tokens']:,} tokens{epochs}: {run['tokens_per_parameter']:.2g} a "
             f"parameter (Chinchilla: {CHINCHILLA})"
         )
+    if work.saves == 0:
+        return [*lines, "disk    no checkpoints"]
     kept = "all are kept" if saved["bytes_kept"] is None else f"at most {gigabytes(saved['bytes_kept'])} kept"
     lines.append(f"disk    {gigabytes(saved['bytes'])} a checkpoint, {kept}; {gigabytes(saved['free'])} free")
     return lines
@@ -273,7 +273,7 @@ def measure(work: Work) -> float:
     device = torch.device(work.device)
     model = GPTModel(work.config).to(device)
     if work.compile:
-        recompute_in_compiled_blocks()
+        keep_no_scores()
     for block in model.trf_blocks:
         assert isinstance(block, TransformerBlock)
         block.recompute = work.recompute

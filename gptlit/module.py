@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import AdamW
 from torchmetrics import MeanMetric
 
-from gptlit.attention import recompute_in_compiled_blocks
+from gptlit.attention import keep_no_scores
 from gptlit.config import GPTConfig
 from gptlit.errors import InputError
 from gptlit.loss import head_loss, softmax_, softmax_by_parts_
@@ -157,7 +157,7 @@ class GPTModule(pl.LightningModule):
         if self.init_from is not None:
             copy_weights(self.model, read_source(self.init_from))
         if self.compile_model:
-            recompute_in_compiled_blocks()
+            keep_no_scores()
         for block in self.model.trf_blocks:
             assert isinstance(block, TransformerBlock)
             block.recompute = self.activation_checkpointing
