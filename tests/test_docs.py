@@ -67,8 +67,10 @@ def test_flags_of_the_command_are_known(
     words = words[1:] if words[0] == "gptlit" else words[3:]
     words = [word for word in words if not re.fullmatch(r"\[.*\]|\.\.\.", word)]
     words = [word.split("|")[0] for word in words]  # --to huggingface|book|safetensors
+    if words in (["--help"], ["plan"]):  # named in a sentence
+        return
     if words[0] == "plan":
-        assert (ROOT / words[words.index("--config") + 1]).is_file() or words[words.index("--config") + 1] == "X"
+        assert (ROOT / words[words.index("--config") + 1]).is_file()
         return
     calls = []
     for name, function in cli.COMMANDS.items():
