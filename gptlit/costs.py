@@ -236,6 +236,8 @@ def describe(work: Work, plan: dict[str, Any]) -> list[str]:
         val = f", {data['val_windows']:,} to validate" if data["val_windows"] is not None else ""
         epoch = f"an epoch is {data['steps_per_epoch']:,} steps"
         lines.append(f"data    {data['train_tokens']:,} tokens, {data['train_windows']:,} windows{val}; {epoch}")
+    else:
+        lines.append("data    not prepared here: windows and epochs are open")
     if run["steps"] is not None:
         epochs = f", {data['epochs']:.2g} epochs" if data["epochs"] is not None else ""
         lines.append(
@@ -252,7 +254,8 @@ def describe(work: Work, plan: dict[str, Any]) -> list[str]:
 def _memory_line(work: Work, memory: dict[str, int | None]) -> str:
     parts = [f"{name} {gigabytes(n)}" for name, n in memory.items() if n and name not in ("total", "available")]
     have = "" if memory["available"] is None else f" of {gigabytes(memory['available'])}"
-    where = "a device" if work.devices > 1 else f"the {work.device}"
+    name = {"cpu": "CPU", "cuda": "GPU"}.get(work.device, work.device)
+    where = f"each {name}" if work.devices > 1 else f"the {name}"
     return f"memory  {gigabytes(memory['total'] or 0)}{have} on {where}, about: {', '.join(parts)}"
 
 

@@ -163,6 +163,10 @@ def test_less_memory_with_shards_recomputing_and_half_precision() -> None:
     assert total(micro_batch_size=8) > total()
 
 
+def test_an_unknown_corpus_is_said() -> None:
+    assert "data    not prepared here: windows and epochs are open" in describe(SMALL, make_plan(SMALL))
+
+
 def test_the_lines_say_it_all() -> None:
     work = replace(SMALL, windows=1600, val_windows=80, train_tokens=1600 * 1024 + 1, batch_size=64, devices=2)
     work = replace(work, micro_batch_size=16)
@@ -213,6 +217,6 @@ def test_memory_is_that_of_a_run(config: str, flags: list[str], text_file: Path)
 def test_a_fit_begins_with_its_plan(fit: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
     fit("--trainer.max_steps=2", "--trainer.enable_progress_bar=true", "--model.warmup_steps=2")
     err = capsys.readouterr().err
-    assert re.search(r"memory  .* of .* on the cpu, about: weights", err)
+    assert re.search(r"memory  .* of .* on the CPU, about: weights", err)
     assert re.search(r"disk    .* a checkpoint, at most", err)
     assert "warning: the warm-up of 2 steps is no shorter than the run of 2" in err
