@@ -162,7 +162,9 @@ run: {name: quickstart, val_every_n_steps: 3}
 
 @pytest.mark.slow
 def test_the_readmes_commands_run_in_their_order(text: str) -> None:
-    """The recipe is a tiny one under the same name; chat reads an empty input, TensorBoard is not started."""
+    """The recipe is a tiny one under the same name. The first run of one's own ends early, as by Ctrl-C, for the
+    resuming one to go on from; chat reads an empty input; TensorBoard is not started.
+    """
     Path("FILE.txt").write_text(text)
     Path("configs").mkdir()
     Path("configs/quickstart.yaml").write_text(TINY)
@@ -173,10 +175,12 @@ def test_the_readmes_commands_run_in_their_order(text: str) -> None:
     for line in block.splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["python"]:
+            if "--run.name" in words and words[-1] == "mine":
+                words.append("--trainer.max_steps=3")
             done = run_script(*words[1:], cwd=Path())
             assert done.returncode == 0, f"{line}\n{done.stderr}"
             assert "Traceback" not in done.stderr
             ran += 1
-    assert ran >= 14
+    assert ran == 13
     assert Path("curves.png").is_file()
     assert Path("my-gpt/model.safetensors").is_file()

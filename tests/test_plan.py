@@ -204,11 +204,11 @@ print(json.dumps([plan["memory"]["total"], resource.getrusage(resource.RUSAGE_SE
         ("gpt2-124m", ["--trainer.accelerator=cpu", "--data.batch_size=4", "--data.num_workers=0", UNCOMPILED]),
     ],
 )
-def test_memory_is_that_of_a_run(config: str, flags: list[str], text_file: Path) -> None:
+def test_memory_is_that_of_a_run(config: str, flags: list[str], text: str) -> None:
+    Path("long.txt").write_text(text * 4)
     file = ROOT / "configs" / f"{config}.yaml"
-    done = run_script(
-        "-c", PEAK, f"--config={file}", f"--data.source={text_file}", "--data.val_fraction=0.2", *flags, cwd=Path()
-    )
+    flags = [f"--config={file}", "--data.source=long.txt", "--data.val_fraction=0.2", *flags]
+    done = run_script("-c", PEAK, *flags, cwd=Path())
     assert done.returncode == 0, done.stderr
     expected, peak = json.loads(done.stdout.splitlines()[-1])
     assert peak == pytest.approx(expected, rel=0.10)
