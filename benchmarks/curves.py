@@ -1,6 +1,7 @@
 """Curves, not speed alone: how soon a loss is reached, and whether the optimisations change the losses."""
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def time_to_loss(nanogpt: str, steps: int = 800, seeds: int = 3, out: str = "tim
     for seed in track(range(seeds), "seeds"):
         *_, (theirs, target) = train("nanogpt", folder=nanogpt, steps=steps, lr=lr, seed=seed)
         points = train("gptlit", seed=seed)
-        ours = next((seconds for seconds, loss in points if loss <= target), float("nan"))
+        ours = next((seconds for seconds, loss in points if loss <= target), math.inf)
         runs.append({"loss": target, "nanogpt": theirs, "gptlit": ours, "ratio": ours / theirs, "points": points})
         table.add_row(
             f"{seed}", f"{target:.4f}", f"{theirs:.1f}", f"{ours:.1f}", f"{ours / theirs:.2f}", f"{points[-1][1]:.4f}"
@@ -67,23 +68,24 @@ def train(name: str, **options: Any) -> list[tuple[float, float]]:
 
 
 class Clock(pl.Callback):
-    """Prints the seconds that steps have taken, the first one left out, and val/loss after each validation."""
+    """Prints the seconds since the first step, validations left out, and val/loss after each validation."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        """Let the clock go."""
-        self.began = time.perf_counter()
+        self.seconds, self.began = 0.0, math.inf
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Let the clock go when the first step, which compiles, is done."""
+        if trainer.global_step == 1:
+            self.began = time.perf_counter()
+
+    def on_validation_start(self, *_: Any) -> None:
         """Stop it."""
-        if trainer.global_step > 1:
-            self.seconds += time.perf_counter() - self.began
+        self.seconds += time.perf_counter() - self.began
 
     def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Print."""
+        """Print, and let it go again."""
         print(json.dumps([self.seconds, float(trainer.callback_metrics["val/loss"])]), flush=True)
+        self.began = time.perf_counter()
 
 
 def train_gptlit(seed: int) -> None:
@@ -91,7 +93,11 @@ def train_gptlit(seed: int) -> None:
     from gptlit.training import main
 
     flags = [f"--seed_everything={seed}", "--run.val_every_n_steps=25", "--run.sample_prompt=", "--model.compile=true"]
-    flags += ["--trainer.enable_checkpointing=false", "--trainer.callbacks+=benchmarks.curves.Clock"]
+    flags += [
+        "--trainer.precision=bf16-mixed",
+        "--trainer.enable_checkpointing=false",
+        "--trainer.callbacks+=benchmarks.curves.Clock",
+    ]
     with tempfile.TemporaryDirectory() as folder:
         main(["fit", f"--config={QUICKSTART}", f"--trainer.default_root_dir={folder}", *flags])
 
@@ -108,13 +114,15 @@ def train_nanogpt(folder: str, steps: int, lr: float, seed: int) -> None:
     sys.path.insert(0, folder)
     from model import GPT, GPTConfig  # type: ignore[import-not-found]
 
+    from benchmarks.peers import PADDED
+
     datamodule = TokenDataModule("python-docs", batch_size=BATCH, val_fraction=0.05)
     datamodule.context_length = LENGTH
     datamodule.prepare_data()
     datamodule.setup("fit")
     ids = torch.from_numpy(np.concatenate([s.ids for s in datamodule.data.shards("train")]).astype(np.int64))
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(LENGTH, 50257, LAYERS, HEADS, WIDTH, dropout=0.0, bias=True))
+    model = GPT(GPTConfig(LENGTH, PADDED, LAYERS, HEADS, WIDTH, dropout=0.0, bias=True))
     optimizer = model.configure_optimizers(0.1, lr, (0.9, 0.99), "cuda" if torch.cuda.is_available() else "cpu")
     for group in optimizer.param_groups:
         group["fused"], group["foreach"] = True, False
@@ -175,7 +183,8 @@ def numerics(steps: int = 200, out: str = "numerics.json") -> None:
     """
     curves = {}
     plain = ["--trainer.precision=32-true", "--model.compile=false"]
-    for name, script, flags in (("plain", PLAIN, plain), ("optimised", OPTIMISED, ["--model.compile=true"])):
+    optimised = ["--trainer.precision=bf16-mixed", "--model.compile=true"]
+    for name, script, flags in (("plain", PLAIN, plain), ("optimised", OPTIMISED, optimised)):
         curves[name] = losses(script, steps, flags)
     both = list(zip(curves["plain"], curves["optimised"], strict=True))
     off = [abs(b / a - 1) for a, b in both]

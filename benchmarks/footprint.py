@@ -46,7 +46,7 @@ def run(
 
 
 class Peaks:
-    """The peak memory, in GB, of three steps of a contender, by batch size; each is measured once."""
+    """The peak memory, in GB, of two steps of a contender, by batch size; each is measured once."""
 
     def __init__(self, name: str, length: int, options: dict[str, Any]) -> None:
         self.name, self.length, self.options = name, length, options
@@ -54,7 +54,7 @@ class Peaks:
 
     def __getitem__(self, batch_size: int) -> float:
         if batch_size not in self._known:
-            contender = make(self.name, "124m", batch_size, self.length, warm=2, steps=1, **self.options)
+            contender = make(self.name, "124m", batch_size, self.length, warm=1, steps=1, **self.options)
             process = Process(contender)
             self._known[batch_size] = process.measure()["peak GB"]
             process.close()

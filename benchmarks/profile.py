@@ -28,19 +28,20 @@ PARTS = {  # the first pattern that is found in an operation's name says where i
 }
 
 
-def run(batch_size: int = 1, length: int = 1024, out: str = "profile.json") -> None:
-    """Print the parts of a step of GPT-2 small under `train.py`, the products beside their peak.
+def run(size: str = "124m", batch_size: int = 1, length: int = 1024, out: str = "profile.json") -> None:
+    """Print the parts of a step under `train.py`, the products beside their peak.
 
     Args:
+        size: "124m", or "small" (6 layers, 384 wide).
         batch_size: Windows in a step.
         length: Tokens in a window.
         out: JSON file for the figures.
     """
-    process = Process((__name__, {"batch_size": batch_size, "length": length}))
+    process = Process((__name__, {"size": size, "batch_size": batch_size, "length": length}))
     parts = process.measure()
     process.close()
     total = parts.pop("total")
-    peak = time_at_peak(operations("124m", batch_size, length))["seconds"]
+    peak = time_at_peak(operations(size, batch_size, length))["seconds"]
     table = Table("part", "ms", "share", title=f"a step of {batch_size} x {length} tokens: {1e3 * total:.0f} ms")
     for name, seconds in parts.items():
         table.add_row(name, f"{1e3 * seconds:.0f}", f"{seconds / total:.1%}")
@@ -83,7 +84,7 @@ def by_part(events: Any, total: float) -> dict[str, float]:
     return {**seconds, "everything else": total - sum(seconds.values())}
 
 
-def contender(batch_size: int, length: int) -> None:
+def contender(size: str, batch_size: int, length: int) -> None:
     """Train under `train.py`, with kernels that have names, and profile a step; never returns."""
     from torch._inductor import config
 
@@ -92,4 +93,4 @@ def contender(batch_size: int, length: int) -> None:
     keep_freed_memory()
     config.cpp.enable_kernel_profile = True
     config.cpp.descriptive_names = "original_aten"
-    train_gptlit("124m", batch_size, length, ProfilingGate(warm=8))
+    train_gptlit(size, batch_size, length, True, ProfilingGate(warm=8))

@@ -19,6 +19,8 @@ def run(
 ) -> None:
     """Compare the time of a step. "matmul" is the time that its operations take at the peak of bf16 products.
 
+    gptlit is tuned as its peers are; "gptlit, shipped" is `train.py` with nothing said, not compiled.
+
     Args:
         peers: Some of nanogpt, transformers (bare), trainer (Transformers' own), litgpt, book.
         size: "124m", or "small" (6 layers, 384 wide).
@@ -30,11 +32,12 @@ def run(
         out: JSON file for the figures; the name of the peer is added to its name. Table and picture lie beside it.
     """
     for peer in peers:  # one after the other: all of them at once need more memory than a small machine has
-        names = ["gptlit", "matmul", f"{peer}, tuned"] + ([] if peer == "litgpt" else [f"{peer}, shipped"])
+        shipped = [] if peer == "litgpt" else ["gptlit, shipped", f"{peer}, shipped"]
+        names = ["gptlit", "matmul", f"{peer}, tuned", *shipped]
         options = {"folder": nanogpt} if peer == "nanogpt" else {}
         contenders = {name: make(name, size, batch_size, length, **options) for name in names}
         pythons = {f"{peer}, tuned": litgpt_python} if peer == "litgpt" and litgpt_python else {}
-        pairs = [(name, "gptlit") for name in names[1:]]
+        pairs = [(name, "gptlit") for name in names[1:]] + ([(shipped[1], shipped[0])] if shipped else [])
         title = f"seconds a step, {size}, {batch_size} x {length} tokens"
         path = Path(out)
         compare(title, contenders, pairs, "seconds", path.with_stem(f"{path.stem}-{peer}"), rounds, pythons)
@@ -68,7 +71,7 @@ RUNGS = (
 )
 
 
-def ladder(batch_size: int = 1, length: int = 1024, rounds: int = 3, out: str = "ladder.json") -> None:
+def ladder(batch_size: int = 1, length: int = 1024, rounds: int = 4, out: str = "ladder.json") -> None:
     """Compare GPT-2 small's step with each technique on top of those before it; the last rung is gptlit's own step.
 
     Args:
@@ -99,6 +102,7 @@ def contender(rung: int, batch_size: int, length: int) -> Any:
     from gptlit import GPTConfig, GPTModel, attention
     from gptlit import model as architecture
     from gptlit.loss import head_loss, next_token_loss, softmax_
+    from gptlit.model import keep_little
 
     torch.manual_seed(0)
     batch = torch.randint(VOCABULARY, (batch_size, length + 1))
@@ -111,6 +115,8 @@ def contender(rung: int, batch_size: int, length: int) -> Any:
         return bare(*SIZES["124m"], inputs, targets, gate)
     if not on["attention in blocks"]:
         attention.torch.compiler.is_compiling = lambda: False  # type: ignore[assignment]
+    else:
+        keep_little()
     if not on["GELU by one exponential"]:
         architecture.GELU.forward = lambda self, x: F.gelu(x, approximate="tanh")  # type: ignore[method-assign]
     model = GPTModel(GPTConfig(context_length=length, drop_rate=0.0, qkv_bias=True, tie_weights=True, init="gpt2"))

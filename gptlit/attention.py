@@ -7,7 +7,6 @@ are computed again on the way back, so that none are kept. Source: Dao et al. 20
 from typing import Any
 
 import torch
-import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -66,12 +65,3 @@ def _scores(query: Tensor, key: Tensor, first: int) -> Tensor:
     scores: Tensor = (query[:, first:last] @ key[:, :last].transpose(1, 2)).float() * query.shape[-1] ** -0.5
     positions = torch.arange(last, device=query.device)
     return scores.masked_fill(positions > positions[first:, None], -torch.inf)
-
-
-def keep_no_scores() -> None:
-    """Let torch.compile make the scores twice, on a CPU.
-
-    It would notice that those on the way back are those of the way there, and keep them all: twice the activations.
-    """
-    if not torch.cuda.is_available():
-        torch._functorch.config.cse = False

@@ -195,16 +195,20 @@ class Throughput(Callback):
         self.peak = peak
         self._spent = dict.fromkeys(("data", "model", "optimizer", "validation"), 0.0)  # seconds since the start
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the loggers their tokens, measure the peak, start the clock."""
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the loggers their tokens; a validation may come before the first step."""
         assert isinstance(pl_module, GPTModule)
         for logger in trainer.loggers:
             if isinstance(logger, StepLogger | CsvLogger):
                 logger.tokens = lambda: pl_module.tokens
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure the peak, start the clock."""
+        assert isinstance(pl_module, GPTModule)
         self._operations = operations(pl_module.config, count_parameters(pl_module.config))
         if self.peak is None:
             self.peak = matmul_peak(trainer.strategy.root_device, str(trainer.precision))
-        self._batch_ended, self._saves = time.perf_counter(), self._seconds(trainer)["checkpoint"]
+        self._batch_ended = time.perf_counter()
         self._mark(trainer, pl_module)
 
     def _seconds(self, trainer: pl.Trainer) -> dict[str, float]:
@@ -217,11 +221,9 @@ class Throughput(Callback):
         self._began, self._tokens, self._before = time.perf_counter(), pl_module.tokens, self._seconds(trainer)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, _: int) -> None:
-        """The batch is here: since the last one it was waited for, but for a save."""
-        self._batch_began = time.perf_counter()
-        saves = self._seconds(trainer)["checkpoint"]
-        self._spent["data"] += self._batch_began - self._batch_ended - (saves - self._saves)
-        self._saves = saves
+        """The batch is here. (Lightning calls checkpoint callbacks last: a save that is due comes after this.)"""
+        self._batch_began, self._saves = time.perf_counter(), self._seconds(trainer)["checkpoint"]
+        self._spent["data"] += self._batch_began - self._batch_ended
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, _: Any) -> None:
         """The gradient is there."""
@@ -243,7 +245,8 @@ class Throughput(Callback):
         accumulates = trainer.fit_loop._should_accumulate()
         optimizer = 0.0 if accumulates else now - self._step_began
         self._spent["optimizer"] += optimizer
-        self._spent["model"] += now - self._batch_began - optimizer
+        saved = self._seconds(trainer)["checkpoint"] - self._saves
+        self._spent["model"] += now - self._batch_began - optimizer - saved
         if trainer._logger_connector.should_update_logs and not accumulates:
             self._log(trainer, pl_module)
             self._mark(trainer, pl_module)
@@ -260,7 +263,7 @@ class Throughput(Callback):
                 "perf/tokens_per_second": rate,
                 "perf/mfu": rate * self._operations / (self.peak * trainer.world_size),
                 "perf/memory_gb": memory_peak(trainer.strategy.root_device) / 1e9,
-                **{f"share/{part}": min(1.0, seconds / wall) for part, seconds in spent.items()},
+                **{f"share/{part}": seconds / wall for part, seconds in spent.items()},
             }
         )
 
@@ -464,6 +467,7 @@ def work_of(trainer: pl.Trainer, module: GPTModule, datamodule: TokenDataModule)
         precision=str(trainer.precision),
         device=trainer.strategy.root_device.type,
         devices=trainer.world_size,
+        nodes=trainer.num_nodes,
         shards=module.device_mesh is not None,
         recompute=module.activation_checkpointing,
         compile=module.compile_model,

@@ -10,16 +10,17 @@ from typing import Any
 
 import torch
 
-from gptlit.attention import keep_no_scores
 from gptlit.config import GPTConfig
 from gptlit.loss import ROWS, head_loss, softmax_, softmax_by_parts_
-from gptlit.model import GPTModel, TransformerBlock
+from gptlit.model import GPTModel, TransformerBlock, keep_little
 from gptlit.optimizer import make_optimizer
 
 CHINCHILLA = 20  # tokens a parameter. Source: Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models"
 PROGRAM = 0.7e9  # bytes that Python, torch and Lightning take in main memory
 COMPILER = 0.25e9  # and torch.compile
-SAVED = {2: 38, 4: 64}  # bytes that a token leaves in a block for the way back, over emb_dim, by the activations' size
+# Bytes that a token leaves in a block for the way back, over emb_dim, by the size of an activation.
+SAVED = {2: 38, 4: 64, 8: 128}
+KEPT_LITTLE = {2: 22, 4: 40, 8: 80}  # where norms and GELU are made again
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Work:
         precision: Lightning's name, "bf16-mixed" for example.
         device: "cpu", "cuda" or "mps".
         devices: How many, over all nodes.
+        nodes: Machines.
         shards: Whether weights, gradients and moments are split over them.
         recompute: Whether blocks are computed again on the way back.
         compile: Whether blocks are compiled.
@@ -54,6 +56,7 @@ class Work:
     precision: str = "32-true"
     device: str = "cpu"
     devices: int = 1
+    nodes: int = 1
     shards: bool = False
     recompute: bool = False
     compile: bool = False
@@ -82,7 +85,7 @@ def make_plan(work: Work) -> dict[str, Any]:
             steps = limit if steps is None else min(steps, limit)
     tokens_a_step = work.batch_size * work.config.context_length
     tokens = None if steps is None else steps * tokens_a_step
-    size = 4 * parameters["total"] + optimizer_bytes(work)
+    size = word(work.precision) * parameters["total"] + optimizer_bytes(work)
     return {
         "parameters": parameters,
         "memory": memory(work, parameters["total"]),
@@ -91,7 +94,7 @@ def make_plan(work: Work) -> dict[str, Any]:
             "tokens": tokens_a_step,
             "devices": work.devices,
             "micro_batch_size": work.micro_batch_size,
-            "accumulation": math.ceil(work.batch_size / (work.micro_batch_size * work.devices)),
+            "accumulation": accumulation(work),
         },
         "data": {
             "train_tokens": work.train_tokens,
@@ -130,35 +133,48 @@ def operations(config: GPTConfig, parameters: dict[str, int]) -> int:
     return 6 * multiplied + 12 * config.n_layers * config.emb_dim * config.context_length
 
 
+def accumulation(work: Work) -> int:
+    """Return the micro-batches of a step on each device."""
+    return math.ceil(work.batch_size / (work.micro_batch_size * work.devices))
+
+
+def word(precision: str) -> int:
+    """Return the bytes of a weight, of its gradient and of each of its moments."""
+    return {"64-true": 8, "bf16-true": 2, "16-true": 2}.get(precision, 4)
+
+
 def optimizer_bytes(work: Work) -> int:
     """Return the bytes of the moments: two a parameter, one for what Muon moves."""
-    total = 8 * count_parameters(work.config)["total"]
+    total = 2 * count_parameters(work.config)["total"]
     if work.optimizer == "muon":
-        total -= 4 * 12 * work.config.n_layers * work.config.emb_dim**2
-    return total
+        total -= 12 * work.config.n_layers * work.config.emb_dim**2
+    return word(work.precision) * total
 
 
 def memory(work: Work, total: int) -> dict[str, int | None]:
     """Return what one device needs at its peak, in bytes by part, and what it has.
 
-    The activations are reckoned: what a block keeps of a token for the way back, as in docs/scaling.md.
+    The activations are reckoned: what a block keeps of a token for the way back, as in docs/scaling.md. Gradients grow
+    while activations go, and are gone when the next ones come, but for other micro-batches and other devices: only
+    then they need room of their own.
     """
     config = work.config
     width, layers, vocabulary = config.emb_dim, config.n_layers, config.vocab_size
     tokens = work.micro_batch_size * config.context_length
-    size = 4 if "32" in work.precision else 2
+    size = {"64": 8, "32": 4}.get(work.precision.split("-")[0], 2)
+    kept = (KEPT_LITTLE if work.compile and work.device == "cpu" else SAVED)[size]
     n = work.devices if work.shards else 1
-    saved = SAVED[size] * (layers + 2)  # and what one block takes on its way back
+    saved = kept * (layers + 2)  # and what one block takes on its way back
     if config.drop_rate:
         saved += 2 * layers  # masks behind attention and feed-forward
         if work.device == "cpu":  # torch's attention keeps its probabilities where it drops some
             saved += layers * config.n_heads * config.context_length * (2 * size + 1) // width
-    activations = tokens * width * (4 * layers + 2 * SAVED[size] if work.recompute else saved)
-    casts = 0 if size == 4 else 2 * 12 * width**2 * layers
+    activations = tokens * width * (4 * layers + 2 * kept if work.recompute else saved)
+    casts = 2 * 12 * width**2 * layers if "mixed" in work.precision and not work.compile else 0
     rows = min(tokens, ROWS.get(work.device, 1024))
     parts: dict[str, int] = {
-        "weights": 4 * total // n,
-        "gradients": 4 * total // n,
+        "weights": word(work.precision) * total // n,
+        "gradients": word(work.precision) * total // n,
         "optimizer": optimizer_bytes(work) // n,
         "activations": activations + casts,
         "logits": (6 if size == 2 else 4) * vocabulary * width + size * vocabulary * rows,
@@ -166,16 +182,18 @@ def memory(work: Work, total: int) -> dict[str, int | None]:
     }
     if config.tie_weights:
         parts["gradients"] += 4 * vocabulary * width  # the embedding's own, before it is added to the head's
+    if work.devices == accumulation(work) == 1:
+        parts["gradients"] = max(0, parts["gradients"] - parts["activations"])
     if n > 1:
         parts["weights"] += 8 * (vocabulary * width + 12 * width**2)  # the embedding and a block, gathered
-    return {**parts, "total": sum(parts.values()), "available": available_memory(work.device)}
+    return {**parts, "total": sum(parts.values()), "available": available_memory(work)}
 
 
-def available_memory(device: str) -> int | None:
-    """Return the bytes that a device has; None where it is not here."""
-    if device == "cpu" and hasattr(os, "sysconf"):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if device == "cuda" and torch.cuda.is_available():
+def available_memory(work: Work) -> int | None:
+    """Return the bytes that a device has; None where it is not here. Processes on CPUs share those of their machine."""
+    if work.device == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * work.nodes // work.devices
+    if work.device == "cuda" and torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(0).total_memory)
     return None
 
@@ -208,8 +226,9 @@ def warnings(work: Work, plan: dict[str, Any]) -> list[str]:
     if work.lr > 5 * usual or (work.lr < usual / 10 and not work.is_pretrained):
         found.append(f"model.lr {work.lr:g} is far from the usual {usual:.1g} for a model of this size")
     kept, free = plan["checkpoint"]["bytes_kept"], plan["checkpoint"]["free"]
-    if kept is not None and kept > free:
-        found.append(f"the checkpoints need {gigabytes(kept)} and {work.folder} has {gigabytes(free)} left")
+    if kept and kept + plan["checkpoint"]["bytes"] > free:  # a new one is there before the oldest goes
+        need = gigabytes(kept + plan["checkpoint"]["bytes"])
+        found.append(f"the checkpoints need {need} and {work.folder} has {gigabytes(free)} left")
     return found
 
 
@@ -276,7 +295,7 @@ def measure(work: Work) -> float:
     device = torch.device(work.device)
     model = GPTModel(work.config).to(device)
     if work.compile:
-        keep_no_scores()
+        keep_little()
     for block in model.trf_blocks:
         assert isinstance(block, TransformerBlock)
         block.recompute = work.recompute
@@ -288,16 +307,15 @@ def measure(work: Work) -> float:
     ids = torch.randint(work.config.vocab_size, (work.micro_batch_size, length + 1), device=device)
     softmax = torch.compile(softmax_, dynamic=False) if work.compile else softmax_by_parts_
     dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(work.precision.split("-")[0])
-    accumulation = math.ceil(work.batch_size / (work.micro_batch_size * work.devices))
     times: dict[str, list[float]] = {"micro": [], "step": []}
 
+    wait = getattr(torch, device.type).synchronize
+
     def timed(name: str, action: Any) -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
         began = time.perf_counter()
         action()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait()
         times[name].append(time.perf_counter() - began)
 
     def micro() -> None:
@@ -315,4 +333,4 @@ def measure(work: Work) -> float:
         timed("micro", micro)
         timed("step", step)
     best = {name: sorted(values[2:])[1] for name, values in times.items()}
-    return accumulation * best["micro"] + best["step"]
+    return accumulation(work) * best["micro"] + best["step"]

@@ -105,12 +105,13 @@ class _HeadLoss(torch.autograd.Function):
                 if wants_weight:
                     product = (padded.t() @ states[part])[: len(head)]
                     to_weight = product if to_weight is None else to_weight.to(scale.dtype).add_(product)
-        ctx.save_for_backward(to_hidden, to_weight)
-        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.parts = (to_hidden, hidden.dtype), (to_weight, weight.dtype)
         return loss
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        parts = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        found = [None if part is None else part.to(dtype, copy=True).mul_(gradient) for part, dtype in parts]
+        if ctx.parts is None:
+            raise RuntimeError("head_loss gives its gradients away at the first backward: there is no second")
+        parts, ctx.parts = ctx.parts, None
+        found = [None if part is None else part.to(dtype).mul_(gradient) for part, dtype in parts]
         return *found, None, None, None, None

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -22,6 +23,17 @@ LayerContext = Callable[[nn.Module], AbstractContextManager[None]]
 
 def _plain(_: nn.Module) -> AbstractContextManager[None]:
     return nullcontext()
+
+
+def keep_little() -> None:
+    """Let torch.compile, on a CPU, make attention's scores, GELU and norms again on the way back, not keep them.
+
+    It would notice that the scores there are those of the way here (twice the activations), and keep whatever a product
+    on the way back reads. Made again they cost a hundredth of a step.
+    """
+    if not torch.cuda.is_available():
+        torch._functorch.config.cse = False
+        torch._functorch.config.ban_recompute_materialized_backward = False
 
 
 class MultiHeadAttention(nn.Module):

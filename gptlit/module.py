@@ -12,11 +12,10 @@ from torch import Tensor
 from torch.optim import AdamW
 from torchmetrics import MeanMetric
 
-from gptlit.attention import keep_no_scores
 from gptlit.config import GPTConfig
 from gptlit.errors import InputError
 from gptlit.loss import head_loss, softmax_, softmax_by_parts_
-from gptlit.model import GPTModel, TransformerBlock
+from gptlit.model import GPTModel, TransformerBlock, keep_little
 from gptlit.optimizer import OptimizerName, make_optimizer, set_values
 from gptlit.sharding import gradient_norm, sharded_model
 from gptlit.weights import copy_weights, read_source
@@ -157,7 +156,7 @@ class GPTModule(pl.LightningModule):
         if self.init_from is not None:
             copy_weights(self.model, read_source(self.init_from))
         if self.compile_model:
-            keep_no_scores()
+            keep_little()
         for block in self.model.trf_blocks:
             assert isinstance(block, TransformerBlock)
             block.recompute = self.activation_checkpointing
@@ -229,6 +228,11 @@ class GPTModule(pl.LightningModule):
             optimizer.found_inf = found  # type: ignore[attr-defined]
         elif found.item():
             optimizer.zero_grad(set_to_none=True)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Free the gradients at once: Lightning would keep them beside the activations of the next step."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        optimizer.zero_grad()
 
     @property
     def is_between_steps(self) -> bool:

@@ -2,18 +2,21 @@
 
 import json
 import sys
+from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gptlit.checkpoint import read_checkpoint
 from gptlit.config import PRESETS, GPTConfig
-from gptlit.costs import Work, describe, make_plan, measure, warnings
-from gptlit.data.datamodule import TokenDataModule, micro_batch_size
+from gptlit.costs import Work, describe, gigabytes, make_plan, measure, warnings
+from gptlit.data.datamodule import TokenDataModule, check_division, micro_batch_size
 from gptlit.errors import InputError, fail
 from gptlit.module import GPTModule
 from gptlit.training import TrainingCLI, command_line
+from gptlit.weights import Source, agree
 
 HUB_NAMES = {"gpt2": "small", "gpt2-medium": "medium", "gpt2-large": "large", "gpt2-xl": "xl"}
 
@@ -27,16 +30,19 @@ class PlanCLI(TrainingCLI):
         super().before_instantiate_classes()
 
     def _settle_architecture(self, config: Any) -> None:
-        preset = HUB_NAMES.get(str(config.model.init_from).removeprefix("hf:").removeprefix("openai-community/"))
-        try:
-            if preset is None:
+        hub, _, name = str(config.model.init_from).partition(":")
+        size = HUB_NAMES.get(name.removeprefix("openai-community/")) if hub == "hf" else None
+        if size is None:
+            try:
                 return super()._settle_architecture(config)
-            known = {"qkv_bias": True, "tie_weights": True}  # no need to fetch half a gigabyte for its shape
-            known |= {key: getattr(PRESETS[f"gpt2-{preset}"], key) for key in ("emb_dim", "n_layers", "n_heads")}
-            for key, value in {**known, **self._given("model", "config")}.items():
-                config.model.config[key] = value
-        except InputError as error:
-            self.open.append(f"{error}; the architecture is that of the configuration")
+            except InputError as error:
+                self.open.append(f"{error}; the architecture is that of the configuration")
+                return
+        preset = replace(PRESETS[f"gpt2-{size}"], qkv_bias=True, tie_weights=True)  # without a download
+        given = self._given("model", "config")
+        agree(given, Source(Path(config.model.init_from), preset, {}))
+        for key, value in {**asdict(preset), **given}.items():
+            config.model.config[key] = value
 
     def instantiate_classes(self) -> None:
         """Make nothing."""
@@ -56,17 +62,20 @@ def run(args: list[str], with_measure: bool, as_json: bool) -> None:
     cli = command_line(PlanCLI, ["fit", *args])
     assert isinstance(cli, PlanCLI)
     try:
-        work = work_of(cli.config["fit"], cli.run)
+        config = cli.config["fit"]
+        work = work_of(config, cli.run)
         plan = make_plan(work)
         found = [*cli.open, *warnings(work, plan)]
+        if not as_json:
+            print("\n".join(describe(work, plan)), flush=True)
         if with_measure:
-            plan["time"] = time_of(work, plan)
-    except (ValueError, TypeError) as error:
+            done = read_checkpoint(Path(config.ckpt_path))["global_step"] if config.ckpt_path is not None else 0
+            plan["time"] = time_of(work, plan, done)
+    except (ValueError, TypeError, RuntimeError) as error:
         fail(error, status=2)
     if as_json:
         print(json.dumps({**plan, "warnings": found}, indent=1))
         return
-    print("\n".join(describe(work, plan)))
     if (seconds := plan["time"]["seconds_a_step"]) is not None:
         rate = f"{seconds:.3g} s a step, {plan['time']['tokens_per_second']:,.0f} tokens/s"
         left = f": {timedelta(seconds=round(plan['time']['seconds']))} to the end" if plan["time"]["seconds"] else ""
@@ -82,20 +91,24 @@ def work_of(config: Any, run: Path) -> Work:
     module = GPTModule(**{**values, "config": GPTConfig(**values["config"]), "init_from": None})  # checks the values
     device = device_of(trainer.accelerator)
     devices = count_devices(trainer.devices, device) * int(trainer.num_nodes)
+    if devices < 1:
+        raise InputError(f"trainer.devices {trainer.devices}, trainer.num_nodes {trainer.num_nodes}: one is the least")
+    check_division(data.batch_size, devices)
     datamodule = TokenDataModule(**config.data.as_dict() if isinstance(data.source, str) else _with_sources(data))
-    datamodule.context_length = datamodule.context_length or module.config.context_length
+    datamodule.context_length = datamodule.agree(module.config)
     windows = val_windows = tokens = None
     if datamodule.is_prepared:
-        datamodule.prepare_data()
+        datamodule.load("fit")
         windows, val_windows = (len(datamodule.windows[name]) for name in ("train", "val"))
         tokens = datamodule.data.tokens("train")
-    saves = config.run.keep_last
+    saves = 0 if trainer.enable_checkpointing is False else config.run.keep_last
     return Work(
         config=module.config,
         optimizer=model.optimizer,
         precision=str(trainer.precision),
         device=device,
         devices=devices,
+        nodes=int(trainer.num_nodes),
         shards=trainer.strategy == "fsdp2",
         recompute=model.activation_checkpointing,
         compile=model.compile,
@@ -109,7 +122,7 @@ def work_of(config: Any, run: Path) -> Work:
         windows=windows,
         val_windows=val_windows,
         train_tokens=tokens,
-        saves=None if saves == -1 else saves + config.run.keep_best,
+        saves=None if saves == -1 else saves + (config.run.keep_best and saves > 0),
         folder=run.parent.parent,
     )
 
@@ -122,11 +135,17 @@ def _with_sources(data: Any) -> dict[str, Any]:
 
 
 def device_of(accelerator: Any) -> str:
-    """Return the kind of device that Lightning's name stands for."""
+    """Return the kind of device that Lightning's name stands for.
+
+    Raises:
+        InputError: It is none that this project trains on.
+    """
     if accelerator in ("gpu", "cuda"):
         return "cuda"
     if accelerator == "auto":
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if accelerator not in ("cpu", "mps"):
+        raise InputError(f"trainer.accelerator {accelerator!r} cannot be planned: use auto, cpu, gpu or mps")
     return str(accelerator)
 
 
@@ -140,18 +159,21 @@ def count_devices(devices: Any, device: str) -> int:
     return int(text) if text.isdigit() else len([part for part in text.split(",") if part])
 
 
-def time_of(work: Work, plan: dict[str, Any]) -> dict[str, Any]:
-    """Return what the run would take if all devices were like the one here.
+def time_of(work: Work, plan: dict[str, Any], done: int) -> dict[str, Any]:
+    """Return what the run would take from step `done` on, if all devices were like the one here.
 
     Raises:
-        InputError: The device of the configuration is not here.
+        InputError: The device of the configuration is not here, or too small.
     """
+    need, have = plan["memory"]["total"], plan["memory"]["available"]
+    if have is not None and need > have:
+        raise InputError(f"--measure: {gigabytes(need)} are needed and the device has {gigabytes(have)}")
     if work.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--measure: there is no GPU here; add --trainer.accelerator cpu to measure the CPU")
     print("measuring: a few micro-batches and steps with random weights", file=sys.stderr)
     seconds = measure(work)
     steps = plan["run"]["steps"]
-    total = None if steps is None else seconds * steps
+    total = None if steps is None else seconds * max(0, steps - done)
     end = None if total is None else (datetime.now() + timedelta(seconds=total)).isoformat(timespec="seconds")
     rate = plan["step"]["tokens"] / seconds
     return {"seconds_a_step": seconds, "seconds": total, "tokens_per_second": rate, "end": end}

@@ -32,8 +32,8 @@ class Curve:
 
     @property
     def best(self) -> int:
-        """Index of the lowest value."""
-        return min(range(len(self.values)), key=self.values.__getitem__)
+        """Index of the lowest value that is a number."""
+        return min(range(len(self.values)), key=lambda i: (not math.isfinite(self.values[i]), self.values[i]))
 
 
 @dataclass
@@ -57,20 +57,28 @@ def read_run(folder: str) -> Run:
         path = max((part.parent for part in versions), key=lambda part: int(part.name[8:]), default=path)
     if not (path / "metrics.csv").is_file():
         raise InputError(f"{folder} has no metrics.csv: name a run's folder, runs/quickstart for example")
-    curves: dict[str, Curve] = {}
-    try:
-        with (path / "metrics.csv").open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                curve = curves.setdefault(row["name"], Curve())
-                curve.steps.append(int(row["step"]))
-                curve.tokens.append(int(row["tokens"] or 0))
-                curve.seconds.append(float(row["seconds"]))
-                curve.values.append(float(row["value"]))
-    except (KeyError, ValueError, TypeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path / 'metrics.csv'} cannot be read ({type(error).__name__}: {error})") from error
+    curves = _curves(path / "metrics.csv")
     if "train/loss" not in curves and "val/loss" not in curves:
         raise InputError(f"{path / 'metrics.csv'} has no train/loss and no val/loss yet: let the run go on")
     return Run(path, curves, _settings(path))
+
+
+def _curves(path: Path) -> dict[str, Curve]:
+    """Read metrics.csv; a last line that was not written to its end is left out."""
+    curves: dict[str, Curve] = {}
+    rows = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, row in enumerate(csv.reader(rows[1:]), start=2):
+        try:
+            step, tokens, seconds, name, value = row
+            point = int(step), int(tokens), float(seconds), float(value)
+        except ValueError as error:
+            if number == len(rows):
+                break
+            raise InputError(f"{path}, line {number}: {error}: remove that line") from error
+        curve = curves.setdefault(name, Curve())
+        for values, part in zip((curve.steps, curve.tokens, curve.seconds, curve.values), point, strict=True):
+            values.append(part)  # type: ignore[attr-defined]
+    return curves
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -230,6 +238,7 @@ def run(folders: list[str], out: str) -> None:
     partial.replace(path)
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(width=None if Console().is_terminal else 160)
     table = Table("run", "best val/loss", "at step", "train/loss, smoothed", "tokens", "minutes", box=None)
@@ -239,6 +248,6 @@ def run(folders: list[str], out: str) -> None:
     if differing := differences(runs) if len(runs) > 1 else {}:
         table = Table("differs", *labels(runs), box=None)
         for name, values in differing.items():
-            table.add_row(name, *map(_short, values))
+            table.add_row(name, *(Text(_short(value)) for value in values))
         console.print(table)
     print(out)

@@ -44,7 +44,7 @@ from gptlit.checkpoint import (  # noqa: E402
     read_checkpoint,
     run_folders,
 )
-from gptlit.data.datamodule import TokenDataModule, tokenizer_for  # noqa: E402
+from gptlit.data.datamodule import TokenDataModule, check_trainer, tokenizer_for  # noqa: E402
 from gptlit.data.tokenizer import load_tokenizer  # noqa: E402
 from gptlit.errors import InputError, OneLineErrors, fail, note  # noqa: E402
 from gptlit.logs import CsvLogger, StepLogger  # noqa: E402
@@ -198,6 +198,8 @@ class TrainingCLI(LightningCLI):
                 "use run.val_every_n_steps, in optimizer steps"
             )
         endless = trainer.max_steps == -1 and trainer.max_epochs is None and not trainer.fast_dev_run
+        if self.subcommand == "fit":
+            check_trainer(trainer)
         if endless and self.subcommand == "fit":
             raise InputError("a run needs an end: set trainer.max_steps or trainer.max_epochs")
         if trainer.precision is None:
@@ -332,6 +334,10 @@ class TrainingCLI(LightningCLI):
         if found is None:
             raise InputError("the gradient is not finite, and there is no checkpoint to go back to yet: lower model.lr")
         note(f"going back to {found}: {back}")
+        checkpoint = read_checkpoint(found)
+        for logger in self.trainer.loggers:
+            if isinstance(logger, StepLogger | CsvLogger):
+                logger.go_back(checkpoint["global_step"], checkpoint["tokens"])
         self.datamodule.pass_over(back.first, back.count)
         self.config_init[subcommand]["ckpt_path"] = str(found)
 

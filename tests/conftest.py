@@ -89,9 +89,11 @@ def run_script(*args: str, cwd: Path, timeout: float = 300) -> subprocess.Comple
 
 
 def losses(run: Path, tag: str = "train/loss") -> dict[int, float]:
-    """Read a curve of a run from TensorBoard's files: step -> value."""
+    """Read a curve of a run from TensorBoard's files: step -> value. A step may be there once."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
-    return {event.step: event.value for event in events.Scalars(tag)}
+    found = events.Scalars(tag)
+    assert [event.step for event in found] == sorted({event.step for event in found})
+    return {event.step: event.value for event in found}

@@ -58,7 +58,7 @@ ALLOWED = {
         "data.tokenizer",
     },
     "costs": {*MODEL, "loss", "optimizer"},
-    "plan": {*MODEL, "costs", "module", "training", "data.datamodule"},
+    "plan": {*MODEL, "checkpoint", "costs", "module", "training", "weights", "data.datamodule"},
     "cli": {
         *MODEL,
         "__init__",
@@ -76,6 +76,7 @@ ALLOWED = {
     "__init__": {"config", "model", "module", "data.datamodule"},
     "data.__init__": set(),
     **{name: {*BASE, *DATA[:index]} for index, name in enumerate(DATA)},
+    "data.datamodule": {"config", *BASE, *DATA},
 }
 
 

@@ -1,6 +1,7 @@
 """What a run leaves for the eye: scalars, charts, hyper-parameters, metrics.csv."""
 
 import csv
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 
 from conftest import losses
 from gptlit.callbacks import matmul_peak
+from gptlit.checkpoint import DurableCheckpointIO
 
 Fit = Callable[..., None]
 RUN = Path("runs/t/version_0")
@@ -46,6 +48,16 @@ def test_a_resume_goes_on_in_the_same_csv(fit: Fit) -> None:
     assert list(losses(RUN / "tokens", "loss_by_tokens/train")) == [64 * step for step in range(1, 7)]
 
 
+def test_a_validation_that_a_resume_makes_up_for_has_its_tokens(fit: Fit) -> None:
+    flags = ["--model.schedule=constant", "--run.save_every_n_steps=2"]
+    fit("--trainer.max_steps=4", "--run.val_every_n_steps=100", *flags)
+    for path in RUN.glob("checkpoints/step-00000004.*"):
+        path.unlink()
+    fit("--trainer.max_steps=4", "--run.val_every_n_steps=2", "--ckpt_path=last", *flags)
+    assert [(row["step"], row["tokens"]) for row in rows("val/loss")] == [("2", "128"), ("4", "256")]
+    assert list(losses(RUN / "tokens", "loss_by_tokens/val")) == [128, 256]
+
+
 def test_losses_by_tokens_layout_and_settings_are_on_the_page(fit: Fit) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -62,12 +74,20 @@ def test_losses_by_tokens_layout_and_settings_are_on_the_page(fit: Fit) -> None:
         assert word in experiment
 
 
-def test_shares_and_memory_are_logged(fit: Fit) -> None:
-    fit("--trainer.max_steps=4", "--run.val_every_n_steps=2", "--data.micro_batch_size=2", "--run.peak_tflops=0.001")
+@pytest.mark.parametrize("micro_batch_size", [2, 4])
+def test_shares_and_memory_are_logged(fit: Fit, micro_batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = DurableCheckpointIO.save_checkpoint
+    slow = lambda *args, **options: (time.sleep(0.3), save(*args, **options))  # noqa: E731
+    monkeypatch.setattr(DurableCheckpointIO, "save_checkpoint", slow)
+    flags = ["--run.val_every_n_steps=2", "--run.save_every_n_steps=2", "--run.peak_tflops=0.001"]
+    fit("--trainer.max_steps=4", f"--data.micro_batch_size={micro_batch_size}", *flags)
     parts = [losses(RUN, f"share/{part}") for part in ("data", "model", "optimizer", "validation", "checkpoint")]
     for step in (2, 3, 4):
         assert 0.3 < sum(part[step] for part in parts) <= 1.01
+        assert min(part[step] for part in parts) >= 0
     assert parts[3][3] > 0  # the step after a validation
+    assert parts[4][3] > 0.3  # and after a save
+    assert parts[4][2] == parts[4][4] == 0
     assert 0.1 < losses(RUN, "perf/memory_gb")[4] < 50
     rate = losses(RUN, "perf/tokens_per_second")[4]
     config = dict.fromkeys(["blocks"], 12 * 2 * 32**2 + 2 * 10 * 32)

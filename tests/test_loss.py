@@ -84,3 +84,11 @@ def test_without_gradients_only_the_loss_is_made() -> None:
         found = head_loss(hidden, weight, targets)
     assert not found.requires_grad
     torch.testing.assert_close(found, next_token_loss(hidden @ weight.T, targets).detach())
+
+
+def test_its_gradients_are_given_once() -> None:
+    hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    loss = head_loss(hidden, weight, torch.zeros(2, 3, dtype=torch.int64))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="there is no second"):
+        loss.backward()

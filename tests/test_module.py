@@ -78,11 +78,13 @@ def test_clipping_is_honoured_and_the_norm_logged_is_from_before(algorithm: str)
     seen = {}
 
     class Watch(pl.Callback):
-        def on_before_zero_grad(self, trainer: pl.Trainer, pl_module: pl.LightningModule, _: object) -> None:
-            grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            if grads:
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            def look(*_: object) -> None:
+                grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
                 seen["norm"] = torch.nn.utils.get_total_norm(grads).item()
                 seen["largest"] = max(float(g.abs().max()) for g in grads)
+
+            trainer.optimizers[0].register_step_post_hook(look)
 
     fitter = trainer(
         log_every_n_steps=1,
@@ -93,6 +95,17 @@ def test_clipping_is_honoured_and_the_norm_logged_is_from_before(algorithm: str)
     fitter.fit(GPTModule(TINY), batches(5))
     assert fitter.callback_metrics["train/grad_norm"] > 0.1
     assert seen["norm" if algorithm == "norm" else "largest"] == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_gradients_are_there_from_the_first_micro_batch_of_a_step_to_its_last() -> None:
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
+            seen.append(all(p.grad is None for p in pl_module.parameters()))
+
+    trainer(max_steps=2, accumulate_grad_batches=2, callbacks=[Watch()]).fit(GPTModule(TINY), batches(4))
+    assert seen == [False, True, False, True]
 
 
 def test_the_schedule_knows_the_end_of_a_run_in_epochs() -> None:

@@ -70,7 +70,10 @@ def test_a_prepared_corpus_is_counted(text_file: Path, capsys: pytest.CaptureFix
     assert data["train_windows"] == (data["train_tokens"] - 1) // 16
     assert data["steps_per_epoch"] == -(-data["train_windows"] // 4)
     assert data["epochs"] == pytest.approx(50 * 4 / data["train_windows"])
-    assert plan["warnings"] == [] or all("val/loss" in line or "warm-up" in line for line in plan["warnings"])
+    assert plan["warnings"] == []
+    with pytest.raises(SystemExit):
+        main(["plan", f"--config={ROOT / 'configs/gpt2-124m.yaml'}", "--data.source=tokens"])
+    assert "the val part of 'tokens' has" in capsys.readouterr().err
 
 
 def test_measure_gives_a_time(text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,6 +101,22 @@ def test_a_gpu_that_is_not_here_is_not_measured(capsys: pytest.CaptureFixture[st
         (["--config", str(ROOT / "configs/quickstart.yaml"), "--model.lr=-1"], "model.lr must be a number"),
         (["--config", str(ROOT / "configs/quickstart.yaml"), "--model.learning_rate=1"], "learning_rate"),
         (["--config", str(ROOT / "configs/quickstart.yaml"), "--json=maybe"], "--json is true or false, got 'maybe'"),
+        (["--config", str(ROOT / "configs/quickstart.yaml"), "--trainer.devices=3"], "not divisible by 3 of them"),
+        (["--config", str(ROOT / "configs/quickstart.yaml"), "--trainer.devices=0"], "one is the least"),
+        (["--config", str(ROOT / "configs/quickstart.yaml"), "--trainer.accelerator=tpu"], "use auto, cpu, gpu or mps"),
+        (
+            ["--config", str(ROOT / "configs/quickstart.yaml"), "--trainer.accumulate_grad_batches=4"],
+            "it follows from data.batch_size",
+        ),
+        (
+            ["--config", str(ROOT / "configs/quickstart.yaml"), "--data.context_length=64"],
+            "contradicts model.config.context_length 128",
+        ),
+        (
+            ["--config", str(ROOT / "configs/quickstart.yaml"), "--model.config.vocab_size=1000"],
+            "contradicts the tokenizer 'gpt2'",
+        ),
+        (["--config", str(ROOT / "configs/finetune.yaml"), "--model.config.n_layers=6"], "but hf:gpt2 has 12"),
     ],
 )
 def test_bad_input_is_one_line(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,6 +180,42 @@ def test_less_memory_with_shards_recomputing_and_half_precision() -> None:
     assert total(shards=True, devices=8) < total(devices=8)
     assert total(optimizer="muon") < total()
     assert total(micro_batch_size=8) > total()
+
+
+def test_gradients_need_room_only_beside_activations() -> None:
+    def gradients(**changes: Any) -> int:
+        return int(
+            make_plan(replace(SMALL, **{"batch_size": 8, "micro_batch_size": 8, **changes}))["memory"]["gradients"]
+        )
+
+    assert gradients() == 0
+    assert gradients(micro_batch_size=4) == gradients(devices=2, micro_batch_size=4) > 4 * 124e6
+
+
+def test_processes_on_cpus_share_the_memory_of_their_machine() -> None:
+    def available(**changes: Any) -> int:
+        return int(make_plan(replace(SMALL, **changes))["memory"]["available"])
+
+    assert available() == available(devices=2, nodes=2) == pytest.approx(2 * available(devices=2), abs=2)
+
+
+def test_precision_decides_the_size_of_a_weight() -> None:
+    weights = [
+        make_plan(replace(SMALL, precision=precision))["memory"]["weights"]
+        for precision in ("bf16-true", "bf16-mixed", "32-true", "64-true")
+    ]
+    assert weights == [size * 124_439_808 for size in (2, 4, 4, 8)]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_table_of_activations_is_what_a_plan_says(preset: str) -> None:
+    text = (ROOT / "docs" / "scaling.md").read_text()
+    cells = re.findall(rf"^\| {preset} (?:\| [\d.]+ )+\|$", text, re.MULTILINE)[0].split("|")[-3:-1]
+    config = replace(PRESETS[preset], tie_weights=True, qkv_bias=True, drop_rate=0.0)
+    work = Work(config, precision="bf16-mixed", device="cuda", devices=8, compile=True, micro_batch_size=8)
+    for cell, recompute in zip(cells, (False, True), strict=True):
+        found = make_plan(replace(work, recompute=recompute))["memory"]
+        assert f"{(found['activations'] + found['logits']) / 1e9:.1f}" == cell.strip()
 
 
 def test_an_unknown_corpus_is_said() -> None:

@@ -1,6 +1,7 @@
 """`gptlit plot`."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_smoothing_begins_at_the_first_value_and_passes_over_nan() -> None:
         ("there is no folder", ["runs/a", "--out", "nowhere/curves.png"]),
         ("nowhere has no metrics.csv", ["nowhere", "--out", "curves.png"]),
         ("has no train/loss and no val/loss yet", ["runs/empty", "--out", "curves.png"]),
-        ("cannot be read", ["runs/bad", "--out", "curves.png"]),
+        ("line 2: invalid literal", ["runs/bad", "--out", "curves.png"]),
     ],
 )
 def test_bad_input_is_one_line(
@@ -76,7 +77,7 @@ def test_bad_input_is_one_line(
 ) -> None:
     for name, text in (
         ("empty", "step,tokens,seconds,name,value\n"),
-        ("bad", "step,tokens,seconds,name,value\nx,1,1,lr,1\n"),
+        ("bad", "step,tokens,seconds,name,value\nx,1,1,lr,1\n1,1,1,lr,1\n"),
     ):
         Path("runs", name).mkdir()
         Path("runs", name, "metrics.csv").write_text(text)
@@ -87,3 +88,28 @@ def test_bad_input_is_one_line(
     assert len(lines) == 1
     assert words in lines[0]
     assert not Path("curves.png").exists()
+
+
+def test_a_loss_that_is_no_number_is_not_the_best(runs: list[str]) -> None:
+    path = Path(runs[0], "metrics.csv")
+    path.write_text(re.sub("^(10,10000,25.0,val/loss,).*", r"\1nan", path.read_text(), flags=re.MULTILINE))
+    curve = read_run(runs[0]).curves["val/loss"]
+    assert math.isnan(curve.values[0])
+    assert curve.values[curve.best] == 5.2
+
+
+def test_a_last_line_that_was_cut_off_is_left_out(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(runs[0], "metrics.csv")
+    content = path.read_text()
+    path.write_text(content + "41,41000,102.5,train/l")
+    assert read_run(runs[0]).curves["train/loss"].steps[-1] == 40
+    path.write_text(content.replace("3,3000,7.5,train/loss", "3,3000,7.5"))
+    with pytest.raises(SystemExit):
+        main(["plot", runs[0], "--out", "a.png"])
+    assert "metrics.csv, line 4: not enough values to unpack" in capsys.readouterr().err
+
+
+def test_settings_are_shown_as_they_are(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    Path(runs[0], "config.yaml").write_text("run: {sample_prompt: '[INST] hi [/INST]'}")
+    main(["plot", *runs, "--out", "a.png"])
+    assert "[INST] hi [/INST]" in capsys.readouterr().out

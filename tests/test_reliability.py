@@ -1,5 +1,6 @@
 """What must not be lost: stops at any point, bitwise resumes, steps that are not finite, folders in use."""
 
+import csv
 import json
 import os
 import re
@@ -260,6 +261,12 @@ def test_going_back_passes_over_the_windows_that_were_not_finite(
     assert last["TokenDataModule"]["windows"] == (last["global_step"] + 1) * 4
     assert sorted(losses(run)) == list(range(1, last["global_step"] + 1))
     assert poisoned_step in losses(run)
+    assert list(losses(run / "tokens", "loss_by_tokens/train")) == [64 * step for step in losses(run)]
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["name"] == "train/loss"]
+    assert [int(row["step"]) for row in rows] == list(losses(run))
+    seconds = [float(row["seconds"]) for row in rows]
+    assert seconds == sorted(seconds)
 
 
 def test_weights_that_are_not_finite_are_not_saved(

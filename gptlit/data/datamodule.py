@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from gptlit.config import GPTConfig
 from gptlit.data.corpus import Reading, open_corpus
 from gptlit.data.prepare import Split, cache_folder, prepare_cached
 from gptlit.data.progress import downloading, preparing
@@ -49,6 +50,36 @@ def micro_batch_size(batch_size: int, devices: int, most: int | None) -> int:
     """Return how many of `batch_size` windows each of `devices` takes at once, at most `most`, without a remainder."""
     share = max(1, batch_size // devices)
     return next(size for size in range(min(most or share, share), 0, -1) if share % size == 0)
+
+
+def check_division(batch_size: int, devices: int) -> None:
+    """Insist that every device gets as many windows.
+
+    Raises:
+        InputError: It is not so.
+    """
+    if batch_size % devices:
+        raise InputError(
+            f"data.batch_size {batch_size} is that of all devices together, and not divisible by {devices} of them: "
+            f"set it to a multiple of {devices}"
+        )
+
+
+def check_trainer(settings: Any) -> None:
+    """Refuse what a Trainer, or its configuration, would decide about batches.
+
+    Raises:
+        InputError: It is set; the remedy is named.
+    """
+    if settings.accumulate_grad_batches != 1:
+        raise InputError(
+            f"trainer.accumulate_grad_batches {settings.accumulate_grad_batches} is not for setting: it follows from "
+            "data.batch_size, data.micro_batch_size and the number of devices"
+        )
+    for key, default in {"limit_train_batches": 1.0, "overfit_batches": 0.0}.items():
+        value = getattr(settings, key)
+        if value not in (None, default) and not settings.fast_dev_run:
+            raise InputError(f"trainer.{key} {value} cannot be used here: shorten a run with trainer.max_steps")
 
 
 class TokenDataModule(pl.LightningDataModule):
@@ -151,7 +182,7 @@ class TokenDataModule(pl.LightningDataModule):
             InputError: As in `setup`.
         """
         stage = self.trainer.state.fn if self.trainer is not None else None
-        self._load(stage)
+        self.load(stage)
         if stage == "fit":
             self._plan(self._trainer())
 
@@ -161,12 +192,17 @@ class TokenDataModule(pl.LightningDataModule):
         Raises:
             InputError: Data and model or data and Trainer do not fit together, or a split is too short.
         """
-        self._load(stage)
+        self.load(stage)
         if stage == "fit" and self._trainer() is not self._configured:
             self._configure(self._trainer())
 
-    def _load(self, stage: str | None) -> None:
-        length = self._agree_with_model()
+    def load(self, stage: str | None) -> None:
+        """Open the windows of each split; tokenise first what is not tokenised.
+
+        Raises:
+            InputError: A split that the stage needs is too short.
+        """
+        length = self._length()
         if not hasattr(self, "data"):  # `setup` comes after `prepare_data` on the first device, alone on the others
             corpora = [self._open(part.path, self.split) for part in self.sources]
             self.data = together(corpora)
@@ -219,13 +255,21 @@ class TokenDataModule(pl.LightningDataModule):
             raise RuntimeError("this needs a Trainer: pass the TokenDataModule to trainer.fit")
         return self.trainer
 
-    def _agree_with_model(self) -> int:
-        """Return the context length; model and data must not contradict each other."""
+    def _length(self) -> int:
+        """Return the context length."""
         config = getattr(getattr(self.trainer, "lightning_module", None), "config", None)
-        if config is None:
-            if self.context_length is None:
-                raise InputError("data.context_length is needed where there is no model to take it from")
-            return self.context_length
+        if config is not None:
+            return self.agree(config)
+        if self.context_length is None:
+            raise InputError("data.context_length is needed where there is no model to take it from")
+        return self.context_length
+
+    def agree(self, config: GPTConfig) -> int:
+        """Return the context length of a model that reads these data.
+
+        Raises:
+            InputError: The model contradicts `data.context_length` or the tokenizer.
+        """
         if self.context_length not in (None, config.context_length):
             raise InputError(
                 f"data.context_length {self.context_length} contradicts model.config.context_length "
@@ -236,7 +280,7 @@ class TokenDataModule(pl.LightningDataModule):
                 f"model.config.vocab_size {config.vocab_size} contradicts the tokenizer {self.tokenizer.name!r} with "
                 f"{self.vocab_size} ids: leave model.config.vocab_size out, or set it to {self.vocab_size}"
             )
-        return int(config.context_length)
+        return config.context_length
 
     def _require(self, name: str) -> None:
         """Insist on at least one window in a split."""
@@ -267,21 +311,9 @@ class TokenDataModule(pl.LightningDataModule):
             return self.micro_batch_size_used, self.accumulation
         self._limits = trainer.max_steps, trainer.max_epochs
         self._steps()
-        if trainer.accumulate_grad_batches != 1:
-            raise InputError(
-                f"trainer.accumulate_grad_batches {trainer.accumulate_grad_batches} is not for setting: it follows "
-                "from data.batch_size, data.micro_batch_size and the number of devices"
-            )
-        for key, default in {"limit_train_batches": 1.0, "overfit_batches": 0.0}.items():
-            value = getattr(trainer, key)
-            if value != default and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-                raise InputError(f"trainer.{key} {value} cannot be used here: shorten a run with trainer.max_steps")
+        check_trainer(trainer)
         devices = trainer.world_size
-        if self.batch_size % devices:
-            raise InputError(
-                f"data.batch_size {self.batch_size} is that of all devices together, and not divisible by {devices} of "
-                f"them: set it to a multiple of {devices}"
-            )
+        check_division(self.batch_size, devices)
         size = micro_batch_size(self.batch_size, devices, self.micro_batch_size)
         if devices > 1 and trainer._accelerator_connector.use_distributed_sampler:
             raise InputError("trainer.use_distributed_sampler must be false: windows are dealt out to the devices here")
