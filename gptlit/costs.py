@@ -19,8 +19,8 @@ CHINCHILLA = 20  # tokens a parameter. Source: Hoffmann et al. 2022, "Training C
 PROGRAM = 0.7e9  # bytes that Python, torch and Lightning take in main memory
 COMPILER = 0.25e9  # and torch.compile
 # Bytes that a token leaves in a block for the way back, over emb_dim, by the size of an activation.
-SAVED = {2: 38, 4: 64, 8: 128}
-KEPT_LITTLE = {2: 22, 4: 40, 8: 80}  # where norms and GELU are made again
+SAVED = {2: 42, 4: 68, 8: 136}
+KEPT_LITTLE = {2: 24, 4: 44, 8: 88}  # where norms and GELU are made again
 
 
 @dataclass(frozen=True)
