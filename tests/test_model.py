@@ -9,7 +9,7 @@ from llms_from_scratch.ch04 import GPTModel as BookModel
 
 from gptlit.config import GPT_CONFIG_124M, PRESETS, GPTConfig
 from gptlit.loss import next_token_loss
-from gptlit.model import GELU, GPTModel
+from gptlit.model import GELU, GPTModel, keep_little
 
 SMALL = GPTConfig(vocab_size=101, context_length=12, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.0)
 
@@ -163,3 +163,25 @@ def test_the_compiled_gelu_is_torchs(dtype: torch.dtype, bound: float) -> None:
     (ours,) = torch.autograd.grad(found.float().sum(), values)
     assert torch.allclose(found.double(), expected, atol=bound, rtol=bound)
     assert torch.allclose(ours.double(), to_values.double(), atol=5 * bound, rtol=bound)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it is a setting for CPUs")
+def test_a_compiled_block_keeps_little_for_the_way_back() -> None:
+    """Its input and its first half in float32, qkv, attention's output, and what GELU reads; no scores, no norms."""
+    model = GPTModel(GPTConfig(context_length=256, emb_dim=256, n_heads=4, n_layers=1, drop_rate=0.0))
+    keep_little()
+    block = model.trf_blocks[0]
+    block.compile()
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    hidden = torch.randn(2, 256, 256, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        block(hidden)
+    kept = sum(size for address, size in saved.items() if address not in parameters)
+    assert 16 < kept / hidden.numel() < 24
