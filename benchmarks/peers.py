@@ -59,7 +59,7 @@ def contender(
         return partial(time_at_peak, operations(size, batch_size, length))
     gate = Gate(warm, steps)
     if name == "gptlit":
-        return train_gptlit(size, batch_size, length, kind == "tuned", gate)
+        return train_gptlit(size, batch_size, length, kind, gate)
     batch = torch.randint(VOCABULARY, (batch_size, length + 1))
     inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
     if name == "bare":
@@ -251,8 +251,8 @@ class GateCallback(pl.Callback):
         self.gate.step()
 
 
-def train_gptlit(size: str, batch_size: int, length: int, tuned: bool, gate: Gate) -> None:
-    """Train as a user does: `train.py fit`, with its own Trainer, callbacks and logger."""
+def train_gptlit(size: str, batch_size: int, length: int, kind: str, gate: Gate) -> None:
+    """Train as a user does: `train.py fit`, with its own Trainer, callbacks and logger; "recompute" spares memory."""
     from tempfile import mkdtemp
 
     GateCallback.gate = gate
@@ -265,7 +265,8 @@ def train_gptlit(size: str, batch_size: int, length: int, tuned: bool, gate: Gat
     flags = [f"--model.config.emb_dim={emb_dim}", f"--model.config.n_heads={n_heads}", "--model.config.drop_rate=0"]
     flags += [f"--model.config.n_layers={n_layers}", f"--model.config.context_length={length}"]
     flags += ["--model.config.qkv_bias=true", "--model.config.tie_weights=true", "--model.config.init=gpt2"]
-    flags += ["--model.compile=true", "--trainer.precision=bf16-mixed"] if tuned else []
+    flags += ["--model.compile=true", "--trainer.precision=bf16-mixed"] if kind != "shipped" else []
+    flags += ["--model.activation_checkpointing=true"] if kind == "recompute" else []
     flags += [f"--data.source={folder}", "--data.val_fraction=0", f"--data.batch_size={batch_size}"]
     flags += ["--trainer.accelerator=cpu", "--trainer.max_steps=100000", "--trainer.gradient_clip_val=1"]
     flags += [f"--trainer.default_root_dir={folder}", "--trainer.enable_progress_bar=false"]
