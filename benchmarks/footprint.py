@@ -63,11 +63,12 @@ class Peaks:
         return self._known[batch_size]
 
     def largest(self, limit: float) -> int:
-        """Return the largest batch size under a limit; the first guess is where a line through two of them meets it."""
-        slope = (self[4] - self[2]) / 2
-        size = max(1, int(2 + (limit - self[2]) / slope))
-        while size > 0 and self[size] > limit:
-            size -= 1
-        while self[size + 1] <= limit:
-            size += 1
-        return size
+        """Return the largest batch size under a limit: doubled until it is over, then sought along straight lines."""
+        fits, over = 0, 1
+        while self[over] <= limit:
+            fits, over = over, 2 * over
+        while over - fits > 1:
+            share = (limit - self[fits]) / (self[over] - self[fits])
+            size = min(max(fits + int(share * (over - fits)), fits + 1), over - 1)
+            fits, over = (size, over) if self[size] <= limit else (fits, size)
+        return fits

@@ -393,11 +393,7 @@ def import_(source: str, out: str, n_heads: int | None = None) -> None:
 
     found = read_source(source, n_heads)
     save_checkpoint(found, path)
-    config = found.config
-    print(
-        f"{path}: {config.n_layers} layers, {config.n_heads} heads, {config.emb_dim} wide, "
-        f"context {config.context_length}, vocabulary {config.vocab_size:,}"
-    )
+    print(f"{path}: {found.config.summary}, vocabulary {found.config.vocab_size:,}")
     print(f"next: python train.py fit --config configs/finetune.yaml --model.init_from {path} --data.source FILE.txt")
 
 

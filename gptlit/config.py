@@ -64,6 +64,13 @@ class GPTConfig:
         if self.init not in ("torch", "gpt2"):
             raise ValueError(f"init must be 'torch' or 'gpt2', got {self.init!r}")
 
+    @property
+    def summary(self) -> str:
+        """The architecture in words: "12 layers, 12 heads, 768 wide, context 1024"."""
+        counts = ((self.n_layers, "layer"), (self.n_heads, "head"))
+        words = [f"{count} {noun}{'s' * (count > 1)}" for count, noun in counts]
+        return ", ".join([*words, f"{self.emb_dim} wide", f"context {self.context_length}"])
+
 
 PRESETS: dict[str, GPTConfig] = {
     "gpt2-small": GPTConfig(),

@@ -234,15 +234,14 @@ def warnings(work: Work, plan: dict[str, Any]) -> list[str]:
 
 def describe(work: Work, plan: dict[str, Any]) -> list[str]:
     """Return the plan as lines to read."""
-    config, parameters = work.config, plan["parameters"]
+    parameters = plan["parameters"]
     counted = {"embeddings": parameters["tok_emb"] + parameters["pos_emb"], "blocks": parameters["trf_blocks"]}
     counted["head"] = parameters["out_head"]
     parts = ", ".join(f"{name} {count:,}" for name, count in counted.items() if count)
     lines = [
-        f"model   {parameters['total']:,} parameters: {config.n_layers} layers, {config.n_heads} heads, "
-        f"{config.emb_dim} wide, context {config.context_length}; {work.precision} on "
-        f"{work.devices} x {work.device}",
-        f"        {parts}{', head tied' if config.tie_weights else ''}",
+        f"model   {parameters['total']:,} parameters: {work.config.summary}; "
+        f"{work.precision} on {work.devices} x {work.device}",
+        f"        {parts}{', head tied' if work.config.tie_weights else ''}",
         _memory_line(work, plan["memory"]),
     ]
     step, run, data, saved = plan["step"], plan["run"], plan["data"], plan["checkpoint"]
@@ -256,7 +255,7 @@ def describe(work: Work, plan: dict[str, Any]) -> list[str]:
         epoch = f"an epoch is {data['steps_per_epoch']:,} steps"
         lines.append(f"data    {data['train_tokens']:,} tokens, {data['train_windows']:,} windows{val}; {epoch}")
     else:
-        lines.append("data    not prepared here: windows and epochs are open")
+        lines.append("data    no corpus yet: `fit` or `gptlit prepare` makes it; windows and epochs are known then")
     if run["steps"] is not None:
         epochs = f", {data['epochs']:.2g} epochs" if data["epochs"] is not None else ""
         lines.append(

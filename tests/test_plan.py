@@ -219,7 +219,13 @@ def test_the_table_of_activations_is_what_a_plan_says(preset: str) -> None:
 
 
 def test_an_unknown_corpus_is_said() -> None:
-    assert "data    not prepared here: windows and epochs are open" in describe(SMALL, make_plan(SMALL))
+    said = "data    no corpus yet: `fit` or `gptlit prepare` makes it; windows and epochs are known then"
+    assert said in describe(SMALL, make_plan(SMALL))
+
+
+def test_one_layer_is_not_layers() -> None:
+    work = replace(SMALL, config=replace(SMALL.config, n_layers=1, n_heads=1))
+    assert "parameters: 1 layer, 1 head, 768 wide, context 1024;" in describe(work, make_plan(work))[0]
 
 
 def test_the_lines_say_it_all() -> None:
