@@ -1,9 +1,11 @@
 """Documents -> shards: what is written, that it does not depend on workers or kills, and what is refused."""
 
 import io
+import itertools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import pytest
 from filelock import FileLock
 
 from conftest import ROOT
-from gptlit.data import encoder
+from gptlit.data import encoder, progress
 from gptlit.data import prepare as module
 from gptlit.data.corpus import Bad, Corpus, Part, open_corpus
 from gptlit.data.prepare import LOCK, PROGRESS, Report, Split, prepare, prepare_cached
@@ -499,3 +501,17 @@ def test_a_manifest_that_makes_no_sense_is_refused(tmp_path: Path, change: Any) 
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=r"manifest\.json cannot be used"):
         open_tokens(folder)
+
+
+def test_progress_has_a_rate_once_there_are_two_points(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "LINE_EVERY", -1.0)
+    clock = itertools.count(1.0)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.preparing("mine") as show:
+        show(Report(300, 600, 80, 1_000_000))
+        show(Report(600, 600, 160, 9_000_000))
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "preparing mine: 300 of 600 bytes, 80 tokens"
+    assert re.fullmatch(r"preparing mine: 600 of 600 bytes, 160 tokens, [1-9]\.\d MB/s", second)
