@@ -39,7 +39,9 @@ def check_names(args: list[str]) -> None:
             _check(flag[2:].rstrip("+"), names)
     for file in _config_files(args):
         if not file.is_file():
-            fail(f"--config {file}: there is no such file", status=2)
+            near = difflib.get_close_matches(file.stem, [other.stem for other in file.parent.glob("*.yaml")], 1)
+            hint = f": did you mean {file.with_name(near[0])}.yaml?" if near else ""
+            fail(f"--config {file}: there is no such file{hint}", status=2)
         for key in _keys(file):
             _check(key, names, f" in {file}")
 

@@ -34,7 +34,9 @@ def test_what_the_parser_takes_is_known() -> None:
         (["validate", "--ckptpath", "last"], "there is no setting ckptpath: did you mean ckpt_path?"),
         (["fit", "--optimizer=SGD"], "no setting optimizer: "),
         (["fit", "--zzz"], "there is no setting zzz: `python train.py fit --help` lists all"),
-        (["fit", "--config", "none.yaml"], "--config none.yaml: there is no such file"),
+        (["fit", "--config", "none.yaml"], "--config none.yaml: there is no such file\n"),
+        (["fit", "--config", "nowhere/a.yaml"], "--config nowhere/a.yaml: there is no such file\n"),
+        (["fit", "--config", f"{ROOT}/configs/quikstart.yml"], "/configs/quickstart.yaml?\n"),
         (["fit", "-c", "a.yaml"], "no setting data.batchsize in a.yaml: did you mean data.batch_size?"),
     ],
 )
