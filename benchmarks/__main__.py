@@ -2,7 +2,7 @@
 
 from jsonargparse import auto_cli
 
-from benchmarks import bigram, curves, devices, faults, footprint, generate, loader, prepare, profile, saves, step
+from benchmarks import bigram, curves, devices, faults, footprint, generate, gpu, loader, prepare, profile, saves, step
 
 RUNS = {
     "bigram": bigram.run,
@@ -11,6 +11,7 @@ RUNS = {
     "faults": faults.run,
     "footprint": footprint.run,
     "generate": generate.run,
+    "gpu": gpu.run,
     "ladder": step.ladder,
     "loader": loader.run,
     "memory": devices.memory,

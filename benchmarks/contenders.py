@@ -32,7 +32,11 @@ class Process:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
+
+    def wait_until_ready(self) -> "Process":
+        """Wait until it is warm."""
         self._read()
+        return self
 
     def _read(self) -> dict[str, float]:
         assert self._process.stdout is not None
@@ -72,14 +76,29 @@ class Gate:
         self.count += 1
         if self.count < self.warm or (self.count - self.warm) % self.steps:
             return
+        synchronize()
         found = {}
         if self.count > self.warm:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-            found = {"seconds": (time.perf_counter() - self._began) / self.steps, "peak GB": peak}
+            found = {"seconds": (time.perf_counter() - self._began) / self.steps, "peak GB": memory_peak()}
         print(json.dumps(found), flush=True)
         if not sys.stdin.readline():
             os._exit(0)
         self._began = time.perf_counter()
+
+
+def synchronize() -> None:
+    """Wait for the GPU, where this process uses one."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def memory_peak() -> float:
+    """Return the most memory, in GB, that this process has held: on the GPU where it uses one."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        return float(torch.cuda.max_memory_allocated() / 1e9)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def serve(module: str, arguments: dict[str, Any]) -> None:
@@ -117,17 +136,10 @@ def compare(
         pythons: The Python of those that need an environment of their own.
     """
     processes = {
-        name: Process(contender, pythons.get(name, sys.executable))
+        name: Process(contender, pythons.get(name, sys.executable)).wait_until_ready()
         for name, contender in track(contenders.items(), "preparing")
     }
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in contenders}
-    try:
-        for number in track(range(rounds), "measuring"):
-            for name in list(contenders)[:: 1 if number % 2 == 0 else -1]:
-                results[name].append(processes[name].measure())
-    finally:
-        for process in processes.values():
-            process.close()
+    results = measure_in_turn(processes, rounds)
     ratios = {
         f"{ours} / {theirs}": [a[figure] / b[figure] for a, b in zip(results[ours], results[theirs], strict=True)]
         for ours, theirs in pairs
@@ -137,6 +149,19 @@ def compare(
     out.write_text(json.dumps(values, indent=1) + "\n")
     out.with_suffix(".md").write_text(_markdown(title, results, ratios))
     _draw(title, ratios, out.with_suffix(".png"))
+
+
+def measure_in_turn(processes: Mapping[str, Process], rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Measure each process once a round, every other round in reverse order; end the processes."""
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in processes}
+    try:
+        for number in track(range(rounds), "measuring"):
+            for name in list(processes)[:: 1 if number % 2 == 0 else -1]:
+                results[name].append(processes[name].measure())
+    finally:
+        for process in processes.values():
+            process.close()
+    return results
 
 
 def _print(title: str, results: dict[str, list[dict[str, float]]], ratios: dict[str, list[float]]) -> None:

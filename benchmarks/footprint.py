@@ -56,7 +56,7 @@ class Peaks:
     def __getitem__(self, batch_size: int) -> float:
         if batch_size not in self._known:
             contender = make(self.name, "124m", batch_size, self.length, warm=1, steps=1, **self.options)
-            process = Process(contender)
+            process = Process(contender).wait_until_ready()
             self._known[batch_size] = process.measure()["peak GB"]
             process.close()
             print(f"{self.name}: {batch_size} x {self.length} tokens, {self._known[batch_size]:.2f} GB", flush=True)

@@ -36,9 +36,11 @@ def run(
     compare("tokens a second", contenders, pairs, "steady", Path(out), rounds=rounds)
 
 
-def contender(name: str, size: int, new_tokens: int) -> Any:
+def contender(name: str, size: int, new_tokens: int, device: str = "cpu", toy: bool = False) -> Any:
     """Return a function that generates once and returns its figures; called in the contender's own process."""
     import torch
+
+    torch.set_default_device(device)
 
     project, precision = name.split()
     alone = size == 1  # then 8-bit weights are packed and compiled, with activations in fp32
@@ -46,23 +48,24 @@ def contender(name: str, size: int, new_tokens: int) -> Any:
     torch.manual_seed(0)
     prompts = torch.randint(0, 50257, (size, PROMPT))
     if project == "transformers":
-        return _transformers(prompts, new_tokens, dtype)
-    return _gptlit(prompts, new_tokens, dtype, "int8" if precision == "int8" else None)
+        return _transformers(prompts, new_tokens, dtype, {"n_layer": 1, "n_embd": 48} if toy else {})
+    shape = {"n_layers": 1, "emb_dim": 48} if toy else {}
+    return _gptlit(prompts, new_tokens, dtype, "int8" if precision == "int8" else None, shape)
 
 
-def _gptlit(prompts: Any, new_tokens: int, dtype: Any, quantize: str | None) -> Any:
+def _gptlit(prompts: Any, new_tokens: int, dtype: Any, quantize: str | None, shape: dict[str, int]) -> Any:
     from gptlit.config import GPTConfig
     from gptlit.fast_linear import for_generation
     from gptlit.generate import stream
     from gptlit.model import GPTModel
 
-    model = GPTModel(GPTConfig(tie_weights=True, qkv_bias=True, init="gpt2")).eval().to(dtype)
-    for_generation(model, quantize, compile=len(prompts) == 1)
+    model = GPTModel(GPTConfig(tie_weights=True, qkv_bias=True, init="gpt2", **shape)).eval().to(dtype)
+    for_generation(model, quantize, compile=len(prompts) == 1 and not shape)
     rows = prompts.tolist()
 
     def once() -> dict[str, float]:
         began = time.perf_counter()
-        steps = stream(model, rows, new_tokens + 1)
+        steps = stream(model, rows, new_tokens + 1, cuda_graph=prompts.is_cuda)
         next(steps)
         first = time.perf_counter()
         count = sum(1 for _ in steps)
@@ -71,11 +74,11 @@ def _gptlit(prompts: Any, new_tokens: int, dtype: Any, quantize: str | None) -> 
     return once
 
 
-def _transformers(prompts: Any, new_tokens: int, dtype: Any) -> Any:
+def _transformers(prompts: Any, new_tokens: int, dtype: Any, shape: dict[str, int]) -> Any:
     import torch
     import transformers
 
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config()).eval().to(dtype)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).eval().to(dtype)
     options = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     mask = torch.ones_like(prompts)
 

@@ -7,8 +7,9 @@ gives every one what helps: bf16, torch.compile, fused AdamW, and an allocator t
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,8 @@ import numpy as np
 
 from benchmarks.contenders import Contender, Gate
 
-SIZES = {"124m": (768, 12, 12), "small": (384, 6, 6), "toy": (16, 2, 1)}  # emb_dim, n_heads, n_layers
+# emb_dim, n_heads, n_layers
+SIZES = {"355m": (1024, 16, 24), "124m": (768, 12, 12), "small": (384, 6, 6), "toy": (16, 2, 1)}
 VOCABULARY = 50257
 PADDED = 50304  # to which nanoGPT and litgpt round it up
 WARM, STEPS = 5, 2  # steps before the first measurement, and in each
@@ -46,12 +48,33 @@ def contender(
     folder: str = "",
     warm: int = WARM,
     steps: int = STEPS,
+    device: str = "cpu",
+    flags: Sequence[str] = (),
+    patches: Sequence[str] = (),
 ) -> Any:
-    """Train one step after the other, through the gate; never returns. "matmul" returns what `compare` calls."""
+    """Train one step after the other, through the gate; never returns. "matmul" returns what `compare` calls.
+
+    Args:
+        name: One of the builders below, "gptlit", "bare", "trainer" or "matmul".
+        size: A key of `SIZES`.
+        batch_size: Windows in a step.
+        length: Tokens in a window.
+        kind: "tuned" or "shipped"; gptlit also "recompute".
+        folder: Of a clone, for a peer that needs one.
+        warm: Steps before the first measurement.
+        steps: In one measurement.
+        device: "cpu" or "cuda".
+        flags: More flags of `train.py fit`, for gptlit.
+        patches: Functions without arguments, "module:name", to call before anything is built.
+    """
     import torch
 
+    for patch in patches:
+        module, _, function = patch.partition(":")
+        getattr(import_module(module), function)()
+
     torch.manual_seed(0)
-    if kind == "tuned":
+    if kind == "tuned" and device == "cpu":
         from benchmarks.allocator import keep_freed_memory
 
         keep_freed_memory()
@@ -59,8 +82,8 @@ def contender(
         return partial(time_at_peak, operations(size, batch_size, length))
     gate = Gate(warm, steps)
     if name == "gptlit":
-        return train_gptlit(size, batch_size, length, kind, gate)
-    batch = torch.randint(VOCABULARY, (batch_size, length + 1))
+        return train_gptlit(size, batch_size, length, kind, gate, device, flags)
+    batch = torch.randint(VOCABULARY, (batch_size, length + 1), device=device)
     inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
     if name == "bare":
         return bare(*SIZES[size], inputs, targets, gate)
@@ -68,7 +91,9 @@ def contender(
         return train_transformers(size, batch, kind == "tuned", gate)
     builders = {"nanogpt": nanogpt, "transformers": transformers, "litgpt": litgpt, "book": book}
     model, loss = builders[name](*SIZES[size], length, folder)
-    return loop(model, loss, inputs, targets, kind == "tuned", gate)
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # as nanoGPT and litgpt do
+    return loop(model.to(device), loss, inputs, targets, kind == "tuned", gate)
 
 
 def time_at_peak(work: float) -> dict[str, float]:
@@ -104,7 +129,7 @@ def loop(
     optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=tuned if fused is None else fused)
     forward = torch.compile(loss) if (tuned if compiled is None else compiled) else loss
     while True:
-        with torch.autocast("cpu", torch.bfloat16, enabled=tuned):
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=tuned):
             value = forward(model, inputs, targets)
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -122,7 +147,9 @@ def bare(emb_dim: int, n_heads: int, n_layers: int, inputs: Any, targets: Any, g
     shape = {"emb_dim": emb_dim, "n_heads": n_heads, "n_layers": n_layers, "context_length": inputs.shape[1]}
     config = GPTConfig(**shape, drop_rate=0.0, qkv_bias=True, tie_weights=True, init="gpt2")
     module = GPTModule(config, compile=True)
-    module._trainer = SimpleNamespace(precision="bf16-mixed")  # type: ignore[assignment]
+    module._trainer = SimpleNamespace(  # type: ignore[assignment]
+        precision="bf16-mixed", strategy=SimpleNamespace(root_device=inputs.device)
+    )
     module.configure_model()
     optimizer = module.configure_optimizers()
     while True:
@@ -251,7 +278,9 @@ class GateCallback(pl.Callback):
         self.gate.step()
 
 
-def train_gptlit(size: str, batch_size: int, length: int, kind: str, gate: Gate) -> None:
+def train_gptlit(
+    size: str, batch_size: int, length: int, kind: str, gate: Any, device: str = "cpu", more: Sequence[str] = ()
+) -> None:
     """Train as a user does: `train.py fit`, with its own Trainer, callbacks and logger; "recompute" spares memory."""
     from tempfile import mkdtemp
 
@@ -268,7 +297,9 @@ def train_gptlit(size: str, batch_size: int, length: int, kind: str, gate: Gate)
     flags += ["--model.compile=true", "--trainer.precision=bf16-mixed"] if kind != "shipped" else []
     flags += ["--model.activation_checkpointing=true"] if kind == "recompute" else []
     flags += [f"--data.source={folder}", "--data.val_fraction=0", f"--data.batch_size={batch_size}"]
-    flags += ["--trainer.accelerator=cpu", "--trainer.max_steps=100000", "--trainer.gradient_clip_val=1"]
+    accelerator = "gpu" if device == "cuda" else device
+    flags += [f"--trainer.accelerator={accelerator}", "--trainer.devices=1"]
+    flags += ["--trainer.max_steps=100000", "--trainer.gradient_clip_val=1"]
     flags += [f"--trainer.default_root_dir={folder}", "--trainer.enable_progress_bar=false"]
     flags += ["--run.save_every_n_steps=1000000", "--trainer.callbacks+=benchmarks.peers.GateCallback"]
-    main(["fit", *flags])
+    main(["fit", *flags, *more])

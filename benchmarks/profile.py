@@ -37,7 +37,7 @@ def run(size: str = "124m", batch_size: int = 1, length: int = 1024, out: str = 
         length: Tokens in a window.
         out: JSON file for the figures.
     """
-    process = Process((__name__, {"size": size, "batch_size": batch_size, "length": length}))
+    process = Process((__name__, {"size": size, "batch_size": batch_size, "length": length})).wait_until_ready()
     parts = process.measure()
     process.close()
     total = parts.pop("total")

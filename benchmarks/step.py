@@ -116,7 +116,7 @@ def contender(rung: int, batch_size: int, length: int) -> Any:
     if not on["attention in blocks"]:
         attention.torch.compiler.is_compiling = lambda: False  # type: ignore[assignment]
     else:
-        keep_little()
+        keep_little(torch.device("cpu"))
     if not on["GELU by one exponential"]:
         architecture.GELU.forward = lambda self, x: F.gelu(x, approximate="tanh")  # type: ignore[method-assign]
     model = GPTModel(GPTConfig(context_length=length, drop_rate=0.0, qkv_bias=True, tie_weights=True, init="gpt2"))

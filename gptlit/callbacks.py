@@ -19,7 +19,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from gptlit.checkpoint import DurableCheckpointIO, best_path, checkpoint_path, checkpoints, remove, tidy
-from gptlit.costs import Work, count_parameters, describe, make_plan, operations, warnings
+from gptlit.costs import Work, count_parameters, datasheet_peak, describe, make_plan, operations, warnings
 from gptlit.data.datamodule import TokenDataModule
 from gptlit.errors import InputError
 from gptlit.generate import generate
@@ -188,7 +188,8 @@ class Throughput(Callback):
     validation.
 
     Args:
-        peak: Of a device, in floating-point operations a second; None: that of some products at the start.
+        peak: Of a device, in floating-point operations a second; None: that of a known GPU's datasheet, else what
+            some products at the start reach.
     """
 
     def __init__(self, peak: float | None = None) -> None:
@@ -206,8 +207,11 @@ class Throughput(Callback):
         """Measure the peak, start the clock."""
         assert isinstance(pl_module, GPTModule)
         self._operations = operations(pl_module.config, count_parameters(pl_module.config))
+        device, precision = trainer.strategy.root_device, str(trainer.precision)
+        if self.peak is None and device.type == "cuda":
+            self.peak = datasheet_peak(torch.cuda.get_device_name(device), precision)
         if self.peak is None:
-            self.peak = matmul_peak(trainer.strategy.root_device, str(trainer.precision))
+            self.peak = matmul_peak(device, precision)
         self._batch_ended = time.perf_counter()
         self._mark(trainer, pl_module)
 
@@ -272,7 +276,9 @@ def matmul_peak(device: torch.device, precision: str) -> float:
     """Return the operations a second of a large square product: the best of ten, in the type of the activations."""
     dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision.split("-")[0], torch.float32)
     side = 1024 if device.type == "cpu" else 8192
-    matrix, best = torch.ones(side, side, dtype=dtype, device=device), math.inf
+    generator = torch.Generator(device).manual_seed(0)
+    matrix = torch.randn(side, side, device=device, generator=generator).to(dtype)  # a GPU is faster on zeros and ones
+    best = math.inf
     wait = getattr(torch, device.type).synchronize
     for _ in range(10):
         wait()

@@ -55,7 +55,10 @@ class DurableCheckpointIO(TorchCheckpointIO):
         self.wait()
         then, self.then = self.then, None
         if self.asynchronous:
-            self._writing = self._thread.submit(_write, snapshot(checkpoint), Path(path), then)
+            copy = snapshot(checkpoint)
+            if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+                torch.cuda.synchronize()  # copies to pinned memory are asynchronous
+            self._writing = self._thread.submit(_write, copy, Path(path), then)
         else:
             _write(checkpoint, Path(path), then)
 
@@ -89,13 +92,17 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
 
 def snapshot(value: Any, memo: dict[int, torch.UntypedStorage] | None = None) -> Any:
-    """Copy a tree of dicts, lists, tuples and tensors to CPU memory; tensors that share memory still do."""
+    """Copy a tree of dicts, lists, tuples and tensors to CPU memory; tensors that share memory still do.
+
+    Copies from a GPU are asynchronous.
+    """
     memo = {} if memo is None else memo
     if isinstance(value, torch.Tensor):
         storage = value.untyped_storage()
         if storage.data_ptr() not in memo:
-            on_cpu = value.device.type == "cpu"
-            memo[storage.data_ptr()] = storage.clone() if on_cpu else storage.cpu()  # type: ignore[no-untyped-call]
+            pin = value.device.type == "cuda"  # many times as fast; torch keeps the memory for the next snapshot
+            target = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pin).untyped_storage()
+            memo[storage.data_ptr()] = target.copy_(storage, non_blocking=pin)
         copy = torch.empty(0, dtype=value.dtype)
         return copy.set_(memo[storage.data_ptr()], value.storage_offset(), value.size(), value.stride())
     if isinstance(value, Mapping):

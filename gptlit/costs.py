@@ -18,6 +18,21 @@ from gptlit.optimizer import make_optimizer
 CHINCHILLA = 20  # tokens a parameter. Source: Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models"
 PROGRAM = 0.7e9  # bytes that Python, torch and Lightning take in main memory
 COMPILER = 0.25e9  # and torch.compile
+# 10^12 dense bf16 operations a second, by a part of the device's name. Source: NVIDIA's datasheets.
+DATASHEET_PEAKS = {
+    "B200": 2250,
+    "GH200": 989,
+    "H200": 989,
+    "H100": 989,
+    "H100 PCIe": 756,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "A10G": 70,
+    "RTX 3090": 71,
+    "RTX 4090": 165,
+    "RTX 5090": 209,
+}
 # Bytes that a token leaves in a block for the way back, over emb_dim, by the size of an activation.
 SAVED = {2: 42, 4: 68, 8: 136}
 KEPT_LITTLE = {2: 24, 4: 44, 8: 88}  # where norms and GELU are made again
@@ -131,6 +146,14 @@ def operations(config: GPTConfig, parameters: dict[str, int]) -> int:
     """Return the floating-point operations of training on one token. Source: Chowdhery et al. 2022, appendix B."""
     multiplied = parameters["total"] - parameters["pos_emb"] - (0 if config.tie_weights else parameters["tok_emb"])
     return 6 * multiplied + 12 * config.n_layers * config.emb_dim * config.context_length
+
+
+def datasheet_peak(device_name: str, precision: str) -> float | None:
+    """Return the operations a second of a GPU's datasheet, in 16-bit precision; None where they are not known here."""
+    known = [name for name in DATASHEET_PEAKS if name in device_name]
+    if not known or not precision.startswith(("bf16", "16")):
+        return None
+    return DATASHEET_PEAKS[max(known, key=len)] * 1e12
 
 
 def accumulation(work: Work) -> int:
@@ -294,7 +317,7 @@ def measure(work: Work) -> float:
     device = torch.device(work.device)
     model = GPTModel(work.config).to(device)
     if work.compile:
-        keep_little()
+        keep_little(device)
     for block in model.trf_blocks:
         assert isinstance(block, TransformerBlock)
         block.recompute = work.recompute

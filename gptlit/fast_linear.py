@@ -99,9 +99,12 @@ def for_generation(model: GPTModel, quantize: str | None = None, compile: bool =
     Raises:
         InputError: The quantisation is unknown, or there is no compiler.
     """
+    device = model.pos_emb.weight.device.type
     if quantize not in (None, "int8"):
         raise InputError(f"no quantisation is named {quantize!r}: 'int8' is the only one")
-    compile = compile and model.pos_emb.weight.device.type == "cpu"
+    if quantize and device == "cuda":
+        raise InputError("quantize 'int8' is for a CPU; on a GPU bf16 is faster: leave it out")
+    compile = compile and device == "cpu"
     if quantize and compile:
         model.float()  # the weights are in 8 bits; activations in bf16 would only be converted back and forth
     if quantize or compile:

@@ -80,6 +80,7 @@ def stream(
     *,
     generators: Sequence[torch.Generator | None] = (None,),
     use_cache: bool = True,
+    cuda_graph: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Continue several prompts at once, of any lengths; yield (ids, log-probabilities) of the next tokens, (B,) each.
 
@@ -94,6 +95,8 @@ def stream(
         generators: One source of randomness for all rows, or one for each, so that a row's text does not depend on
             its neighbours.
         use_cache: False reads everything anew for each token.
+        cuda_graph: On a GPU, capture the step with the cache once and replay it: a step of one token is bound by the
+            launches of its kernels.
 
     Raises:
         InputError: A prompt is empty, or max_new_tokens is negative.
@@ -109,6 +112,7 @@ def stream(
     longest = max(map(len, rows))
     next_ids = torch.tensor([row[-1] for row in rows], device=device)
     cache: KVCache | None = None
+    decode: Callable[[Tensor], Tensor] | None = None
     for step in range(max_new_tokens):
         if not use_cache or longest + step > context_length:
             with torch.compiler.set_stance("force_eager"):
@@ -122,15 +126,43 @@ def stream(
             cache.advance(torch.tensor([len(row) for row in rows], device=device))
             last = cache.lengths - 1
         else:
-            hidden = model.hidden(next_ids[:, None], cache)
+            decode = decode or _decoder(model, cache, cuda_graph and device.type == "cuda")
+            logits = decode(next_ids)
             cache.advance(1)
-            last = torch.zeros_like(next_ids)
-        logits = model.out_head(hidden[torch.arange(len(rows), device=device), last])  # (B, V)
+            last = None
+        if last is not None:
+            logits = model.out_head(hidden[torch.arange(len(rows), device=device), last])  # (B, V)
         next_ids = sampling.draw(logits, generators)
         chances = torch.log_softmax(logits.float(), dim=-1)
         yield next_ids, chances.gather(-1, next_ids[:, None])[:, 0]
         for row, next_id in zip(rows, next_ids.tolist(), strict=True):
             row.append(next_id)
+
+
+def _decoder(model: GPTModel, cache: KVCache, cuda_graph: bool) -> Callable[[Tensor], Tensor]:
+    """Return the function from the next ids (B,) to logits (B, V), with the cache; perhaps captured in a CUDA graph."""
+
+    def decode(ids: Tensor) -> Tensor:
+        return model.out_head(model.hidden(ids[:, None], cache)[:, 0])  # type: ignore[no-any-return]
+
+    if not cuda_graph:
+        return decode
+    static_ids = torch.zeros_like(cache.lengths)
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        decode(static_ids)  # warms up; the keys and values that it writes are overwritten
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        static_logits = decode(static_ids)
+
+    def replay(ids: Tensor) -> Tensor:
+        static_ids.copy_(ids)
+        graph.replay()
+        return static_logits
+
+    return replay
 
 
 def _padded(rows: Sequence[Sequence[int]], context_length: int, device: torch.device) -> Tensor:

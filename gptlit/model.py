@@ -25,13 +25,13 @@ def _plain(_: nn.Module) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def keep_little() -> None:
+def keep_little(device: torch.device) -> None:
     """Let torch.compile, on a CPU, make attention's scores, GELU and norms again on the way back, not keep them.
 
     It would notice that the scores there are those of the way here (twice the activations), and keep whatever a product
     on the way back reads. Made again they cost a hundredth of a step.
     """
-    if not torch.cuda.is_available():
+    if device.type == "cpu":
         torch._functorch.config.cse = False
         torch._functorch.config.ban_recompute_materialized_backward = False
 
@@ -230,7 +230,7 @@ class KVCache:
 
     def advance(self, counts: Tensor | int) -> None:
         """Count tokens in: as many for each row as were real, and not padding on its right."""
-        self.lengths = self.lengths + counts
+        self.lengths += counts  # in place: a CUDA graph reads this tensor
 
 
 class LayerCache:

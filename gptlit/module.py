@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch.optim import AdamW
 from torchmetrics import MeanMetric
@@ -148,15 +149,18 @@ class GPTModule(pl.LightningModule):
         """Build the model, once; Lightning calls this when the devices are known."""
         if hasattr(self, "model"):
             return
+        device = torch.device("cpu") if self._trainer is None else self.trainer.strategy.root_device
         mesh = self.device_mesh  # only a strategy that shards has one
         if mesh is None:
-            self.model = GPTModel(self.config)
+            with torch.device("cpu"):  # a seed gives the same weights on any device
+                self.model = GPTModel(self.config)
         else:
-            self.model = sharded_model(self.config, mesh["data_parallel"], self.trainer.strategy.root_device)
+            self.model = sharded_model(self.config, mesh["data_parallel"], device)
         if self.init_from is not None:
             copy_weights(self.model, read_source(self.init_from))
         if self.compile_model:
-            keep_little()
+            keep_little(device)
+            torch._dynamo.config.optimize_ddp = False  # it would cut each compiled block in two
         for block in self.model.trf_blocks:
             assert isinstance(block, TransformerBlock)
             block.recompute = self.activation_checkpointing
@@ -251,7 +255,7 @@ class GPTModule(pl.LightningModule):
 
     def _clip(self, optimizer: torch.optim.Optimizer, limit: float | None, algorithm: str | None) -> Tensor:
         """Return the norm of the gradient before it is clipped. A fused AdamW scales it itself, without a pass more."""
-        parameters = [p for p in self.parameters() if p.grad is not None]
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = gradient_norm(parameters)
         if limit and algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, limit)

@@ -170,7 +170,7 @@ def test_the_compiled_gelu_is_torchs(dtype: torch.dtype, bound: float) -> None:
 def test_a_compiled_block_keeps_little_for_the_way_back() -> None:
     """Its input and its first half in float32, qkv, attention's output, and what GELU reads; no scores, no norms."""
     model = GPTModel(GPTConfig(context_length=256, emb_dim=256, n_heads=4, n_layers=1, drop_rate=0.0))
-    keep_little()
+    keep_little(torch.device("cpu"))
     block = model.trf_blocks[0]
     block.compile()
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

@@ -1,0 +1,39 @@
+"""The check of a GPU, rehearsed on a CPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"nanogpt": "no/such/folder"}, "no/such/folder"),
+        ({"phases": ("warp",)}, "'warp'"),
+        ({"budget": 1}, "--budget 1"),
+    ],
+)
+def test_a_wrong_argument_is_one_line(tmp_path: Path, options: dict[str, object], word: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        gpu.run(str(tmp_path), device="cpu", **options)  # type: ignore[arg-type]
+    assert word in str(stop.value)
+    assert "\n" not in str(stop.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_every_phase_writes_its_lines(tmp_path: Path) -> None:
+    gpu.run(str(tmp_path), device="cpu", budget=900)
+    lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    ends = [line for line in lines if "status" in line and "check" not in line]
+    assert [line["phase"] for line in ends] == list(gpu.LIMITS)
+    assert all(line["status"] == 0 for line in ends), ends
+    checks = {line["check"]: line for line in lines if "check" in line}
+    assert len(checks) == 9
+    assert all(line.get("passed") for line in checks.values()), checks
+    rates = [line for line in lines if "tokens/s" in line]
+    assert all(line["tokens/s"] > 0 for line in rates)
+    assert len(rates) >= 10
