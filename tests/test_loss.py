@@ -92,3 +92,22 @@ def test_its_gradients_are_given_once() -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="there is no second"):
         loss.backward()
+
+
+@pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True), (False, False)])
+def test_only_the_gradients_that_are_wanted_are_computed(
+    monkeypatch: pytest.MonkeyPatch, wants: tuple[bool, bool]
+) -> None:
+    """A validation, where nothing is, would otherwise spend a quarter of its time on the head's."""
+    computed: list[int] = []
+    original = loss_module.accumulate_product
+    monkeypatch.setattr(loss_module, "accumulate_product", lambda *a: computed.append(1) or original(*a))
+    hidden, weight = torch.randn(2, 3, 8, requires_grad=wants[0]), torch.randn(11, 8, requires_grad=wants[1])
+    targets = torch.randint(11, (2, 3))
+    loss = head_loss(hidden, weight, targets)
+    assert bool(computed) is wants[1]
+    assert loss.requires_grad is any(wants)
+    computed.clear()
+    with torch.no_grad():
+        torch.testing.assert_close(head_loss(hidden, weight, targets), loss)
+    assert not computed
