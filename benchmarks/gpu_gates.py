@@ -1,0 +1,155 @@
+"""Gates for a training run that look inside it: its kernels and idle times, its synchronisations, its saves."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+Lines = Iterator[dict[str, Any]]
+
+
+def gate_lines(gate: str, device: str) -> Lines:
+    """Train with one of the gates below, in a process of its own; yield what it prints."""
+    command = [sys.executable, "-m", "benchmarks.gpu_gates", gate, device]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
+    process.wait()
+
+
+class KernelGate:
+    """Profiles ten steps, a log point among them; prints the kernels, and where the GPU had nothing to do."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def step(self) -> None:
+        """Tell that a step is done."""
+        from torch.profiler import ProfilerActivity, profile
+
+        from benchmarks.contenders import synchronize
+
+        self.count += 1
+        if self.count == 12:
+            synchronize()
+            self._profile = profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU])
+            self._profile.__enter__()
+            self._began = time.perf_counter()
+        elif self.count == 22:
+            synchronize()
+            wall = time.perf_counter() - self._began
+            self._profile.__exit__(None, None, None)
+            for line in busy_and_idle(self._profile.events(), wall, 10):
+                print(json.dumps(line), flush=True)
+            os._exit(0)
+
+
+def busy_and_idle(events: Any, wall: float, steps: int) -> Lines:
+    """Yield the milliseconds a step of each kernel, of all of them, and of the longest gaps between two."""
+    ours = [event for event in events if "CUDA" in str(event.device_type) and "#" not in event.name]
+    spans = sorted((event.time_range.start, event.time_range.end, event.name) for event in ours)
+    totals: dict[str, list[float]] = {}
+    for start, end, name in spans:
+        totals.setdefault(name, []).append((end - start) / 1e3)
+    yield {
+        "kernel": "all",
+        "ms a step": sum(map(sum, totals.values())) / steps,
+        "times": len(spans) / steps,
+        "wall ms a step": 1e3 * wall / steps,
+    }
+    for name, times in sorted(totals.items(), key=lambda item: -sum(item[1]))[:40]:
+        yield {"kernel": name[:110], "ms a step": round(sum(times) / steps, 3), "times": len(times) / steps}
+    gaps: dict[tuple[str, str], list[float]] = {}
+    busy_until, last = (spans[0][1], spans[0][2]) if spans else (0, "")
+    for start, end, name in spans[1:]:
+        if start > busy_until:
+            gaps.setdefault((last[:60], name[:60]), []).append((start - busy_until) / 1e3)
+        if end > busy_until:
+            busy_until, last = end, name
+    yield {"gap": "all", "ms a step": sum(map(sum, gaps.values())) / steps}
+    for (before, after), times in sorted(gaps.items(), key=lambda item: -sum(item[1]))[:25]:
+        ms = round(sum(times) / steps, 3)
+        yield {"gap": f"{before} -> {after}", "ms a step": ms, "times": len(times) / steps, "longest": max(times)}
+
+
+class SyncGate:
+    """Counts the calls that make the host wait, over five steps between two log points (at 10 and 20)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.places: dict[str, int] = {}
+
+    def step(self) -> None:
+        """Tell that a step is done."""
+        import traceback
+        import warnings
+
+        import torch
+
+        self.count += 1
+        if self.count == 12:
+            self._mode(torch, "warn")
+            warnings.simplefilter("always")
+
+            def show(message: Any, *_: Any, **__: Any) -> None:
+                frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename][-6:-1]
+                place = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames))
+                self.places[f"{str(message)[:60]} {place}"] = self.places.get(f"{str(message)[:60]} {place}", 0) + 1
+
+            warnings.showwarning = show
+        elif self.count == 17:
+            self._mode(torch, "default")
+            print(json.dumps({"synchronisations in 5 steps": self.places}), flush=True)
+            os._exit(0)
+
+    @staticmethod
+    def _mode(torch: Any, mode: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode(mode)
+
+
+class SaveGate:
+    """Saves twice with the run's own callback and prints how long training waited."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def step(self) -> None:
+        """Tell that a step is done."""
+        import gc
+
+        import torch
+
+        from gptlit.callbacks import StepCheckpoint
+
+        self.count += 1
+        if self.count < 10 or self.count % 10:
+            return
+        saver = next(item for item in gc.get_objects() if isinstance(item, StepCheckpoint))
+        import lightning.pytorch as pl
+
+        trainer = next(item for item in gc.get_objects() if isinstance(item, pl.Trainer))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        saver.save(trainer)
+        print(json.dumps({"save": self.count // 10, "seconds waited": time.perf_counter() - began}), flush=True)
+        began = time.perf_counter()
+        saver.io.wait()
+        print(json.dumps({"save": self.count // 10, "seconds to the disk": time.perf_counter() - began}), flush=True)
+        if self.count == 30:
+            os._exit(0)
+
+
+GATES = {"KernelGate": KernelGate, "SyncGate": SyncGate, "SaveGate": SaveGate}
+
+if __name__ == "__main__":
+    from benchmarks.peers import train_gptlit
+
+    size, batch, length = ("124m", 16, 1024) if sys.argv[2] == "cuda" else ("toy", 2, 16)
+    more = [] if sys.argv[2] == "cuda" else ["--model.compile=false"]
+    train_gptlit(size, batch, length, "tuned", GATES[sys.argv[1]](), sys.argv[2], more)
