@@ -28,6 +28,7 @@ from gptlit.errors import InputError, note
 
 SUFFIX = ".ckpt"
 LOCK = ".lock"
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PIECE = 2**26  # bytes of a checkpoint that are brought to the disk at once
 
 
@@ -87,6 +88,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read without executing anything, whatever `weights_only` says."""
         checkpoint = read_checkpoint(Path(path))
+        check_finite(checkpoint["state_dict"], Path(path))
         checkpoint.setdefault("pytorch-lightning_version", version("lightning"))  # weights that were imported
         return checkpoint
 
@@ -279,6 +281,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def check_finite(weights: Mapping[str, Any], path: Path) -> None:
+    """Refuse weights with which nothing can be computed.
+
+    Raises:
+        InputError: A tensor has NaN or Inf; it is named.
+    """
+    for name, value in weights.items():
+        if getattr(value, "dtype", None) in FLOATS and value.numel() and not all(map(torch.isfinite, value.aminmax())):
+            raise InputError(f"{path} has NaN or Inf in {name!r}: take another checkpoint, or fetch the file again")
+
+
 def run_folders(root: Path, name: str) -> list[Path]:
     """Return the folders of the runs of that name, oldest first."""
     folders = {int(m[1]): p for p in (root / name).glob("version_*") if (m := re.fullmatch(r"version_(\d+)", p.name))}
@@ -362,6 +375,8 @@ def find_checkpoint(path: Path) -> Path:
         return path
     if not path.exists():
         raise InputError(f"checkpoint {str(path)!r} does not exist: give a .ckpt file or a run's folder")
+    if path.resolve().name == "checkpoints":
+        path = path.resolve().parent
     for run in [path, *reversed(run_folders(path.parent, path.name))]:
         if (found := newest_checkpoint(run)) is not None:
             return found

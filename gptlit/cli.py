@@ -375,7 +375,7 @@ def evaluate(
         print(f"  {score.loss:7.4f}  {score.tokens:>8,} tokens  {score.start}")
 
 
-def import_(source: str, out: str, n_heads: int | None = None) -> None:
+def import_(source: str, out: str, n_heads: int | None = None, tokenizer: str = "") -> None:
     """Turn another project's weights into a checkpoint.
 
     Args:
@@ -383,6 +383,8 @@ def import_(source: str, out: str, n_heads: int | None = None) -> None:
             that `export` wrote.
         out: The .ckpt file to write; it must not exist.
         n_heads: For the book's .pth, which does not say it; heads of 64 by default, as in every GPT-2.
+        tokenizer: The one that the weights were trained with, where they do not say it: the name of a tiktoken
+            encoding, or the path of a Hugging Face tokenizer.json.
     """
     path = Path(out)
     if path.suffix != ".ckpt":
@@ -392,6 +394,13 @@ def import_(source: str, out: str, n_heads: int | None = None) -> None:
     from gptlit.weights import read_source, save_checkpoint
 
     found = read_source(source, n_heads)
+    if tokenizer:
+        found.tokenizer = tokenizer
+        if found.load_tokenizer().n_vocab > found.config.vocab_size:
+            raise InputError(
+                f"--tokenizer {tokenizer} has {found.load_tokenizer().n_vocab} ids, but {source} has a vocabulary of "
+                f"{found.config.vocab_size}: name the one that it was trained with"
+            )
     save_checkpoint(found, path)
     print(f"{path}: {found.config.summary}, vocabulary {found.config.vocab_size:,}")
     print(f"next: python train.py fit --config configs/finetune.yaml --model.init_from {path} --data.source FILE.txt")

@@ -19,7 +19,7 @@ from gptlit.loss import head_loss, softmax_, softmax_by_parts_
 from gptlit.model import GPTModel, TransformerBlock, keep_little
 from gptlit.optimizer import OptimizerName, make_optimizer, set_values
 from gptlit.sharding import gradient_norm, sharded_model
-from gptlit.weights import copy_weights, read_source
+from gptlit.weights import check_tokenizer, copy_weights, read_source
 
 ScheduleName = Literal["cosine", "constant"]
 
@@ -157,7 +157,10 @@ class GPTModule(pl.LightningModule):
         else:
             self.model = sharded_model(self.config, mesh["data_parallel"], device)
         if self.init_from is not None:
-            copy_weights(self.model, read_source(self.init_from))
+            source = read_source(self.init_from)
+            if (data := getattr(self._trainer, "datamodule", None)) is not None and hasattr(data, "tokenizer"):
+                check_tokenizer(source, data.tokenizer)
+            copy_weights(self.model, source)
         if self.compile_model:
             keep_little(device)
             torch._dynamo.config.optimize_ddp = False  # it would cut each compiled block in two

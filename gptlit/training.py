@@ -240,7 +240,13 @@ class TrainingCLI(LightningCLI):
             found = read_checkpoint(Path(config.ckpt_path))["hyper_parameters"]["config"]
         elif config.model.init_from is not None:
             source = read_source(config.model.init_from)
-            agree(given, source)
+            name = tokenizer_for(config.data.source, config.data.tokenizer, source.tokenizer_name or "gpt2")
+            if name == source.tokenizer_name:
+                config.data.tokenizer = name  # what trained the weights, unless the data say otherwise
+            rows = source.config.vocab_size
+            source = agree({"vocab_size": load_tokenizer(name).n_vocab, **given}, source)
+            if source.config.vocab_size < rows:
+                note(f"the vocabulary is cut: from {rows} to {source.config.vocab_size} ids")
             found = asdict(source.config)
             length, theirs = given.get("context_length", found["context_length"]), found["context_length"]
             if length != theirs:

@@ -18,25 +18,52 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gptlit import __version__
-from gptlit.checkpoint import DurableCheckpointIO, find_checkpoint, load_plain, read_checkpoint
+from gptlit.checkpoint import FLOATS, DurableCheckpointIO, check_finite, find_checkpoint, load_plain, read_checkpoint
 from gptlit.config import GPTConfig
-from gptlit.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer, save_huggingface
+from gptlit.data.tokenizer import (
+    TOKENIZER_JSON,
+    HuggingFaceTokenizer,
+    Tokenizer,
+    folder_spec,
+    load_tokenizer,
+    same_ids,
+    save_huggingface,
+    tokenizer_spec,
+)
 from gptlit.errors import InputError, note
 from gptlit.model import GPTModel
 from gptlit.sharding import gathered, shard_like
 
 PREFIX = "model."  # the GPTModel inside a GPTModule
 HUB = "hf:"
+ROUNDING = 128  # a vocabulary is rounded up by fewer rows
+WRAPPERS = r"(^|(?<=\.))(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."  # compile, DDP, FSDP
 
 
 @dataclass
 class Source:
-    """What a file or folder holds: an architecture and the weights for it, under the names used here."""
+    """What a file or folder holds: an architecture and the weights for it, under the names used here.
+
+    Args:
+        path: The file or folder.
+        config: The architecture.
+        state: The weights.
+        tokenizer: What `load_tokenizer` makes the tokenizer of; None where the source does not say it.
+    """
 
     path: Path
     config: GPTConfig
     state: dict[str, Tensor]
-    tokenizer: str = "gpt2"
+    tokenizer: str | None = None
+
+    def load_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer, or GPT-2's where none is known."""
+        return load_tokenizer(self.tokenizer or "gpt2")
+
+    @property
+    def tokenizer_name(self) -> str | None:
+        """The tokenizer by name or path; None where it is not known, or there is only its content."""
+        return None if (self.tokenizer or "{").startswith("{") else self.tokenizer
 
 
 # --- the name maps ----------------------------------------------------------------------------------------------
@@ -104,21 +131,37 @@ def _is_transposed(form: Format, name: str, value: Tensor) -> bool:
     return form.transposed and value.dim() == 2 and name.startswith("trf_blocks")
 
 
-def from_format(theirs: dict[str, Tensor], form: Format, config: GPTConfig, path: Path) -> dict[str, Tensor]:
+def plain_names(theirs: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Remove what compiling and wrapping a model puts into the names of its weights.
+
+    Raises:
+        InputError: Two names are the same without it.
+    """
+    plain = {re.sub(WRAPPERS, "", str(name)): value for name, value in theirs.items()}
+    if len(plain) < len(theirs):
+        raise InputError(
+            f"{path} has weights twice, with and without a prefix such as '_orig_mod.': remove one of them"
+        )
+    return plain
+
+
+def from_format(
+    theirs: dict[str, Tensor], form: Format, config: GPTConfig, path: Path, tokenizer: str | None = None
+) -> Source:
     """Rename, stack and transpose another project's weights.
 
     Raises:
-        InputError: A tensor is missing, left over or of another shape; it is named, with both shapes.
+        InputError: A tensor is missing, left over, of another shape, or not finite; it is named.
     """
     with torch.device("meta"):
         expected = GPTModel(config).state_dict()
     theirs = {name: value for name, value in theirs.items() if not re.fullmatch(form.ignored, name)}
+    check_finite(theirs, path)
+    if config.tie_weights:
+        config = _tie(theirs, form, config, path)
     state: dict[str, Tensor] = {}
     for name, value in expected.items():
         names = form.names(name)
-        if name == "out_head.weight" and config.tie_weights and names[0] not in theirs:
-            state[name] = state["tok_emb.weight"]
-            continue
         shape = list(value.shape)
         shape[0] //= len(names)
         if _is_transposed(form, name, value):
@@ -128,16 +171,32 @@ def from_format(theirs: dict[str, Tensor], form: Format, config: GPTConfig, path
         state[name] = stacked.t() if _is_transposed(form, name, value) else stacked
     if left := theirs.keys() - {part for name in expected for part in form.names(name)}:
         raise InputError(f"{path} has the unknown tensor {min(left)!r}: it is no GPT-2 of {config.n_layers} layers")
-    return state
+    return Source(path, config, state, tokenizer)
+
+
+def _tie(theirs: dict[str, Tensor], form: Format, config: GPTConfig, path: Path) -> GPTConfig:
+    """Let the head be the embedding where only one is stored; where they differ, they are not tied."""
+    (head,), (embedding,) = form.names("out_head.weight"), form.names("tok_emb.weight")
+    first, second = (theirs.get(name) for name in (embedding, head))
+    if isinstance(first, Tensor) and isinstance(second, Tensor) and not torch.equal(first.float(), second.float()):
+        note(f"{path}: {head} differs from {embedding}: they are read as two matrices, though the model ties them")
+        return replace(config, tie_weights=False)
+    for name, other in ((head, first), (embedding, second)):
+        if name not in theirs and other is not None:
+            theirs[name] = other
+    return config
 
 
 def _take(theirs: dict[str, Tensor], name: str, shape: list[int], path: Path) -> Tensor:
     if name not in theirs:
         raise InputError(f"{path} has no tensor {name!r} (shape {tuple(shape)})")
-    if not isinstance(theirs[name], Tensor) or list(theirs[name].shape) != shape:
-        found = tuple(getattr(theirs[name], "shape", ()))
+    value = theirs[name]
+    if not isinstance(value, Tensor) or list(value.shape) != shape:
+        found = tuple(getattr(value, "shape", ()))
         raise InputError(f"{path} has {name!r} of shape {found}, its architecture asks for {tuple(shape)}")
-    return theirs[name]
+    if value.dtype not in FLOATS:
+        raise InputError(f"{path} has {name!r} of type {value.dtype}: weights must be floating-point numbers")
+    return value
 
 
 def to_format(state: dict[str, Tensor], form: Format) -> dict[str, Tensor]:
@@ -199,21 +258,20 @@ def _config(path: Path, **values: Any) -> GPTConfig:
 
 def _read_own(checkpoint: dict[str, Any], path: Path) -> Source:
     config = _config(path, **checkpoint["hyper_parameters"]["config"])
-    weights = {k.removeprefix(PREFIX): v for k, v in checkpoint["state_dict"].items() if k.startswith(PREFIX)}
+    found = plain_names(checkpoint["state_dict"], path)
+    weights = {name.removeprefix(PREFIX): value for name, value in found.items() if name.startswith(PREFIX)}
     data = checkpoint.get("TokenDataModule")
-    tokenizer = str(data.get("tokenizer", "gpt2")) if isinstance(data, dict) else "gpt2"
-    return Source(path, config, from_format(weights, OWN, config, path), tokenizer)
+    tokenizer = data.get("tokenizer") if isinstance(data, dict) else None
+    return from_format(weights, OWN, config, path, tokenizer if isinstance(tokenizer, str) else None)
 
 
 def _read_safetensors(path: Path) -> Source:
     weights, metadata = _open_safetensors(path)
     try:
         values = json.loads(metadata["config"])
-        tokenizer = str(metadata["tokenizer"])
     except (KeyError, ValueError) as error:
         raise InputError(f"{path} does not say its architecture: name the folder with its config.json") from error
-    config = _config(path, **values)
-    return Source(path, config, from_format(weights, OWN, config, path), tokenizer)
+    return from_format(plain_names(weights, path), OWN, _config(path, **values), path, metadata.get("tokenizer"))
 
 
 def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -227,22 +285,24 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_huggingface(folder: Path) -> Source:
     path = folder / "config.json"
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         config = _huggingface_config(values, path)
+        named = values.get("gptlit", {}).get("tokenizer")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path} is no configuration of a GPT-2 ({type(error).__name__}: {error})") from error
+    tokenizer = folder_spec(folder, config.vocab_size) or named
     weights: dict[str, Tensor] = {}
     for file in _huggingface_files(folder):
         part = _open_safetensors(file)[0] if file.suffix == ".safetensors" else load_plain(file)
         weights.update(
             (name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}", value)
-            for name, value in part.items()
+            for name, value in plain_names(part, file).items()
         )
     if not config.qkv_bias:  # an export of a model without them: they are zeros
         weights = {name: value for name, value in weights.items() if not name.endswith("attn.c_attn.bias")}
-    return Source(folder, config, from_format(weights, HUGGINGFACE, config, folder))
+    return from_format(weights, HUGGINGFACE, config, folder, tokenizer)
 
 
 def _huggingface_config(values: dict[str, Any], path: Path) -> GPTConfig:
@@ -301,7 +361,10 @@ def _download(name: str) -> Path:
     except ImportError as error:
         raise InputError(f'hf:{name} needs the package huggingface-hub: pip install "gptlit[hub]"') from error
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "merges.txt", "vocab.txt", "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns="pytorch_model*.bin"))
+        return folder
     except Exception as error:  # the hub's client raises a dozen kinds, none of them ours
         raise InputError(
             f"hf:{name} could not be fetched from the hub ({type(error).__name__}): check the name and the network, "
@@ -324,7 +387,7 @@ def _read_nanogpt(content: dict[str, Any], path: Path) -> Source:
             tie_weights=True,
             init="gpt2",
         )
-        weights = {name.removeprefix("_orig_mod."): value for name, value in content["model"].items()}
+        weights = plain_names(content["model"], path)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no checkpoint of nanoGPT ({type(error).__name__}: {error})") from error
     if not config.qkv_bias:  # then nothing there has a bias, and a bias of zero is none
@@ -332,23 +395,13 @@ def _read_nanogpt(content: dict[str, Any], path: Path) -> Source:
             shapes = {openai_names(name)[0]: value.shape for name, value in GPTModel(config).state_dict().items()}
         weights = {name: torch.zeros(shape) for name, shape in shapes.items() if name.endswith("bias")} | weights
     note(f"{path}: nanoGPT has the exact GELU, GPT-2 and this project its tanh form: logits differ in the third digit")
-    return _cut_vocabulary(Source(path, config, from_format(weights, NANOGPT, config, path)))
-
-
-def _cut_vocabulary(source: Source) -> Source:
-    """Drop the rows that only round GPT-2's vocabulary up to a multiple of 64."""
-    real = load_tokenizer(source.tokenizer).n_vocab
-    if not real < source.config.vocab_size <= real + 127:
-        return source
-    state = dict(source.state)
-    for name in ("tok_emb.weight", "out_head.weight"):
-        state[name] = state[name][:real]
-    return Source(source.path, replace(source.config, vocab_size=real), state, source.tokenizer)
+    return from_format(weights, NANOGPT, config, path)
 
 
 def _read_book(content: dict[str, Any], path: Path, n_heads: int | None) -> Source:
     weights = content.get("model_state_dict", content)
-    embedding = weights.get("tok_emb.weight") if isinstance(weights, dict) else None
+    weights = plain_names(weights, path) if isinstance(weights, dict) else {}
+    embedding = weights.get("tok_emb.weight")
     if not isinstance(embedding, Tensor) or embedding.dim() != 2:
         raise InputError(f"{path} holds no GPT-2 that is known here: no hyper_parameters, model_args or tok_emb.weight")
     blocks = {int(m[1]) for name in weights if (m := re.match(r"trf_blocks\.(\d+)\.", name))}
@@ -369,7 +422,7 @@ def _read_book(content: dict[str, Any], path: Path, n_heads: int | None) -> Sour
         n_layers=len(blocks),
         qkv_bias="trf_blocks.0.att.W_query.bias" in weights,
     )
-    return Source(path, config, from_format(weights, BOOK, config, path))
+    return from_format(weights, BOOK, config, path)
 
 
 # --- into a model -----------------------------------------------------------------------------------------------
@@ -402,30 +455,68 @@ def load_model_and_tokenizer(path: str | Path) -> tuple[GPTModel, Tokenizer]:
         InputError: As in `read_source`, or the vocabularies do not fit together.
     """
     source = read_source(path)
-    tokenizer = load_tokenizer(source.tokenizer)
-    if source.config.vocab_size != tokenizer.n_vocab:
+    tokenizer = source.load_tokenizer()
+    rows = source.config.vocab_size
+    if not _holds(source, tokenizer.n_vocab):
+        whose = "its tokenizer" if source.tokenizer else "it does not say its tokenizer, and"
         raise InputError(
-            f"{source.path} has a vocabulary of {source.config.vocab_size} ids, but its tokenizer "
-            f"{tokenizer.name!r} has {tokenizer.n_vocab}: its text cannot be read"
+            f"{source.path} has a vocabulary of {rows} ids, but {whose} {tokenizer.name!r} has {tokenizer.n_vocab}: "
+            "its text cannot be read; name the right one with `gptlit import --tokenizer`"
         )
-    return build(source), tokenizer
+    if rows > tokenizer.n_vocab:
+        note(f"{source.path}: the ids from {tokenizer.n_vocab} to {rows - 1} have no text and are left out")
+    return build(_with_rows(source, tokenizer.n_vocab)), tokenizer
+
+
+def _holds(source: Source, n_vocab: int) -> bool:
+    """Whether a vocabulary is one of `n_vocab` ids, but for rows at its end that no text needs: they round it up, or
+    stand for tokens that were added to it.
+    """
+    beyond = source.config.vocab_size - n_vocab
+    is_known = source.tokenizer is not None and source.load_tokenizer().n_vocab == n_vocab
+    return 0 <= beyond < ROUNDING or (is_known and beyond >= 0)
+
+
+def _with_rows(source: Source, n_vocab: int) -> Source:
+    """Leave out the rows of a vocabulary beyond `n_vocab`."""
+    cut = {name: source.state[name][:n_vocab] for name in ("tok_emb.weight", "out_head.weight")}
+    return replace(source, config=replace(source.config, vocab_size=n_vocab), state={**source.state, **cut})
+
+
+def check_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
+    """Check that the data have the tokenizer that the weights were trained with, where that is known.
+
+    Raises:
+        InputError: It is another one.
+    """
+    theirs = source.load_tokenizer()
+    is_known = source.tokenizer is not None and theirs.n_vocab <= source.config.vocab_size
+    if is_known and not same_ids(theirs, tokenizer):
+        raise InputError(
+            f"{source.path} was trained with the tokenizer {theirs.name!r}, the data have {tokenizer.name!r}: set "
+            f"data.tokenizer to {source.tokenizer_name or 'the ' + TOKENIZER_JSON + ' of then'}"
+        )
 
 
 FREE_KEYS = ("context_length", "drop_rate", "init")  # of the architecture, what need not be as in the source
 
 
-def agree(ours: dict[str, Any], source: Source) -> None:
-    """Insist that what is given of an architecture is that of the source, but for `FREE_KEYS`.
+def agree(ours: dict[str, Any], source: Source) -> Source:
+    """Check that what is given of an architecture is that of the source, but for `FREE_KEYS`; return the source,
+    without the rows of its vocabulary that are not wanted.
 
     Raises:
         InputError: A key differs; it is named, with both values.
     """
+    n_vocab = ours.get("vocab_size", source.config.vocab_size)
+    if _holds(source, n_vocab):
+        source = _with_rows(source, n_vocab)
     for key, value in ours.items():
         theirs = getattr(source.config, key)
         if key not in FREE_KEYS and value != theirs:
-            raise InputError(
-                f"model.config.{key} is {value}, but {source.path} has {theirs}: leave it out, it comes from there"
-            )
+            remedy = "set data.tokenizer to the one that it was trained with" if key == "vocab_size" else "leave it out"
+            raise InputError(f"model.config.{key} is {value}, but {source.path} has {theirs}: {remedy}")
+    return source
 
 
 def copy_weights(model: GPTModel, source: Source) -> None:
@@ -434,7 +525,7 @@ def copy_weights(model: GPTModel, source: Source) -> None:
     Raises:
         InputError: The architectures differ.
     """
-    agree(asdict(model.config), source)
+    source = agree(asdict(model.config), source)
     positions = gathered(model.pos_emb.weight).detach().clone()
     common = min(len(positions), source.config.context_length)
     positions[:common] = source.state["pos_emb.weight"][:common]
@@ -445,26 +536,33 @@ def copy_weights(model: GPTModel, source: Source) -> None:
 # --- writing ----------------------------------------------------------------------------------------------------
 
 
+def _spec(source: Source) -> str | None:
+    """Return the tokenizer so that no other file is needed."""
+    return None if source.tokenizer is None else tokenizer_spec(source.load_tokenizer())
+
+
 def save_checkpoint(source: Source, path: Path) -> None:
     """Write weights as a checkpoint of this project: for `--model.init_from`, generate, export and evaluate."""
     checkpoint = {
         "state_dict": {PREFIX + name: value.contiguous() for name, value in source.state.items()},
         "hyper_parameters": {"config": asdict(source.config)},
         "global_step": 0,
-        "TokenDataModule": {"tokenizer": source.tokenizer},
+        "TokenDataModule": {"tokenizer": _spec(source)},
     }
     DurableCheckpointIO().save_checkpoint(checkpoint, path)
 
 
-def save_pretrained(model: GPTModel, folder: str | Path, to: str = "huggingface", tokenizer: str = "gpt2") -> None:
+def save_pretrained(
+    model: GPTModel, folder: str | Path, to: str = "huggingface", tokenizer: str | None = "gpt2"
+) -> None:
     """Write a model into a new folder, whole or not at all.
 
     Args:
-        model: The model. Rows of the vocabulary beyond the tokenizer's are cut off.
+        model: The model.
         folder: Must not exist, or be empty.
         to: "huggingface" (a folder that Transformers loads, with its tokenizer), "book" (`model.pth`, a state dict
             under the book's names) or "safetensors" (`model.safetensors` under the names used here).
-        tokenizer: What `load_tokenizer` makes the tokenizer of; it is written along.
+        tokenizer: What `load_tokenizer` makes the tokenizer of; it is written along. None: it is not known.
 
     Raises:
         InputError: The folder is in use, or the format is unknown.
@@ -476,7 +574,7 @@ def save_pretrained(model: GPTModel, folder: str | Path, to: str = "huggingface"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty: name a new folder")
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    source = _cut_vocabulary(Source(folder, model.config, state, tokenizer))
+    source = Source(folder, model.config, state, tokenizer)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         content = Path(temporary, folder.name)
@@ -486,7 +584,9 @@ def save_pretrained(model: GPTModel, folder: str | Path, to: str = "huggingface"
 
 
 def _write_safetensors(source: Source, folder: Path) -> None:
-    metadata = {"format": "pt", "config": json.dumps(asdict(source.config)), "tokenizer": source.tokenizer}
+    metadata = {"format": "pt", "config": json.dumps(asdict(source.config))}
+    if (spec := _spec(source)) is not None:
+        metadata["tokenizer"] = spec
     save_file(_untied(to_format(source.state, OWN), "out_head", source), folder / "model.safetensors", metadata)
 
 
@@ -503,8 +603,11 @@ def _untied(weights: dict[str, Tensor], head: str, source: Source) -> dict[str, 
 
 def _write_huggingface(source: Source, folder: Path) -> None:
     config = source.config
-    tokenizer = load_tokenizer(source.tokenizer)
-    end = tokenizer.eot_token
+    tokenizer = source.load_tokenizer()
+    has_tokenizer = _holds(source, tokenizer.n_vocab)
+    is_written = has_tokenizer and (tokenizer.name == "gpt2" or isinstance(tokenizer, HuggingFaceTokenizer))
+    named = {"tokenizer": tokenizer.name} if has_tokenizer and not is_written else {}
+    end = tokenizer.eot_token if has_tokenizer else None
     values = {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -523,7 +626,7 @@ def _write_huggingface(source: Source, folder: Path) -> None:
         "bos_token_id": end,
         "eos_token_id": end,
         "torch_dtype": "float32",
-        "gptlit": {"version": __version__, "qkv_bias": config.qkv_bias},
+        "gptlit": {"version": __version__, "qkv_bias": config.qkv_bias, **named},
     }
     weights = to_format(source.state, HUGGINGFACE)
     for block in range(0 if config.qkv_bias else config.n_layers):
@@ -531,7 +634,7 @@ def _write_huggingface(source: Source, folder: Path) -> None:
     save_file(_untied(weights, "lm_head", source), folder / "model.safetensors", {"format": "pt"})
     _write_json(folder / "config.json", values)
     _write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end})
-    if source.tokenizer == "gpt2" or isinstance(tokenizer, HuggingFaceTokenizer):
+    if is_written:
         save_huggingface(tokenizer, config.context_length, folder)
 
 

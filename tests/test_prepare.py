@@ -165,7 +165,7 @@ def test_a_large_vocabulary_takes_wider_numbers(tmp_path: Path) -> None:
     class Wide:
         name, n_vocab, eot_token = "wide", 100_000, 99_999
 
-        def encode_to_numpy(self, text: str, *, disallowed_special: tuple[()]) -> np.ndarray:
+        def encode_to_numpy(self, text: str) -> np.ndarray:
             return np.array([70_000 + ord(c) for c in text], dtype=np.uint32)
 
     data = prepare(corpus_of("ab", "cd", "ef"), tmp_path / "out", Wide(), Split(0.0))  # type: ignore[arg-type]

@@ -1,10 +1,13 @@
 """Weights in and out, against Transformers, the book's package and an independent statement of nanoGPT's format."""
 
 import json
+import math
 import os
 import pickle
+import re
+import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,21 @@ import torch
 from llms_from_scratch.ch04 import GPTModel as BookModel
 from torch import Tensor
 
+from gptlit.checkpoint import DurableCheckpointIO
 from gptlit.config import GPT_CONFIG_124M, GPTConfig
+from gptlit.data.tokenizer import load_tokenizer, tokenizer_spec
 from gptlit.errors import InputError
 from gptlit.model import GPTModel
-from gptlit.weights import load_pretrained, read_source, save_checkpoint, save_pretrained
+from gptlit.weights import (
+    Source,
+    check_tokenizer,
+    copy_weights,
+    load_model_and_tokenizer,
+    load_pretrained,
+    read_source,
+    save_checkpoint,
+    save_pretrained,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -118,8 +132,6 @@ def test_an_exported_folder_just_loads_in_transformers(tmp_path: Path, changes: 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits_of(theirs), logits_of(model), atol=1e-4, rtol=0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
-    from gptlit.data.tokenizer import load_tokenizer
-
     ours = load_tokenizer("gpt2")
     for text in ("Hello, I am", "naïve  🙂\n\n\tit's 1,234.5 日本", " leading", "don't stop"):
         assert tokenizer(text)["input_ids"] == ours.encode_ordinary(text)
@@ -218,8 +230,8 @@ def test_nanogpts_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     assert "nanoGPT has the exact GELU" in capsys.readouterr().err
     theirs = {name.removeprefix("_orig_mod."): value for name, value in content["model"].items()}
     config = ours.config
-    assert (config.vocab_size, config.n_heads, config.qkv_bias, config.tie_weights) == (50257, 4, bias, True)
-    assert torch.equal(ours.tok_emb.weight, theirs["transformer.wte.weight"][:50257])
+    assert (config.vocab_size, config.n_heads, config.qkv_bias, config.tie_weights) == (50304, 4, bias, True)
+    assert torch.equal(ours.tok_emb.weight, theirs["transformer.wte.weight"])
     assert ours.out_head.weight is ours.tok_emb.weight
     block = ours.trf_blocks[1]
     for name, value in {
@@ -233,12 +245,179 @@ def test_nanogpts_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     assert bool((block.ff[0].bias == 0).all()) is not bias
 
 
-def test_rows_that_only_round_the_vocabulary_up_are_not_exported(tmp_path: Path) -> None:
-    model = random_model(vocab_size=50304)
-    save_pretrained(model, tmp_path / "out")
-    back = load_pretrained(tmp_path / "out")
-    assert back.config.vocab_size == 50257
-    assert torch.equal(back.out_head.weight, model.out_head.weight[:50257])
+# --- vocabularies and tokenizers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [50258, 50304])
+def test_rows_beyond_the_tokenizer_are_kept_by_files_and_left_out_where_there_is_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: int
+) -> None:
+    huggingface(tmp_path / "hf", vocab_size=rows)
+    save_checkpoint(read_source(tmp_path / "hf"), tmp_path / "a.ckpt")
+    save_pretrained(load_pretrained(tmp_path / "a.ckpt"), tmp_path / "out")
+    assert equal_weights(load_pretrained(tmp_path / "hf"), load_pretrained(tmp_path / "out"))
+    model, tokenizer = load_model_and_tokenizer(tmp_path / "a.ckpt")
+    assert f"the ids from 50257 to {rows - 1} have no text" in capsys.readouterr().err
+    assert model.config.vocab_size == tokenizer.n_vocab == 50257
+    trained = GPTModel(model.config)
+    copy_weights(trained, read_source(tmp_path / "hf"))
+    assert equal_weights(trained, model)
+
+
+def test_a_vocabulary_of_another_tokenizer_is_named(tmp_path: Path) -> None:
+    huggingface(tmp_path / "hf", vocab_size=300)
+    with pytest.raises(InputError, match="a vocabulary of 300 ids, but .*'gpt2' has 50257.*import --tokenizer"):
+        load_model_and_tokenizer(tmp_path / "hf")
+    for n_vocab in (299 - 128, 301):
+        with pytest.raises(InputError, match=f"vocab_size is {n_vocab}, but .* has 300: set data.tokenizer"):
+            copy_weights(random_model(vocab_size=n_vocab), read_source(tmp_path / "hf"))
+
+
+def other_tokenizer(path: Path, base: Path) -> str:
+    """Write a tokenizer.json of as many words with other ids; return its content."""
+    settings = json.loads(base.read_text())
+    words = settings["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    path.write_text(json.dumps(settings))
+    return path.read_text()
+
+
+@pytest.mark.parametrize("to", ["huggingface", "safetensors"])
+def test_a_tokenizer_json_comes_with_the_weights(tmp_path: Path, tokenizer_json: Path, to: str) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_json))
+    model = random_model(vocab_size=tokenizer.n_vocab)
+    save_pretrained(model, tmp_path / "out", to, str(tokenizer_json))
+    path = tmp_path / "out" / ("model.safetensors" if to == "safetensors" else "")
+    save_checkpoint(read_source(path), tmp_path / "a.ckpt")
+    content = tokenizer_json.read_text()
+    if to == "huggingface":
+        (tmp_path / "out" / "tokenizer.json").rename(tmp_path / "gone.json")  # the checkpoint has it
+        content = other_tokenizer(tmp_path / "out" / "tokenizer.json", tokenizer_json)
+    for source, words in ((path, content), (tmp_path / "a.ckpt", tokenizer_json.read_text())):
+        found, theirs = load_model_and_tokenizer(source)
+        assert equal_weights(found, model)
+        assert tokenizer_spec(theirs) == words
+
+
+def test_the_tokenizer_of_the_data_is_that_of_the_weights(tmp_path: Path, tokenizer_json: Path) -> None:
+    tokenizer = load_tokenizer(str(tokenizer_json))
+    save_pretrained(random_model(vocab_size=tokenizer.n_vocab), tmp_path / "out", tokenizer=str(tokenizer_json))
+    other_tokenizer(tmp_path / "other.json", tokenizer_json)
+    source = read_source(tmp_path / "out")
+    check_tokenizer(source, tokenizer)
+    with pytest.raises(InputError, match=r"trained with the tokenizer .*: set data.tokenizer to .*out/tokenizer.json"):
+        check_tokenizer(source, load_tokenizer(str(tmp_path / "other.json")))
+    check_tokenizer(replace(source, tokenizer=None), load_tokenizer("gpt2"))  # what is not known contradicts nothing
+
+
+def test_gpt2s_own_tokenizer_is_known_in_each_of_its_forms(tmp_path: Path) -> None:
+    """As vocab.json, as tokenizer.json, and with a special token for which the model has no row."""
+    folder = tmp_path / "out"
+    save_pretrained(random_model(), folder)
+    assert read_source(folder).tokenizer == "gpt2"
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    merges = (folder / "merges.txt").read_text().splitlines()[1:]
+    (folder / "vocab.json").unlink()
+    added = [{"id": 50256, "content": "<|endoftext|>", "special": True}, {"id": 50257, "content": "P", "special": True}]
+    settings = {
+        "added_tokens": added,
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
+    }
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(settings))
+    assert read_source(folder).tokenizer == "gpt2"
+    check_tokenizer(read_source(folder), load_tokenizer(str(path)))
+    merges.reverse()
+    path.write_text(json.dumps(settings))
+    assert read_source(folder).tokenizer == str(path)
+    path.rename(folder / "vocab.json")
+    with pytest.raises(InputError, match=r"vocab.json is of a tokenizer that is not read here: have Transformers"):
+        read_source(folder)
+
+
+# --- heads, prefixes, NaN ---------------------------------------------------------------------------------------
+
+
+def test_a_head_that_differs_from_the_embedding_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    theirs = huggingface(tmp_path / "hf", safe=False, vocab_size=300)
+    edit_state(tmp_path / "hf", lambda state: state.update({"lm_head.weight": state["lm_head.weight"] + 1}))
+    ours = load_pretrained(tmp_path / "hf")
+    assert "lm_head.weight differs from transformer.wte.weight" in capsys.readouterr().err
+    assert not ours.config.tie_weights
+    assert torch.equal(ours.tok_emb.weight, theirs.transformer.wte.weight)
+    assert torch.equal(ours.out_head.weight, theirs.lm_head.weight + 1)
+    edit_state(tmp_path / "hf", lambda state: state.pop("transformer.wte.weight"))  # tied, and stored as the head
+    ours = load_pretrained(tmp_path / "hf")
+    assert ours.config.tie_weights
+    assert torch.equal(ours.tok_emb.weight, theirs.lm_head.weight + 1)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("kind", ["book", "huggingface", "base", "nanogpt", "own"])
+def test_prefixes_of_wrapped_models_are_removed(tmp_path: Path, kind: str, prefix: str) -> None:
+    def wrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        names = {name: name.replace("transformer.", "") if kind == "base" else name for name in state}
+        return {prefix + names[name]: value for name, value in state.items() if name != "lm_head.weight"}
+
+    if kind == "book":
+        save_pretrained(random_model(vocab_size=300), tmp_path / "out", "book")
+        path = tmp_path / "out" / "model.pth"
+        plain = load_pretrained(path)
+        torch.save(wrapped(torch.load(path)), path)
+    elif kind in ("huggingface", "base"):
+        huggingface(tmp_path / "hf", safe=False, vocab_size=300)
+        path = tmp_path / "hf"
+        plain = load_pretrained(path)
+        state = torch.load(path / "pytorch_model.bin")
+        torch.save(wrapped(state), path / "pytorch_model.bin")
+    elif kind == "nanogpt":
+        path = tmp_path / "ckpt.pt"
+        content = nanogpt(300)
+        torch.save(content, path)
+        plain = load_pretrained(path)
+        bare = {name.removeprefix("_orig_mod."): value for name, value in content["model"].items()}
+        torch.save({**content, "model": wrapped(bare)}, path)
+    else:
+        path = tmp_path / "a.ckpt"
+        plain = random_model(vocab_size=300)
+        state = {f"model.{prefix}{name}": value for name, value in plain.state_dict().items()}
+        torch.save({"state_dict": state, "hyper_parameters": {"config": asdict(plain.config)}}, path)
+    assert equal_weights(load_pretrained(path), plain)
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        ("book", math.nan),
+        ("huggingface", math.inf),
+        ("safetensors", -math.inf),
+        ("nanogpt", math.nan),
+        ("own", math.inf),
+    ],
+)
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, kind: str, value: float) -> None:
+    model = random_model(vocab_size=300)
+    with torch.no_grad():
+        model.trf_blocks[1].ff[0].weight[3, 5] = value
+    name = "trf_blocks.1.ff.0.weight"
+    if kind == "nanogpt":
+        content, name = nanogpt(300), "transformer.h.1.mlp.c_fc.weight"
+        content["model"][f"_orig_mod.{name}"][3, 5] = value
+        torch.save(content, tmp_path / "ckpt.pt")
+        path = tmp_path / "ckpt.pt"
+    elif kind == "own":
+        path = tmp_path / "a.ckpt"
+        save_checkpoint(Source(path, model.config, model.state_dict()), path)
+    else:
+        save_pretrained(model, tmp_path / "out", kind)
+        path = tmp_path / "out" / {"book": "model.pth", "safetensors": "model.safetensors"}.get(kind, "")
+        name = {"book": "trf_blocks.1.ff.layers.0.weight", "huggingface": C_FC}.get(kind, name)
+    with pytest.raises(InputError, match=f"has NaN or Inf in '{re.escape(name)}'"):
+        load_pretrained(path)
+    if kind == "own":
+        with pytest.raises(InputError, match=f"has NaN or Inf in 'model.{re.escape(name)}'"):
+            DurableCheckpointIO().load_checkpoint(path)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------
@@ -322,6 +501,32 @@ def test_a_closed_network_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     with pytest.raises(InputError, match=r"hf:gpt2 could not be fetched from the hub \(OSError\)"):
         load_pretrained("hf:gpt2")
+
+
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_a_repository_is_fetched_in_the_format_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, safe: bool
+) -> None:
+    import huggingface_hub
+
+    huggingface(tmp_path / "repository", safe, vocab_size=300)
+    (tmp_path / "repository" / "tf_model.h5").touch()
+
+    def download(name: str, allow_patterns: list[str] | str) -> str:
+        patterns = [allow_patterns] if isinstance(allow_patterns, str) else allow_patterns
+        (tmp_path / "snapshot").mkdir(exist_ok=True)
+        for file in (tmp_path / name).iterdir():
+            if any(file.match(pattern) for pattern in patterns):
+                shutil.copy(file, tmp_path / "snapshot")
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert equal_weights(load_pretrained("hf:repository"), load_pretrained(tmp_path / "repository"))
+    fetched = {path.name for path in (tmp_path / "snapshot").iterdir()}
+    assert {"model.safetensors", "pytorch_model.bin"} & fetched == {
+        "model.safetensors" if safe else "pytorch_model.bin"
+    }
+    assert "tf_model.h5" not in fetched
 
 
 def test_a_book_without_heads_is_asked_for_them(tmp_path: Path) -> None:

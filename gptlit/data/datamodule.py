@@ -37,13 +37,13 @@ class Weighted:
     weight: float = 1.0
 
 
-def tokenizer_for(source: str | Sequence[Weighted], tokenizer: str | None) -> str:
+def tokenizer_for(source: str | Sequence[Weighted], tokenizer: str | None, default: str = "gpt2") -> str:
     """Return what `load_tokenizer` makes the tokenizer of: the one that is named, else that of the first prepared
-    folder, else "gpt2".
+    folder, else the default.
     """
     paths = [source] if isinstance(source, str) else [part.path for part in source]
     found = (folder_tokenizer(user_path(path)) for path in paths)
-    return tokenizer or next(filter(None, found), "gpt2")
+    return tokenizer or next(filter(None, found), default)
 
 
 def micro_batch_size(batch_size: int, devices: int, most: int | None) -> int:

@@ -19,24 +19,13 @@ import numpy as np
 
 from gptlit.data.tokenizer import Tokenizer
 
-SHORT = 2**12  # characters that every tokenizer takes at once
 Encoded = tuple[bytes, list[int]]  # ids of all texts as uint32, and how many each text has
 
 
 def encode(tokenizer: Tokenizer, texts: list[str]) -> Encoded:
     """Return the ids of each text. Text that spells a special token stays ordinary text."""
-    ids = [_ids(tokenizer, text) for text in texts]
+    ids = [tokenizer.encode_to_numpy(text) for text in texts]
     return np.concatenate(ids).astype(np.uint32, copy=False).tobytes(), [len(part) for part in ids]
-
-
-def _ids(tokenizer: Tokenizer, text: str) -> np.ndarray:
-    try:
-        return tokenizer.encode_to_numpy(text, disallowed_special=())
-    except ValueError:  # hundreds of thousands of spaces in a row are too much for tiktoken's pattern
-        if len(text) <= SHORT:
-            raise
-        middle = len(text) // 2
-        return np.concatenate([_ids(tokenizer, text[:middle]), _ids(tokenizer, text[middle:])])
 
 
 class Encoders:

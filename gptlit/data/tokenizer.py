@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import tiktoken
+import tiktoken.registry
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext import openai_public
 
@@ -29,6 +31,7 @@ GPT2_FILES = {
     ),
 }
 TOKENIZER_JSON = "tokenizer.json"
+UNSPLIT = 2**12  # characters that tiktoken's pattern takes whatever they are
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")  # of a document, by others
 
 
@@ -50,7 +53,7 @@ class Tokenizer(Protocol):
     def encode_ordinary(self, text: str) -> list[int]:
         """Return the ids of a text in which special tokens are ordinary text."""
 
-    def encode_to_numpy(self, text: str, *, disallowed_special: tuple[()]) -> np.ndarray:
+    def encode_to_numpy(self, text: str) -> np.ndarray:
         """Do the same, as uint32 (T,)."""
 
     def decode(self, tokens: list[int]) -> str:
@@ -60,7 +63,6 @@ class Tokenizer(Protocol):
         """Return the bytes of one id; they need not be whole characters."""
 
 
-@cache
 def load_tokenizer(spec: str = "gpt2") -> Tokenizer:
     """Return a tokenizer.
 
@@ -73,9 +75,9 @@ def load_tokenizer(spec: str = "gpt2") -> Tokenizer:
         InputError: No encoding has that name, there is no way to get its files here, or the file is damaged.
     """
     if spec.lstrip().startswith("{"):
-        return HuggingFaceTokenizer(spec)
+        return _huggingface(spec, TOKENIZER_JSON)
     if spec.endswith(".json"):
-        return HuggingFaceTokenizer(_read_json(user_path(spec)))
+        return _huggingface(_read_text(user_path(spec)), spec)
     return _tiktoken(spec)
 
 
@@ -95,28 +97,68 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     return digest.hexdigest()
 
 
+def same_ids(one: Tokenizer, two: Tokenizer) -> bool:
+    """Whether two tokenizers are the same; GPT-2's may be tiktoken's and a `tokenizer.json`."""
+    is_gpt2 = [
+        _is_gpt2(tokenizer.content, 50257) if isinstance(tokenizer, HuggingFaceTokenizer) else tokenizer.name == "gpt2"
+        for tokenizer in (one, two)
+    ]
+    return fingerprint(one) == fingerprint(two) or all(is_gpt2)
+
+
+class Encoding(tiktoken.Encoding):
+    """A tiktoken encoding that takes any text; the ids are tiktoken's wherever tiktoken returns any.
+
+    Its pattern overflows its stack on hundreds of thousands of blanks in a row (and `encode_ordinary` panics): such a
+    text is halved until the parts pass. Special tokens are always ordinary text.
+    """
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        """Return the ids of a text in which special tokens are ordinary text."""
+        ids: list[int] = self.encode_to_numpy(text).tolist()
+        return ids
+
+    def encode_to_numpy(self, text: str, **_: Any) -> np.ndarray:
+        """Do the same, as uint32 (T,)."""
+        try:
+            return super().encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:
+            return self.encode_to_numpy(without_surrogates(text))
+        except ValueError:
+            if len(text) <= UNSPLIT:
+                raise
+            middle = len(text) // 2
+            return np.concatenate([self.encode_to_numpy(text[:middle]), self.encode_to_numpy(text[middle:])])
+
+
+def without_surrogates(text: str) -> str:
+    """Replace halves of surrogate pairs, which no encoding can hold: JSON may escape them, file names have them."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 class HuggingFaceTokenizer:
     """A `tokenizer.json`, by the package `tokenizers`.
 
     Args:
         content: Of the file.
+        path: Of the file, for messages.
 
     Raises:
         InputError: It is not such a file, or has no token that ends a document.
     """
 
-    def __init__(self, content: str) -> None:
+    def __init__(self, content: str, path: str = TOKENIZER_JSON) -> None:
         try:
             from tokenizers import Tokenizer as Backend
         except ImportError as error:
-            raise InputError(f"{TOKENIZER_JSON} needs the package tokenizers: pip install tokenizers") from error
+            raise InputError(f"{path} needs the package tokenizers: pip install tokenizers") from error
         try:
             settings = json.loads(content)
             for token in settings.get("added_tokens") or []:  # text that spells the end must not be it
                 token["special"] = token["special"] or token["content"] in ENDS
             self._backend = Backend.from_str(json.dumps(settings))
         except Exception as error:  # the package raises bare Exceptions
-            raise InputError(f"{TOKENIZER_JSON} cannot be used ({type(error).__name__}: {error})") from error
+            raise InputError(f"{path} cannot be used ({type(error).__name__}: {error})") from error
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -125,7 +167,7 @@ class HuggingFaceTokenizer:
         self.n_vocab = max(vocabulary.values(), default=-1) + 1
         ends = [vocabulary[token] for token in ENDS if token in vocabulary]
         if not ends:
-            raise InputError(f"{TOKENIZER_JSON} has no token that ends a document: one of {', '.join(ENDS)} is needed")
+            raise InputError(f"{path} has no token that ends a document: one of {', '.join(ENDS)} is needed")
         self.eot_token = ends[0]
         self.name = f"{TOKENIZER_JSON} {hashlib.sha256(content.encode()).hexdigest()[:12]}"
         bytewise = "ByteLevel" in json.dumps(settings.get("decoder"))
@@ -137,12 +179,12 @@ class HuggingFaceTokenizer:
     def encode_ordinary(self, text: str) -> list[int]:
         """Return the ids of a text in which special tokens are ordinary text."""
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+            ids: list[int] = self._backend.encode(without_surrogates(text), add_special_tokens=False).ids
         except Exception as error:  # the package raises bare Exceptions
             raise InputError(f"tokenizer {self.name} cannot encode {text[:20]!r}... ({error})") from error
         return ids
 
-    def encode_to_numpy(self, text: str, *, disallowed_special: tuple[()] = ()) -> np.ndarray:
+    def encode_to_numpy(self, text: str) -> np.ndarray:
         """Do the same, as uint32 (T,)."""
         return np.asarray(self.encode_ordinary(text), dtype=np.uint32)
 
@@ -162,37 +204,57 @@ class HuggingFaceTokenizer:
         return str(piece).replace("\u2581", " ").encode()
 
 
-def _read_json(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"tokenizer {str(path)!r} cannot be read ({error})") from error
 
 
-def _tiktoken(name: str) -> tiktoken.Encoding:
+@cache
+def _huggingface(content: str, path: str) -> HuggingFaceTokenizer:
+    return HuggingFaceTokenizer(content, path)
+
+
+@cache
+def _tiktoken(name: str) -> Encoding:
     if name not in tiktoken.list_encoding_names():
         known = ", ".join(tiktoken.list_encoding_names())
         raise InputError(f"no tokenizer is named {name!r}: choose one of {known}, or give a {TOKENIZER_JSON}")
     files = None if name != "gpt2" or _in_cache() else _packaged_files()
     if files is not None:
         return _gpt2_from(*files)
+    constructors = tiktoken.registry.ENCODING_CONSTRUCTORS
+    assert constructors is not None  # `list_encoding_names` has found them
     try:
-        return tiktoken.get_encoding(name)
+        return Encoding(**constructors[name]())
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; ValueError is a wrong hash
-        remedy = 'install "gptlit[offline]" or ' if name == "gpt2" else ""
+        remedy = '(re)install "gptlit[offline]", ' if name == "gpt2" else ""
         raise InputError(
-            f"the files of tokenizer {name!r} are neither in tiktoken's cache nor to be downloaded "
-            f"({type(error).__name__}): {remedy}set TIKTOKEN_CACHE_DIR to a folder that has them"
+            f"the files of tokenizer {name!r} are not whole in tiktoken's cache ({_cache_folder() or 'disabled'}) and "
+            f"cannot be downloaded ({type(error).__name__}): {remedy}connect to the network, or set TIKTOKEN_CACHE_DIR "
+            "to a folder that has them"
         ) from error
 
 
-def _in_cache() -> bool:
-    """Whether tiktoken's own cache has both files (it verifies them when it reads them)."""
+def _cache_folder() -> str:
     default = os.environ.get("DATA_GYM_CACHE_DIR", str(Path(tempfile.gettempdir(), "data-gym-cache")))
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR", default)
-    return bool(folder) and all(
-        Path(folder, hashlib.sha1(address.encode()).hexdigest()).is_file() for address, _ in GPT2_FILES.values()
+    return os.environ.get("TIKTOKEN_CACHE_DIR", default)
+
+
+def _in_cache() -> bool:
+    """Whether tiktoken's own cache has both files, undamaged."""
+    return bool(_cache_folder()) and all(
+        _is_file(Path(_cache_folder(), hashlib.sha1(address.encode()).hexdigest()), sha256)
+        for address, sha256 in GPT2_FILES.values()
     )
+
+
+def _is_file(path: Path, sha256: str) -> bool:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+    except OSError:
+        return False
 
 
 def _packaged_files() -> tuple[Path, Path] | None:
@@ -201,15 +263,13 @@ def _packaged_files() -> tuple[Path, Path] | None:
     if spec is None or spec.origin is None:
         return None
     folder = Path(spec.origin).parent / "data"
-    for name, (_, sha256) in GPT2_FILES.items():
-        path = folder / name
-        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            return None
+    if not all(_is_file(folder / name, sha256) for name, (_, sha256) in GPT2_FILES.items()):
+        return None
     return folder / "vocab.bpe", folder / "encoder.json"
 
 
-def _gpt2_from(vocab_bpe: Path, encoder_json: Path) -> tiktoken.Encoding:
-    return tiktoken.Encoding(
+def _gpt2_from(vocab_bpe: Path, encoder_json: Path) -> Encoding:
+    return Encoding(
         "gpt2",
         pat_str=openai_public.r50k_pat_str,
         mergeable_ranks=data_gym_to_mergeable_bpe_ranks(
@@ -220,6 +280,67 @@ def _gpt2_from(vocab_bpe: Path, encoder_json: Path) -> tiktoken.Encoding:
     )
 
 
+def folder_spec(folder: Path, vocab_size: int) -> str | None:
+    """Return what `load_tokenizer` makes the tokenizer in a Hugging Face folder of; None where there is none.
+
+    GPT-2's is "gpt2", also with special tokens beyond the `vocab_size` ids that the model knows.
+
+    Raises:
+        InputError: It is of a kind that is not read here.
+    """
+    path = folder / TOKENIZER_JSON
+    if path.is_file():
+        return "gpt2" if _is_gpt2(_read_text(path), vocab_size) else str(path)
+    with suppress(InputError, ValueError):
+        lines = _read_text(folder / "merges.txt").splitlines()
+        merges = [line for line in lines if line and not line.startswith("#version")]
+        if _is_gpt2_bpe(json.loads(_read_text(folder / "vocab.json")), merges):
+            return "gpt2"
+    for name in ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"):
+        if (folder / name).is_file():
+            raise InputError(
+                f"{folder / name} is of a tokenizer that is not read here: have Transformers write a {TOKENIZER_JSON} "
+                "beside it, with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            )
+    return None
+
+
+def _is_gpt2(content: str, vocab_size: int) -> bool:
+    """Whether a `tokenizer.json` gives GPT-2's ids to any text, in which special tokens are ordinary text."""
+    try:
+        settings = json.loads(content)
+        model, before = settings["model"], settings["pre_tokenizer"]
+        return (
+            _is_gpt2_bpe(model["vocab"], model["merges"])
+            and settings.get("normalizer") is None
+            and before["type"] == "ByteLevel"
+            and not before["add_prefix_space"]
+            and before.get("use_regex", True)
+            and all(
+                token["content"] in model["vocab"] or (token["special"] and token["id"] >= vocab_size)
+                for token in settings.get("added_tokens") or []
+            )
+        )
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return False  # another kind of file; what is wrong with it, its own reader says
+
+
+def _is_gpt2_bpe(vocabulary: dict[str, int], merges: list[Any]) -> bool:
+    """Whether words and merges are GPT-2's: the n-th merge makes the word of the id 256 + n."""
+    words = _spelt(load_tokenizer("gpt2"))
+    made = ["".join(merge.split() if isinstance(merge, str) else merge) for merge in merges]
+    return vocabulary == words and made == sorted(words, key=lambda word: words[word])[256:-1]
+
+
+def _spelt(tokenizer: Tokenizer) -> dict[str, int]:
+    """Return the words of a tiktoken encoding as Hugging Face spells them, with their ids."""
+    assert isinstance(tokenizer, tiktoken.Encoding)
+    letters = _letters()
+    ranks = tokenizer._mergeable_ranks
+    words = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
+    return words | {tokenizer.decode([tokenizer.eot_token]): tokenizer.eot_token}
+
+
 def save_huggingface(tokenizer: Tokenizer, context_length: int, folder: Path) -> None:
     """Write a tokenizer the way Hugging Face's read it; of tiktoken's, those of GPT-2's kind only."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
@@ -228,12 +349,11 @@ def save_huggingface(tokenizer: Tokenizer, context_length: int, folder: Path) ->
     assert isinstance(tokenizer, tiktoken.Encoding)
     end = tokenizer.decode([tokenizer.eot_token])
     ranks = tokenizer._mergeable_ranks
-    letters = _letters()
-    spelt = {token: "".join(letters[byte] for byte in token) for token in ranks}
-    vocabulary = {spelt[token]: rank for token, rank in ranks.items()} | {end: tokenizer.eot_token}
+    vocabulary = _spelt(tokenizer)
+    spelt = {rank: word for word, rank in vocabulary.items()}
     merges = [_merge(token, ranks) for token in sorted(ranks, key=lambda token: ranks[token]) if len(token) > 1]
     _write_json(folder / "vocab.json", vocabulary)
-    lines = ["#version: 0.2", *(f"{spelt[left]} {spelt[right]}" for left, right in merges)]
+    lines = ["#version: 0.2", *(f"{spelt[ranks[left]]} {spelt[ranks[right]]}" for left, right in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     settings = {
         "tokenizer_class": "GPT2Tokenizer",
