@@ -2,15 +2,17 @@
 
 import inspect as introspection
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from jsonargparse import ArgumentParser, auto_cli
+import yaml
+from jsonargparse import ArgumentParser, auto_cli, get_loader, set_loader
 
 from gptlit import __version__
-from gptlit.errors import InputError, OneLineErrors, fail, note, user_path
+from gptlit.errors import InputError, OneLineErrors, allow_any_encoding, fail, note, user_path
 from gptlit.flags import check_names
 
 if TYPE_CHECKING:
@@ -91,7 +93,7 @@ def prepare(
             print(f"{len(part['shards']):>8,}")
     if data.manifest["skipped"]:
         print(f"left out, for they could not be read: {data.manifest['skipped']:,} documents")
-    print(f"\nnext: python train.py fit --config configs/quickstart.yaml --data.source {out}")
+    print(f"\nnext: python train.py fit --config configs/quickstart.yaml --data.source {shlex.quote(out)}")
 
 
 def _is_in(name: str, folder: Path) -> bool:
@@ -103,7 +105,7 @@ def inspect(
     split: Literal["train", "val", "test"] = "train",
     position: int = 0,
     length: int = 100,
-    tokenizer: str | None = None,
+    tokenizer: str = "",
     dtype: Literal["uint16", "uint32"] = "uint16",
     verify: bool = False,
     json: bool = False,
@@ -145,11 +147,10 @@ def inspect(
     shards = sum(summary.shards for summary in found.values())
     if json:
         from dataclasses import asdict
-        from json import dumps
 
         splits = {name: asdict(summary) for name, summary in found.items()}
         values = {"tokenizer": encoding.name, "fingerprint": data.fingerprint, "verified": verify, "splits": splits}
-        print(dumps({**values, "window": text}, ensure_ascii=False))
+        _print_json({**values, "window": text})
         return
     print(f"{folder}: tokenizer {encoding.name}, {encoding.n_vocab:,} ids, fingerprint {data.fingerprint[:12]}")
     print(f"\n{'':8}{'documents':>14}{'tokens':>18}{'text bytes':>18}{'median':>10}{'longest':>12}{'shards':>8}")
@@ -166,8 +167,8 @@ def inspect(
 
 def generate(
     checkpoint: str,
-    prompt: str | None = None,
-    prompts_file: str | None = None,
+    prompt: str = "",
+    prompts_file: str = "",
     max_new_tokens: int = 100,
     temperature: float = 0.8,
     top_k: int | None = None,
@@ -198,7 +199,9 @@ def generate(
         quantize: Keep the matrices in 8 bits: half the memory of bf16, and faster on a CPU.
         compile: Compile the blocks first: seconds at the start, twice the speed from then on.
     """
-    prompts = _prompts(prompt, prompts_file)
+    if bool(prompt) == bool(prompts_file):
+        raise InputError("give either --prompt TEXT, of at least one character, or --prompts_file FILE")
+    prompts = [prompt] if prompt else _read_prompts(user_path(prompts_file))
     stop = stop or []
     from gptlit.generate import Sampling, complete
 
@@ -217,10 +220,9 @@ def generate(
         print()
     elif json:
         from dataclasses import asdict
-        from json import dumps
 
         for result in results:
-            print(dumps(asdict(result), ensure_ascii=False))
+            _print_json(asdict(result))
     else:
         for number, result in enumerate(results, 1):
             print(f"--- {number} of {len(results)} ---\n{result.prompt}{result.text}")
@@ -228,19 +230,20 @@ def generate(
         note(f"no stop string was met in {unmet} of {len(results)} texts")
 
 
-def _prompts(prompt: str | None, prompts_file: str | None) -> list[str]:
-    if (prompt is None) == (prompts_file is None):
-        raise InputError("give either --prompt TEXT or --prompts_file FILE")
-    if prompts_file is None:
-        prompts = [prompt or ""]
-    else:
-        try:
-            prompts = [line for line in Path(prompts_file).read_text(encoding="utf-8").splitlines() if line]
-        except UnicodeDecodeError as error:
-            raise InputError(f"{prompts_file} is not UTF-8: position {error.start}") from error
-    if not prompts or not all(prompts):
-        raise InputError("--prompt is empty: give at least one character")
-    return prompts
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8: position {error.start}") from error
+    if not any(lines):
+        raise InputError(f"--prompts_file {path} has no prompt: write one a line")
+    return list(filter(None, lines))
+
+
+def _print_json(values: Any) -> None:
+    from json import dumps
+
+    print(dumps(values))  # in ASCII, so that it is JSON in any encoding
 
 
 def _load(checkpoint: str, precision: str, quantize: str | None, compile: bool = False) -> "tuple[GPTModel, Tokenizer]":
@@ -293,6 +296,8 @@ def chat(
     from gptlit.generate import Sampling
 
     sampling = Sampling(temperature, top_k, top_p)
+    if None in (sys.stdin, sys.stdout):
+        raise InputError("chat reads standard input and writes standard output: one of them is closed")
     model, tokenizer = _load(checkpoint, precision, quantize, compile)
     talk = Chat(model, tokenizer, sampling, max_new_tokens, seed, lambda text: print(text, end="", flush=True))
     print(HELP)
@@ -308,6 +313,8 @@ def chat(
 def evaluate(
     checkpoint: str,
     data: str,
+    text_key: str = "text",
+    separator: str = "",
     stride: int | None = None,
     batch_size: int = 8,
     worst: int = 5,
@@ -320,6 +327,8 @@ def evaluate(
     Args:
         checkpoint: As for `generate`.
         data: As `data.source` in training: a text file, a folder, a glob, or python-docs.
+        text_key: Key or column of the text in .jsonl and .parquet.
+        separator: What stands between two documents of a text file; without it a file is one document.
         stride: New tokens in each window of a long document; the default is half the context.
         batch_size: Windows at once.
         worst: How many of the documents with the highest loss to show.
@@ -327,9 +336,9 @@ def evaluate(
         precision: Of weights and arithmetic.
         quantize: Keep the matrices in 8 bits.
     """
-    from gptlit.data.corpus import open_corpus
+    from gptlit.data.corpus import Reading, open_corpus
 
-    corpus = open_corpus(data)
+    corpus = open_corpus(data, Reading(text_key, separator))
     from rich.progress import Progress, TextColumn
 
     from gptlit.evaluate import evaluate as run
@@ -362,10 +371,8 @@ def evaluate(
         "accuracy": total.accuracy,
     }
     if json:
-        from json import dumps
-
         documents = [{"start": s.start, "tokens": s.tokens, "loss": s.loss} for s in result.worst]
-        print(dumps({**values, "worst": documents}, ensure_ascii=False))
+        _print_json({**values, "worst": documents})
         return
     for key, value in values.items():
         print(f"{key:<16}{value:,.4f}" if isinstance(value, float) else f"{key:<16}{value:,}")
@@ -403,7 +410,10 @@ def import_(source: str, out: str, n_heads: int | None = None, tokenizer: str = 
             )
     save_checkpoint(found, path)
     print(f"{path}: {found.config.summary}, vocabulary {found.config.vocab_size:,}")
-    print(f"next: python train.py fit --config configs/finetune.yaml --model.init_from {path} --data.source FILE.txt")
+    flags = ["--model.init_from", out]
+    if found.tokenizer_name not in (None, "gpt2"):
+        flags += ["--data.tokenizer", str(found.tokenizer_name)]
+    print(f"next: python train.py fit --config configs/finetune.yaml {shlex.join(flags)} --data.source FILE.txt")
 
 
 def export(checkpoint: str, out: str, to: Literal["huggingface", "book", "safetensors"] = "huggingface") -> None:
@@ -520,9 +530,10 @@ def _as_list(values: list[str]) -> str:
     from json import dumps, loads
 
     try:
-        is_json = len(values) == 1 and isinstance(loads(values[0]), list)
-    except ValueError:
-        is_json = False
+        items = loads(values[0]) if len(values) == 1 else None
+    except (ValueError, RecursionError):
+        items = None
+    is_json = isinstance(items, list) and all(isinstance(item, str) for item in items)
     return values[0] if is_json else dumps(values)
 
 
@@ -555,6 +566,8 @@ def _spelt_out(args: list[str]) -> list[str]:
 def main(args: list[str] | None = None) -> None:
     """Run a command; errors that a user can mend are one line."""
     args = list(sys.argv[1:] if args is None else args)
+    allow_any_encoding()
+    set_loader("yaml", get_loader("yaml"), (yaml.YAMLError,), json_superset=False)  # lists are JSON first
     try:
         if args[:1] == ["plan"] and not {"-h", "--help"} & set(args):
             return _plan(args[1:])

@@ -1,5 +1,6 @@
 """One-line errors: what a user can mend is told in a line; a bug keeps its traceback."""
 
+import io
 import os
 import sys
 import time
@@ -23,6 +24,13 @@ def user_path(text: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError as error:
         raise InputError(f"{text!r}: {error}") from error
+
+
+def allow_any_encoding() -> None:
+    """Let the standard streams take any text: what their encoding does not have is escaped, or replaced on input."""
+    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 def note(message: str) -> None:

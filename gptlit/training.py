@@ -51,7 +51,7 @@ from gptlit.logs import CsvLogger, StepLogger  # noqa: E402
 from gptlit.module import GPTModule  # noqa: E402
 from gptlit.stopping import GoBack, GracefulStop, NonFinite, PeerWatch  # noqa: E402
 from gptlit.strategies import register_strategies  # noqa: E402
-from gptlit.weights import agree, read_source  # noqa: E402
+from gptlit.weights import agree, check_tokenizer, read_source  # noqa: E402
 
 gc.freeze()
 gc.enable()
@@ -243,6 +243,7 @@ class TrainingCLI(LightningCLI):
             name = tokenizer_for(config.data.source, config.data.tokenizer, source.tokenizer_name or "gpt2")
             if name == source.tokenizer_name:
                 config.data.tokenizer = name  # what trained the weights, unless the data say otherwise
+            check_tokenizer(source, load_tokenizer(name))
             rows = source.config.vocab_size
             source = agree({"vocab_size": load_tokenizer(name).n_vocab, **given}, source)
             if source.config.vocab_size < rows:

@@ -458,10 +458,10 @@ def load_model_and_tokenizer(path: str | Path) -> tuple[GPTModel, Tokenizer]:
     tokenizer = source.load_tokenizer()
     rows = source.config.vocab_size
     if not _holds(source, tokenizer.n_vocab):
-        whose = "its tokenizer" if source.tokenizer else "it does not say its tokenizer, and"
+        whose = "its" if source.tokenizer else "the default"
         raise InputError(
-            f"{source.path} has a vocabulary of {rows} ids, but {whose} {tokenizer.name!r} has {tokenizer.n_vocab}: "
-            "its text cannot be read; name the right one with `gptlit import --tokenizer`"
+            f"{source.path} has a vocabulary of {rows} ids, but {whose} tokenizer {tokenizer.name!r} has "
+            f"{tokenizer.n_vocab}: its text cannot be read; name the right one with `gptlit import --tokenizer`"
         )
     if rows > tokenizer.n_vocab:
         note(f"{source.path}: the ids from {tokenizer.n_vocab} to {rows - 1} have no text and are left out")

@@ -1,5 +1,7 @@
 """The `gptlit` command."""
 
+import inspect
+import io
 import json
 import os
 import re
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from conftest import ROOT, run_script
+from gptlit import cli
 from gptlit.cli import main
 
 
@@ -40,7 +43,8 @@ def test_generate_prints_prompt_and_continuation_and_nothing_else(
 ) -> None:
     capsys.readouterr()
     texts = []
-    for checkpoint in (run, run / "version_0", run / "version_0" / "checkpoints" / "step-00000003.ckpt"):
+    folder = run / "version_0" / "checkpoints"
+    for checkpoint in (run, run / "version_0", folder, folder / "step-00000003.ckpt"):
         main(["generate", f"--checkpoint={checkpoint}", "--prompt=The model", "--max_new_tokens=30", "--seed=4"])
         texts.append(capsys.readouterr().out)
     assert len(set(texts)) == 1
@@ -59,7 +63,10 @@ def test_temperature_zero_needs_no_seed(run: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--prompt="], "--prompt is empty"),
+        (["--prompt="], "give either --prompt TEXT, of at least one character, or --prompts_file FILE"),
+        (["--prompt=a", "--prompts_file=cut.ckpt"], "give either --prompt TEXT"),
+        (["--prompts_file=cut.ckpt"], "cut.ckpt is not UTF-8: position"),
+        (["--prompts_file=blank.txt"], "--prompts_file blank.txt has no prompt"),
         (["--prompt=a", "--top_k=0"], "top_k must be at least 1, got 0"),
         (["--prompt=a", "--top_p=0"], "top_p must be above 0 and at most 1, got 0.0"),
         (["--prompt=a", "--top_p=1.5"], "top_p must be above 0 and at most 1, got 1.5"),
@@ -67,7 +74,10 @@ def test_temperature_zero_needs_no_seed(run: Path, capsys: pytest.CaptureFixture
         (["--prompt=a", "--max_new_tokens=-1"], "max_new_tokens -1"),
         (["--prompt=a", "--checkpoint=nowhere"], "checkpoint 'nowhere' does not exist"),
         (["--prompt=a", "--checkpoint=cut.ckpt"], "cut.ckpt is truncated or no checkpoint"),
-        (["--prompt=a", "--checkpoint=other.ckpt"], "has a vocabulary of 99 ids, but its tokenizer 'gpt2' has 50257"),
+        (
+            ["--prompt=a", "--checkpoint=other.ckpt"],
+            "a vocabulary of 99 ids, but the default tokenizer 'gpt2' has 50257",
+        ),
         (["--prompt=a", "--checkpoint=part.ckpt"], "has no tensor 'final_norm.bias' (shape (32,))"),
         (["--prompt=a", "--topk=3"], "unrecognized arguments: --topk"),
         ([], "prompt"),
@@ -77,6 +87,7 @@ def test_bad_input_is_one_line(run: Path, capsys: pytest.CaptureFixture[str], fl
     from gptlit import GPTConfig, GPTModule
 
     newest = next(run.rglob("*.ckpt"))
+    Path("blank.txt").write_text("\n\n")
     Path("cut.ckpt").write_bytes(newest.read_bytes()[:5000])
     part = torch.load(newest, weights_only=True)
     del part["state_dict"]["model.final_norm.bias"]
@@ -122,6 +133,86 @@ def test_several_prompts_and_samples_as_json(run: Path, capsys: pytest.CaptureFi
     assert captured.err == "no stop string was met in 4 of 4 texts\n"
     main(["generate", f"--checkpoint={run}", *flags])
     assert "--- 4 of 4 ---\nA longer prompt" in capsys.readouterr().out
+
+
+def test_only_a_line_end_ends_a_prompt_of_a_file(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("prompts.txt").write_bytes("\ufeffone\r\nt\rw\u2028o\x0c\x85\n".encode())
+    capsys.readouterr()
+    main(["generate", f"--checkpoint={run}", "--prompts_file=prompts.txt", "--max_new_tokens=0", "--json"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == ["one", "t\rw\u2028o\x0c\x85"]
+
+
+TEXTS = [
+    "# Title",
+    "~",
+    "---",
+    "null",
+    "&a",
+    "1e3",
+    "{}",
+    "[1, 2]",
+    "true",
+    "*x",
+    "a: b",
+    "'q'",
+    "- a",
+    "@f",
+    "🙂",
+    "\udcff",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_is_taken_as_it_is_typed(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[object] = []
+
+    def generate(checkpoint: str, prompt: str = "", stop: list[str] | None = None) -> None:
+        given.extend([checkpoint, prompt, stop])
+
+    monkeypatch.setitem(cli.COMMANDS, "generate", generate)
+    main(["generate", "--checkpoint", text, "--prompt", text, "--stop", text])
+    assert given == [text, text, [text]]
+
+
+def test_no_command_has_a_text_that_may_be_none() -> None:
+    """Such a value is read as YAML, in which "# Title" is nothing."""
+    for command in cli.COMMANDS.values():
+        for parameter in inspect.signature(command).parameters.values():
+            assert not re.search(r"^str \|", str(parameter.annotation)), (command, parameter)
+
+
+def test_output_is_never_lost_to_its_encoding(run: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("a.jsonl").write_text(json.dumps({"body": "naïve 🙂 日本"}))
+    for command in (
+        ["generate", f"--checkpoint={run}", "--prompt=naïve 🙂 日本\udcff", "--max_new_tokens=3", "--num_samples=2"],
+        ["evaluate", f"--checkpoint={run}", "--data=a.jsonl", "--text_key=body"],
+        ["prepare", "a.jsonl", "--out=o", "--text_key=body", "--val_fraction=0"],
+        ["inspect", "o"],
+        ["chat", f"--checkpoint={run}", "--max_new_tokens=3"],
+    ):
+        for flags in ([], ["--json"]):
+            if flags and command[0] in ("prepare", "chat"):
+                continue
+            output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+            monkeypatch.setattr("sys.stdout", output)
+            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff caf\xc3\xa9\n"), encoding="ascii"))
+            main([*command, *flags])
+            output.seek(0)
+            shown = output.read()
+            assert shown
+            for line in shown.splitlines() if flags else ():
+                assert json.loads(line)
+
+
+def test_chat_without_standard_input_is_one_line(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(SystemExit) as exit_:
+        main(["chat", f"--checkpoint={run}"])
+    assert exit_.value.code == 1
+    assert "chat reads standard input" in capsys.readouterr().err
 
 
 def test_a_long_prompt_is_said_to_be_cut(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,6 +276,51 @@ def test_import_train_export_and_transformers_writes(
     assert not torch.equal(
         model.transformer.wte.weight, transformers.GPT2LMHeadModel.from_pretrained("theirs").lm_head.weight
     )
+
+
+def test_weights_are_trained_further_with_their_own_tokenizer(
+    tmp_path: Path, text_file: Path, tokenizer_json: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from conftest import TINY
+    from gptlit import GPTConfig, GPTModel
+    from gptlit.data.tokenizer import load_tokenizer
+    from gptlit.training import main as train
+    from gptlit.weights import read_source, save_pretrained
+
+    rows = load_tokenizer(str(tokenizer_json)).n_vocab + 1  # one that no text needs
+    model = GPTModel(GPTConfig(vocab_size=rows, context_length=16, emb_dim=32, n_heads=2, n_layers=2))
+    save_pretrained(model, "the weights", tokenizer=str(tokenizer_json))
+    fit = ["fit", *TINY, f"--data.source={text_file}", "--trainer.max_steps=1", "--model.init_from=the weights"]
+    train(fit)
+    assert f"the vocabulary is cut: from {rows} to {rows - 1} ids" in capsys.readouterr().err
+    found = read_source("runs/t")
+    assert (found.tokenizer, found.config.vocab_size) == (tokenizer_json.read_text(), rows - 1)
+    main(["generate", "--checkpoint=the weights", "--prompt=a", "--max_new_tokens=3"])
+    main(["import", "the weights", "--out=a.ckpt"])
+    assert "--model.init_from a.ckpt --data.tokenizer 'the weights/tokenizer.json' " in capsys.readouterr().out
+    settings = json.loads(tokenizer_json.read_text())
+    words = settings["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    Path("other.json").write_text(json.dumps(settings))
+    with pytest.raises(SystemExit) as exit_:
+        train([*fit, "--data.tokenizer=other.json"])
+    assert exit_.value.code == 1
+    assert "the weights was trained with the tokenizer" in capsys.readouterr().err
+    assert not Path("runs/t/version_1").exists()
+
+
+@pytest.mark.parametrize("tokenizer", ["gpt2", "nowhere.json"])
+def test_a_tokenizer_that_cannot_be_that_of_the_weights(tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from gptlit import GPTConfig, GPTModel
+    from gptlit.weights import save_pretrained
+
+    save_pretrained(
+        GPTModel(GPTConfig(vocab_size=99, context_length=8, emb_dim=64, n_heads=1, n_layers=1)), "o", "book"
+    )
+    with pytest.raises(SystemExit):
+        main(["import", "o/model.pth", "--out=a.ckpt", f"--tokenizer={tokenizer}"])
+    assert tokenizer in capsys.readouterr().err
+    assert not Path("a.ckpt").exists()
 
 
 @pytest.mark.parametrize(

@@ -318,10 +318,12 @@ def test_gpt2s_own_tokenizer_is_known_in_each_of_its_forms(tmp_path: Path) -> No
     vocabulary = json.loads((folder / "vocab.json").read_text())
     merges = (folder / "merges.txt").read_text().splitlines()[1:]
     (folder / "vocab.json").unlink()
-    added = [{"id": 50256, "content": "<|endoftext|>", "special": True}, {"id": 50257, "content": "P", "special": True}]
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [(50256, "<|endoftext|>"), (50257, "[PAD]")]
     settings = {
-        "added_tokens": added,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False},
+        "version": "1.0",
+        "added_tokens": [{"id": id_, "content": text, "special": True, **plain} for id_, text in added],
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
         "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
     }
     path = folder / "tokenizer.json"
