@@ -479,8 +479,9 @@ def _holds(source: Source, n_vocab: int) -> bool:
 
 def _with_rows(source: Source, n_vocab: int) -> Source:
     """Leave out the rows of a vocabulary beyond `n_vocab`."""
-    cut = {name: source.state[name][:n_vocab] for name in ("tok_emb.weight", "out_head.weight")}
-    return replace(source, config=replace(source.config, vocab_size=n_vocab), state={**source.state, **cut})
+    rows = {"tok_emb.weight", "out_head.weight"}
+    state = {name: value[:n_vocab] if name in rows else value for name, value in source.state.items()}
+    return replace(source, config=replace(source.config, vocab_size=n_vocab), state=state)
 
 
 def check_tokenizer(source: Source, tokenizer: Tokenizer) -> None:

@@ -304,7 +304,7 @@ def test_weights_are_trained_further_with_their_own_tokenizer(
     Path("other.json").write_text(json.dumps(settings))
     with pytest.raises(SystemExit) as exit_:
         train([*fit, "--data.tokenizer=other.json"])
-    assert exit_.value.code == 1
+    assert exit_.value.code == 2
     assert "the weights was trained with the tokenizer" in capsys.readouterr().err
     assert not Path("runs/t/version_1").exists()
 
