@@ -177,13 +177,14 @@ def from_format(
 def _tie(theirs: dict[str, Tensor], form: Format, config: GPTConfig, path: Path) -> GPTConfig:
     """Let the head be the embedding where only one is stored; where they differ, they are not tied."""
     (head,), (embedding,) = form.names("out_head.weight"), form.names("tok_emb.weight")
-    first, second = (theirs.get(name) for name in (embedding, head))
-    if isinstance(first, Tensor) and isinstance(second, Tensor) and not torch.equal(first.float(), second.float()):
+    if head not in theirs and embedding in theirs:
+        theirs[head] = theirs[embedding]
+    elif embedding not in theirs and head in theirs:
+        theirs[embedding] = theirs[head]
+    first, second = (getattr(theirs.get(name), "shape", None) for name in (embedding, head))
+    if first == second is not None and not torch.equal(theirs[embedding].float(), theirs[head].float()):
         note(f"{path}: {head} differs from {embedding}: they are read as two matrices, though the model ties them")
         return replace(config, tie_weights=False)
-    for name, other in ((head, first), (embedding, second)):
-        if name not in theirs and other is not None:
-            theirs[name] = other
     return config
 
 

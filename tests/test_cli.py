@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
@@ -282,8 +283,9 @@ def test_weights_are_trained_further_with_their_own_tokenizer(
     tmp_path: Path, text_file: Path, tokenizer_json: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from conftest import TINY
-    from gptlit import GPTConfig, GPTModel
+    from gptlit import GPTConfig, GPTModel, GPTModule, TokenDataModule
     from gptlit.data.tokenizer import load_tokenizer
+    from gptlit.errors import InputError
     from gptlit.training import main as train
     from gptlit.weights import read_source, save_pretrained
 
@@ -307,6 +309,10 @@ def test_weights_are_trained_further_with_their_own_tokenizer(
     assert exit_.value.code == 2
     assert "the weights was trained with the tokenizer" in capsys.readouterr().err
     assert not Path("runs/t/version_1").exists()
+    trainer = pl.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    module = GPTModule(found.config, init_from="the weights")
+    with pytest.raises(InputError, match="the weights was trained with the tokenizer"):
+        trainer.fit(module, TokenDataModule(str(text_file), batch_size=4, tokenizer="other.json"))
 
 
 @pytest.mark.parametrize("tokenizer", ["gpt2", "nowhere.json"])
