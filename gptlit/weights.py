@@ -362,7 +362,7 @@ def _download(name: str) -> Path:
     except ImportError as error:
         raise InputError(f'hf:{name} needs the package huggingface-hub: pip install "gptlit[hub]"') from error
     try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.json", "merges.txt", "vocab.txt", "*.safetensors"]))
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns="pytorch_model*.bin"))
         return folder
@@ -474,8 +474,9 @@ def _holds(source: Source, n_vocab: int) -> bool:
     stand for tokens that were added to it.
     """
     beyond = source.config.vocab_size - n_vocab
-    is_known = source.tokenizer is not None and source.load_tokenizer().n_vocab == n_vocab
-    return 0 <= beyond < ROUNDING or (is_known and beyond >= 0)
+    if beyond < ROUNDING or source.tokenizer is None:
+        return 0 <= beyond < ROUNDING
+    return source.load_tokenizer().n_vocab == n_vocab
 
 
 def _with_rows(source: Source, n_vocab: int) -> Source:
@@ -516,7 +517,9 @@ def agree(ours: dict[str, Any], source: Source) -> Source:
     for key, value in ours.items():
         theirs = getattr(source.config, key)
         if key not in FREE_KEYS and value != theirs:
-            remedy = "set data.tokenizer to the one that it was trained with" if key == "vocab_size" else "leave it out"
+            remedy = "leave it out, it comes from there"
+            if key == "vocab_size":
+                remedy = "set data.tokenizer to the one that it was trained with"
             raise InputError(f"model.config.{key} is {value}, but {source.path} has {theirs}: {remedy}")
     return source
 
