@@ -257,7 +257,7 @@ def _load(checkpoint: str, precision: str, quantize: str | None, compile: bool =
     if torch.cuda.is_available():
         model.cuda()
     if compile and torch.cuda.is_available():
-        note("--compile is left out: it pays on a CPU only")
+        note("--compile is left out: on a GPU each step is a CUDA graph without it")
     return for_generation(model, quantize, compile), tokenizer
 
 

@@ -96,7 +96,7 @@ def stream(
             its neighbours.
         use_cache: False reads everything anew for each token.
         cuda_graph: On a GPU, capture the step with the cache once and replay it: a step of one token is bound by the
-            launches of its kernels.
+            launches of its kernels. Not for a sharded model.
 
     Raises:
         InputError: A prompt is empty, or max_new_tokens is negative.
@@ -331,7 +331,8 @@ def complete(
             on_text(row, text)
 
     ids = [tokenizer.encode_ordinary(prompt) for prompt in prompts]
-    for next_ids, chances in stream(model, ids, max_new_tokens, sampling, generators=generators):
+    steps = stream(model, ids, max_new_tokens, sampling, generators=generators, cuda_graph=True)
+    for next_ids, chances in steps:
         for row, (writer, next_id, chance) in enumerate(zip(writers, next_ids.tolist(), chances.tolist(), strict=True)):
             if not writer.finished:
                 tell(row, writer.add(next_id, chance))
