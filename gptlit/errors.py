@@ -4,6 +4,7 @@ import io
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -47,6 +48,38 @@ def fail(error: object, status: int = 1) -> NoReturn:
         time.sleep(2)  # the first process says it, and then ends this one
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     raise SystemExit(status)
+
+
+class _LossyOutput(io.TextIOWrapper):
+    """Standard output or error of a run that must survive it: what cannot be written is dropped.
+
+    The other end of a pipe may have been closed, a disk may be full, a terminal may have gone (OSError); a signal
+    handler may print while the same stream is being written to (RuntimeError).
+    """
+
+    def write(self, text: str) -> int:
+        """Write `text`, or nothing."""
+        with suppress(OSError, RuntimeError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what can be flushed."""
+        with suppress(OSError, RuntimeError):
+            super().flush()
+
+
+def make_output_lossy() -> None:
+    """Let no failed write to standard output or error raise, and escape what their encoding does not have."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed when the process began
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif type(stream) is io.TextIOWrapper and stream is getattr(
+            sys, f"__{name}__"
+        ):  # not a notebook's, nor captured
+            line, through = stream.line_buffering, stream.write_through
+            setattr(sys, name, _LossyOutput(stream.buffer, stream.encoding, "backslashreplace", None, line, through))
 
 
 class OneLineErrors:
