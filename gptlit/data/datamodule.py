@@ -1,7 +1,10 @@
 """TokenDataModule: a corpus by name -> batches of windows, the same whatever the number of devices."""
 
+import atexit
 import math
+import multiprocessing.util  # registers at exit what waits for all children, before `kill_workers`
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -71,6 +74,9 @@ def check_trainer(settings: Any) -> None:
     Raises:
         InputError: It is set; the remedy is named.
     """
+    for key in ("max_steps", "max_epochs"):
+        if getattr(settings, key) == 0 and not settings.fast_dev_run:
+            raise InputError(f"trainer.{key} 0 trains nothing: set it to a positive number")
     if settings.accumulate_grad_batches != 1:
         raise InputError(
             f"trainer.accumulate_grad_batches {settings.accumulate_grad_batches} is not for setting: it follows from "
@@ -80,6 +86,25 @@ def check_trainer(settings: Any) -> None:
         value = getattr(settings, key)
         if value not in (None, default) and not settings.fast_dev_run:
             raise InputError(f"trainer.{key} {value} cannot be used here: shorten a run with trainer.max_steps")
+
+
+def ignore_signals(_: int) -> None:
+    """Let a loader's worker go on when its whole process group is signalled: the training process ends it.
+
+    A worker that ignored no signal would die by Ctrl-C, or by SLURM's or systemd's SIGTERM, before the training
+    process has saved. One whose parent has gone ends by itself.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        if number := getattr(signal, name, None):
+            signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def kill_workers() -> None:
+    """End what Python would end at exit by SIGTERM, and wait for: workers of a loader that is still in use."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 class TokenDataModule(pl.LightningDataModule):
@@ -351,6 +376,7 @@ class TokenDataModule(pl.LightningDataModule):
             sampler=order,
             batch_size=None,  # the order gives whole batches of indices
             num_workers=self.num_workers,
+            worker_init_fn=ignore_signals,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.num_workers > 0 and torch.cuda.is_available(),
             generator=torch.Generator(),  # a loader must not draw from the global stream, which dropout uses
