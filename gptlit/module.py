@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import lightning.pytorch as pl
 import torch
 import torch._dynamo
+from lightning.pytorch.callbacks import Timer
 from torch import Tensor
 from torch.optim import AdamW
 from torchmetrics import MeanMetric
@@ -121,7 +122,8 @@ class GPTModule(pl.LightningModule):
         self._softmax = torch.compile(softmax_, dynamic=False) if compile else softmax_by_parts_
         self.activation_checkpointing = activation_checkpointing
         self.init_from = init_from
-        self.tokens = 0  # seen since the run began, all devices
+        self.tokens = 0  # of the optimizer steps since the run began, all devices
+        self._step_tokens = 0  # of the micro-batches of one optimizer step
         self.skipped_steps = 0  # those before this fit; `_skipped` counts on, on the device
         self._skipped = self._in_a_row = torch.zeros(())
         self.val_loss = MeanMetric()
@@ -183,7 +185,7 @@ class GPTModule(pl.LightningModule):
             torch.manual_seed(self._micro_batch_seed())
         loss = self._loss(inputs, targets, "mean")
         self._losses.append(loss.detach())
-        self.tokens += inputs.numel() * self.trainer.world_size
+        self._step_tokens += inputs.numel() * self.trainer.world_size
         return loss
 
     def _loss(self, inputs: Tensor, targets: Tensor, reduction: Literal["mean", "sum"]) -> Tensor:
@@ -208,6 +210,7 @@ class GPTModule(pl.LightningModule):
     ) -> None:
         """Clip as `trainer.gradient_clip_val` says, pass over what is not finite, log what belongs to the step."""
         optimizer.grad_scale = None  # type: ignore[attr-defined]
+        self.tokens, self._step_tokens = self.tokens + self._step_tokens, 0
         norm = self._clip(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self._guard(optimizer, norm)
         if self.trainer._logger_connector.should_update_logs:
@@ -285,6 +288,7 @@ class GPTModule(pl.LightningModule):
         self._seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self._skipped, self._in_a_row = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         self._losses.clear()
+        self._step_tokens = 0  # a fit before this one may have ended inside an accumulation window
         steps = self.trainer.max_steps
         self._max_steps = steps if steps > 0 else int(self.trainer.estimated_stepping_batches)
 
@@ -354,6 +358,8 @@ class GPTModule(pl.LightningModule):
         self.tokens, self.skipped_steps = checkpoint.get("tokens", 0), checkpoint.get("skipped_steps", 0)
         if is_fit:
             self._set_step(self.trainer, checkpoint["global_step"])
+            for timer in (callback for callback in self.trainer.callbacks if isinstance(callback, Timer)):  # type: ignore[attr-defined]
+                checkpoint.get("callbacks", {}).pop(timer.state_key, None)  # trainer.max_time is that of each start
 
     def _set_step(self, trainer: pl.Trainer, step: int) -> None:
         """Let Lightning count on from `step` optimizer steps, with the accumulation of this run.
