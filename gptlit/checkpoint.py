@@ -316,27 +316,46 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
+def locked(run: Path) -> Iterator[Path]:
     """Keep other processes out of a run's folder. The lock ends with this process, however that ends.
 
     Raises:
-        InputError: Another process has it.
+        BlockingIOError: Another process has it.
     """
-    run.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise InputError(f"another process is training in {run}: wait for it, or start a new run") from None
+        raise BlockingIOError(f"another process is training in {run}: wait for it, or start a new run") from None
     try:
-        yield
+        yield run
     finally:
         lock.release()
-        if [path.name for path in run.iterdir()] == [LOCK]:  # nothing came of it
-            shutil.rmtree(run)
-            with suppress(OSError):  # not empty: there are others
-                run.parent.rmdir()
-                run.parent.parent.rmdir()
+
+
+@contextmanager
+def locked_new_run(root: Path, name: str) -> Iterator[Path]:
+    """Make and lock the folder of a new run; each of several processes that do so at once gets its own.
+
+    It is removed again, with the parents that were made for it, if nothing is written into it.
+    """
+    while True:
+        run = new_run_folder(root, name)
+        parents = [folder for folder in run.parents if not folder.exists()]
+        try:
+            run.mkdir(parents=True)
+        except FileExistsError:  # another process was faster
+            continue
+        break
+    try:
+        with locked(run):
+            yield run
+    finally:
+        with suppress(OSError):  # the folder has gone, or a parent holds other runs
+            if all(path.name == LOCK for path in run.iterdir()):
+                shutil.rmtree(run)
+                for folder in parents:
+                    folder.rmdir()
 
 
 def best_path(run: Path) -> Path:

@@ -24,6 +24,8 @@ HUB_NAMES = {"gpt2": "small", "gpt2-medium": "medium", "gpt2-large": "large", "g
 class PlanCLI(TrainingCLI):
     """Reads what `fit` reads, and stops before anything is made of it."""
 
+    makes_files = False
+
     def before_instantiate_classes(self) -> None:
         """Settle what depends on the machine; what is not here stays open."""
         self.open: list[str] = []

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import _get_default_store
@@ -26,22 +27,24 @@ from gptlit.module import GPTModule
 
 
 class GracefulStop(Callback):
-    """SIGTERM, SIGINT and SLURM's SIGUSR1 save and end a fit within a step; a second one ends the process at once.
+    """SIGTERM, SIGINT, SIGHUP and SLURM's SIGUSR1 save and end a fit between two steps; a second one ends at once.
 
-    The handler only sets a flag, which is looked at between steps. With several devices the first one to notice writes
-    into the process group's store after which step all of them stop: the others cannot make that step without it, so
-    they have all seen it by then, and nothing is synchronised in the steps before. The exit status is 128 + the signal.
+    A signal handler only sets a flag. With several devices the process that was signalled chooses the step to stop
+    before, and the others read it from the process group's store (see `_agreed`). The exit status is 128 + the signal.
+    A hang-up that is ignored when the fit begins (`nohup`) stays so.
 
     Args:
         checkpoint: Saves; None where nothing is to be saved.
     """
 
-    SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
+    SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+    ECHO = 2.0  # seconds in which a signal may come twice: to the process group, and passed on by torchrun or `timeout`
     fits = 0  # of this process: a name for each in the store
 
     def __init__(self, checkpoint: StepCheckpoint | None) -> None:
         self.checkpoint = checkpoint
         self.signal: signal.Signals | None = None
+        self._signalled = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -50,22 +53,27 @@ class GracefulStop(Callback):
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen."""
+        """Install the handlers."""
         GracefulStop.fits += 1
         self._key = f"gptlit/stop/{GracefulStop.fits}"
-        if threading.current_thread() is threading.main_thread():
-            for name in self.SIGNALS:
-                if number := getattr(signal, name, None):  # Windows has no SIGUSR1
-                    self._before[number] = signal.signal(number, self._handle)
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for name in self.SIGNALS:
+            number = getattr(signal, name, None)  # Windows has neither SIGUSR1 nor SIGHUP
+            if number and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+                self._before[number] = signal.signal(number, self._handle)
 
     def _handle(self, number: int, _: Any) -> None:
-        if self.signal is not None:
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._signalled = signal.Signals(number), now
+            again = f"a second one, after {self.ECHO:.0f} s, ends at once"
+            note(f"{self.signal.name}: saving and ending after this step ({again})")
+        elif now - self._signalled > self.ECHO:
             os._exit(128 + number)
-        self.signal = signal.Signals(number)
-        note(f"{self.signal.name}: saving and ending after this step (a second one ends at once)")
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Listen no more."""
+        """Put the handlers back that were there before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
@@ -79,18 +87,32 @@ class GracefulStop(Callback):
         assert isinstance(pl_module, GPTModule)
         if not pl_module.is_between_steps:
             return
-        step = trainer.global_step
         if trainer.world_size > 1:
-            store = torch.distributed.distributed_c10d._get_default_store()
-            if self.signal is not None and not store.check([self._key]):
-                store.compare_set(self._key, "", f"{step + 1} {int(self.signal)}")
-            if not store.check([self._key]):
-                return
-            stop, number = map(int, store.get(self._key).split())
-            if step >= stop:
-                self._stop(trainer, signal.Signals(number))
+            stop, number = self._agreed(trainer)
+            if trainer.global_step == stop:
+                self._stop(trainer, number)
         elif self.signal is not None:
             self._stop(trainer, self.signal)
+
+    def _agreed(self, trainer: pl.Trainer) -> tuple[int, signal.Signals]:
+        """Return before which step all devices stop, and by which signal; -1 where there was none.
+
+        Hosts are not in step: they may run ahead of their devices. Each one publishes its step and looks for a signal
+        after that. One that has seen none has therefore published before the signal was, so that the process that was
+        signalled, which reads all steps after that, chooses a later step than any host has passed.
+        """
+        store: Any = _get_default_store()
+        store.set(f"{self._key}/step/{trainer.global_rank}", str(trainer.global_step))
+        if self.signal is not None:
+            own = f"{trainer.global_rank} {int(self.signal)}"
+            store.compare_set(f"{self._key}/signal", "", own)
+            if store.get(f"{self._key}/signal") == own.encode() and not store.check([self._key]):
+                steps = [int(store.get(f"{self._key}/step/{rank}")) for rank in range(trainer.world_size)]
+                store.set(self._key, str(max(steps) + 1))
+        if not store.check([f"{self._key}/signal"]):
+            return -1, signal.SIGTERM
+        number = int(store.get(f"{self._key}/signal").split()[1])
+        return int(store.get(self._key)), signal.Signals(number)  # waits for the choice
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop before a validation rather than after it: the resumed run makes it. All devices are here at once."""
@@ -112,10 +134,26 @@ class GracefulStop(Callback):
             self.checkpoint.io.wait()
         for process in children(trainer):
             process.wait(timeout=60)
-        note(f"stopped by {number.name} after step {trainer.global_step}; --ckpt_path last goes on there")
+        next_ = "nothing is saved"
+        if self.checkpoint is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            next_ = f"--ckpt_path {shlex.quote(str(self.checkpoint.run))} goes on there"
+        note(f"stopped by {number.name} after step {trainer.global_step}; {next_}")
         if number.name == "SIGUSR1" and trainer.is_global_zero and (job := os.environ.get("SLURM_JOB_ID")):
             subprocess.run(["scontrol", "requeue", job], check=False)
         raise SystemExit(128 + number)
+
+
+def early_end(trainer: pl.Trainer) -> str | None:
+    """Return why a fit has ended before its last step; None where it has not."""
+    if trainer.global_step >= trainer.max_steps:
+        return None
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        left = callback.time_remaining() if isinstance(callback, Timer) else None
+        if left is not None and left <= 0:
+            return "the time of trainer.max_time is over"
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
+            return f"EarlyStopping: {callback.stopping_reason_message}"
+    return "a callback set trainer.should_stop"
 
 
 class GoBack(Exception):  # noqa: N818  (not an error: the fit begins again at its last checkpoint)

@@ -6,10 +6,11 @@ import logging
 import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import warnings
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain, count
@@ -22,6 +23,7 @@ import torch  # noqa: E402
 from jsonargparse import Namespace  # noqa: E402
 from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback  # noqa: E402
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher  # noqa: E402
 
 from gptlit import __version__  # noqa: E402
 from gptlit.callbacks import (  # noqa: E402
@@ -39,6 +41,7 @@ from gptlit.checkpoint import (  # noqa: E402
     checkpoints,
     find_checkpoint,
     locked,
+    locked_new_run,
     new_run_folder,
     newest_checkpoint,
     read_checkpoint,
@@ -46,10 +49,10 @@ from gptlit.checkpoint import (  # noqa: E402
 )
 from gptlit.data.datamodule import TokenDataModule, check_trainer, tokenizer_for  # noqa: E402
 from gptlit.data.tokenizer import load_tokenizer  # noqa: E402
-from gptlit.errors import InputError, OneLineErrors, fail, note  # noqa: E402
+from gptlit.errors import InputError, OneLineErrors, fail, make_output_lossy, note  # noqa: E402
 from gptlit.logs import CsvLogger, StepLogger  # noqa: E402
 from gptlit.module import GPTModule  # noqa: E402
-from gptlit.stopping import GoBack, GracefulStop, NonFinite, PeerWatch  # noqa: E402
+from gptlit.stopping import GoBack, GracefulStop, NonFinite, PeerWatch, children, early_end  # noqa: E402
 from gptlit.strategies import register_strategies  # noqa: E402
 from gptlit.weights import agree, check_tokenizer, read_source  # noqa: E402
 
@@ -147,6 +150,12 @@ def _revision() -> str | None:
 class TrainingCLI(LightningCLI):
     """fit, validate and test of a GPTModule on a TokenDataModule."""
 
+    makes_files = True
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with ExitStack() as self._locks:  # Lightning does everything in here: it parses and runs
+            super().__init__(*args, **kwargs)
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Each command with the arguments that it does not take from the command line."""
@@ -197,7 +206,7 @@ class TrainingCLI(LightningCLI):
                 "trainer.val_check_interval and trainer.check_val_every_n_epoch are not for setting: "
                 "use run.val_every_n_steps, in optimizer steps"
             )
-        endless = trainer.max_steps == -1 and trainer.max_epochs is None and not trainer.fast_dev_run
+        endless = trainer.max_steps == -1 and trainer.max_epochs in (None, -1) and not trainer.fast_dev_run
         if self.subcommand == "fit":
             check_trainer(trainer)
         if endless and self.subcommand == "fit":
@@ -259,31 +268,35 @@ class TrainingCLI(LightningCLI):
             config.model.config[key] = value
 
     def _settle_run(self, config: Any) -> None:
-        """Choose the checkpoint to go on from and the folder to write to."""
-        root = Path(config.trainer.default_root_dir)
-        self.run = new_run_folder(root, config.run.name)
-        if config.ckpt_path is None and self.subcommand == "fit" and int(os.environ.get("SLURM_RESTART_COUNT") or 0):
+        """Choose the checkpoint to go on from and the folder to write to; lock it before its newest is looked for."""
+        root, name, is_fit = Path(config.trainer.default_root_dir), config.run.name, self.subcommand == "fit"
+        if config.ckpt_path is None and is_fit and int(os.environ.get("SLURM_RESTART_COUNT") or 0):
             config.ckpt_path = "last"  # SLURM has put the job into the queue again
-        if config.ckpt_path is None:
-            if self.subcommand != "fit" and config.model.init_from is None:
-                note("there is neither --ckpt_path nor --model.init_from: untrained weights are measured")
-            return
-        is_fit = self.subcommand == "fit"
+        found = folder = None
         if config.ckpt_path == "last":
-            found = last_checkpoint(root, config.run.name, must_exist=not is_fit)
-            folder = found.parent.parent if found is not None else None
-        else:
+            folder = last_run(root, name, must_exist=not is_fit)
+        elif config.ckpt_path is not None:
             found = find_checkpoint(Path(config.ckpt_path))
             if is_fit and "optimizer_states" not in read_checkpoint(found):
                 raise InputError(
                     f"{found} holds weights only, there is no run to resume: use --model.init_from {found}"
                 )
-            folder = folder_to_continue(found, config.run.name)
+            folder = folder_to_continue(found, name)
+        elif not is_fit and config.model.init_from is None:
+            note("there is neither --ckpt_path nor --model.init_from: untrained weights are measured")
+        self.run, self._is_new = folder or new_run_folder(root, name), folder is None
+        if folder is not None and self._writes(config):
+            self._locks.enter_context(locked(folder))
+        if config.ckpt_path == "last" and folder is not None:
+            found = newest_checkpoint(folder)
         config.ckpt_path = None if found is None else str(found)
-        self.run = folder or self.run
         if found is not None:
             config.model.init_from = None  # the weights are the checkpoint's
             note(f"{'resuming from' if is_fit else 'checkpoint'} {found}")
+
+    def _writes(self, config: Any) -> bool:
+        """Whether this process writes a run's folder."""
+        return self.subcommand == "fit" and self.makes_files and not config.trainer.fast_dev_run and is_first_process()
 
     def instantiate_classes(self) -> None:
         """A value that a class refuses is the user's to mend."""
@@ -296,6 +309,8 @@ class TrainingCLI(LightningCLI):
         """Add this project's logger, callbacks and durable writer to what the configuration asks for."""
         config = self.config_init[self.subcommand]
         run: RunConfig = config.run
+        if self._is_new and self._writes(config):
+            self.run = self._locks.enter_context(locked_new_run(Path(config.trainer.default_root_dir), run.name))
         on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         io = DurableCheckpointIO(asynchronous=on_gpu if run.async_save is None else run.async_save)
         checkpoint = None
@@ -323,17 +338,33 @@ class TrainingCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it. A fit that is sent back begins again at its newest checkpoint, without what was not finite."""
-        writes = subcommand == "fit" and self.trainer.is_global_zero and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
-        with locked(self.run) if writes else nullcontext():
-            for times in count(1):
-                try:
-                    return super()._run_subcommand(subcommand)
-                except GoBack as back:
-                    if times == GO_BACK_LIMIT:
-                        raise InputError(
-                            f"the run was sent back {times - 1} times: its gradient is not finite whatever it reads"
-                        ) from None
-                    self._go_back(subcommand, back)
+        self._take_the_checkpoint_of_rank_0(subcommand)
+        for times in count(1):
+            try:
+                return super()._run_subcommand(subcommand)
+            except GoBack as back:
+                if times == GO_BACK_LIMIT:
+                    raise InputError(
+                        f"the run was sent back {times - 1} times: its gradient is not finite whatever it reads"
+                    ) from None
+                self._go_back(subcommand, back)
+
+    def _take_the_checkpoint_of_rank_0(self, subcommand: str) -> None:
+        """Each process has looked for the checkpoint itself, and may have seen another state of a shared disk."""
+        strategy = self.trainer.strategy
+        starts_scripts = strategy.launcher is None or isinstance(strategy.launcher, _SubprocessScriptLauncher)
+        if self.trainer.num_devices * self.trainer.num_nodes == 1 or not starts_scripts:
+            return
+        strategy.connect(self.model)
+        launch = strategy.launcher.launch if strategy.launcher is not None else lambda function: function()
+        try:
+            launch(strategy.setup_environment)  # the Trainer finds both done
+            config = self.config_init[subcommand]
+            config["ckpt_path"] = strategy.broadcast(config["ckpt_path"])
+        except BaseException:
+            for process in children(self.trainer):
+                process.kill()
+            raise
 
     def _go_back(self, subcommand: str, back: GoBack) -> None:
         saver = self.trainer.checkpoint_callback
@@ -396,20 +427,34 @@ class TrainingCLI(LightningCLI):
         saver = self.trainer.checkpoint_callback
         if isinstance(saver, StepCheckpoint) and 0 <= saver.best_step < self.trainer.global_step:
             print(f"best        {saver.best_loss:.4f} at step {saver.best_step}: {best_path(self.run)}")
+        if (why := early_end(self.trainer)) is not None:
+            saved = f"; --ckpt_path {shlex.quote(str(self.run))} goes on there" if newest.is_file() else ""
+            note(f"stopped after step {self.trainer.global_step} of {self.trainer.max_steps}: {why}{saved}")
         if newest.is_file():
-            prompt = self.config[self.subcommand].run.sample_prompt or "The"
-            active = os.environ.get("VIRTUAL_ENV") == sys.prefix
-            python = "python" if active else os.path.relpath(sys.executable)
-            config = max(self.run.glob("config*.yaml"), key=lambda path: (len(path.name), path.name))
-            epochs = self.config[self.subcommand].trainer.max_epochs
-            more = f"max_epochs {2 * epochs}" if epochs else f"max_steps {2 * self.trainer.max_steps}"
-            print(
-                f"checkpoint  {newest}\n\nwhat next:\n"
-                f'  {python} -m gptlit generate --checkpoint {self.run} --prompt "{prompt}"\n'
-                f"  {python} train.py fit --config {config} --ckpt_path last --trainer.{more}\n"
-                f"  {python} -m gptlit plot {self.run} --out curves.png\n"
-                f"  {python} -m tensorboard.main --logdir {self.run.parent.parent}"
-            )
+            print(f"checkpoint  {newest}\n\nwhat next:")
+            for command in self._what_next():
+                print(f"  {shlex.join(command)}")
+
+    def _what_next(self) -> list[list[str]]:
+        """Return the commands that a user may want after a fit, for this very run."""
+        config = self.config[self.subcommand]
+        run, file = str(self.run), max(self.run.glob("config*.yaml"), key=lambda path: (len(path.name), path.name))
+        active = os.environ.get("VIRTUAL_ENV") == sys.prefix
+        python = "python" if active else os.path.relpath(sys.executable)
+        script = os.path.relpath(Path(__file__).parent.parent / "train.py")
+        more: list[str] = []
+        if self.trainer.global_step >= self.trainer.max_steps:  # raise each limit: one of them has ended the run
+            for key in ("max_steps", "max_epochs"):
+                if (limit := config.trainer[key]) not in (None, -1):
+                    more += [f"--trainer.{key}", str(2 * limit)]
+        commands = [
+            [python, "-m", "gptlit", "generate", "--checkpoint", run, f"--prompt={config.run.sample_prompt or 'The'}"],
+            [python, script, "fit", "--config", str(file), "--ckpt_path", run, *more],
+        ]
+        if (self.run / "metrics.csv").is_file():
+            commands.append([python, "-m", "gptlit", "plot", run, "--out", "curves.png"])
+            commands.append([python, "-m", "tensorboard.main", "--logdir", str(self.run.parent.parent)])
+        return commands
 
 
 def _flat(config: Namespace) -> dict[str, bool | int | float | str]:
@@ -447,15 +492,20 @@ def best_precision(accelerator: Any) -> tuple[str, str]:
     return "32-true", f"this {'CPU' if is_cpu else 'device'} does not multiply bf16 natively"
 
 
-def last_checkpoint(root: Path, name: str, must_exist: bool = False) -> Path | None:
-    """Return the newest checkpoint that loads of the newest run of that name that has any; None when there is none.
+def is_first_process() -> bool:
+    """Whether this is the first process of a run, whoever started it."""
+    return not any(int(os.environ.get(key) or 0) for key in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def last_run(root: Path, name: str, must_exist: bool = False) -> Path | None:
+    """Return the newest run of that name that has a checkpoint; None when there is none.
 
     Raises:
-        InputError: None of a run's checkpoints loads; or there is none and there must be.
+        InputError: There is none and there must be.
     """
     for folder in reversed(run_folders(root, name)):
-        if (found := newest_checkpoint(folder)) is not None:
-            return found
+        if checkpoints(folder):
+            return folder
         note(f"--ckpt_path last: {folder} has no checkpoint")
     if must_exist:
         raise InputError(f"--ckpt_path last: there is no checkpoint in {root / name}: fit a model first")
@@ -473,12 +523,20 @@ def folder_to_continue(path: Path, name: str) -> Path | None:
 
 
 def _silence_lightning() -> None:
-    """Seeds, devices and tips are not news; warnings of what a user does are."""
+    """Seeds, devices and tips are not news; warnings are, and what a callback or profiler of the user's says."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message=".*recommended to use `self.log.*sync_dist=True")  # torchmetrics does it
     for name in ("lightning.pytorch", "lightning.fabric", "lightning_fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("callbacks", "profilers", "tuner", "utilities.rank_zero"):
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a message of Lightning's shared logger is a warning, or comes from a callback or the tuner."""
+    return record.levelno > logging.INFO or Path(record.pathname).parent.name in ("callbacks", "tuner")
 
 
 def keep_freed_memory() -> None:
@@ -501,6 +559,7 @@ def main(args: list[str] | None = None) -> None:
 
 def command_line(cli: type[TrainingCLI], args: list[str] | None) -> TrainingCLI:
     """Set the process up, then parse and run `args`."""
+    make_output_lossy()
     _silence_lightning()
     keep_freed_memory()
     register_strategies()
