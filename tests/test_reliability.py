@@ -1,27 +1,46 @@
 """What must not be lost: stops at any point, bitwise resumes, steps that are not finite, folders in use."""
 
 import csv
+import io
 import json
+import logging
+import multiprocessing
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
+from threading import Barrier
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from filelock import FileLock
+from lightning.pytorch.callbacks import Timer
 from torch import Tensor
+from torch.distributed import HashStore
 
-from conftest import ROOT, TINY, losses
-from gptlit import module
-from gptlit.checkpoint import DurableCheckpointIO, best_path, checkpoint_path, checkpoints, read_checkpoint
-from gptlit.errors import InputError
+from conftest import ROOT, TINY, losses, run_script
+from gptlit import module, stopping
+from gptlit.checkpoint import (
+    DurableCheckpointIO,
+    best_path,
+    checkpoint_path,
+    checkpoints,
+    locked_new_run,
+    read_checkpoint,
+)
+from gptlit.data.datamodule import TokenDataModule, kill_workers
+from gptlit.errors import InputError, make_output_lossy
 from gptlit.module import GPTModule
+from gptlit.stopping import GracefulStop
 
 Fit = Callable[..., None]
 DROPOUT = ["--model.config.drop_rate=0.2", "--data.micro_batch_size=2", "--trainer.max_steps=8"]
@@ -62,7 +81,15 @@ def same(left: Path, right: Path) -> None:
 
 
 def stop(number: int = signal.SIGTERM) -> Callable[[], None]:
-    return lambda: os.kill(os.getpid(), number)
+    """Signal this process and the workers of its loaders, as a signal to a process group does."""
+
+    def send() -> None:
+        for worker in multiprocessing.active_children():
+            assert worker.pid is not None
+            os.kill(worker.pid, number)
+        os.kill(os.getpid(), number)
+
+    return send
 
 
 PLACES = {
@@ -95,22 +122,25 @@ def test_stopped_anywhere_it_resumes_bit_for_bit(fit: Fit, at: Any, place: tuple
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("flags", "number"),
     [
-        ["--data.num_workers=2"],
-        ["--trainer.precision=bf16-mixed"],
-        ["--model.optimizer=muon"],
-        ["--run.async_save=true"],
-        ["--trainer.max_epochs=1", "--trainer.max_steps=-1", "--data.batch_size=48", "--data.micro_batch_size=24"],
+        (["--data.num_workers=2"], signal.SIGTERM),
+        (["--data.num_workers=1", "--trainer.precision=bf16-mixed"], signal.SIGHUP),
+        (["--model.optimizer=muon"], signal.SIGINT),
+        (["--run.async_save=true"], signal.SIGINT),
+        (
+            ["--trainer.max_epochs=1", "--trainer.max_steps=-1", "--data.batch_size=48", "--data.micro_batch_size=24"],
+            signal.SIGINT,
+        ),
     ],
     ids=["workers", "bf16", "muon", "asynchronous", "epochs"],
 )
-def test_every_kind_of_run_resumes_bit_for_bit(fit: Fit, at: Any, flags: list[str]) -> None:
+def test_every_kind_of_run_resumes_bit_for_bit(fit: Fit, at: Any, flags: list[str], number: int) -> None:
     fit(*DROPOUT, *EVERY, *flags)
-    at[(3, 1)] = stop(signal.SIGINT)
+    at[(3, 1)] = stop(number)
     with pytest.raises(SystemExit) as exit_:
         fit(*DROPOUT, *EVERY, *flags)
-    assert exit_.value.code == 130
+    assert exit_.value.code == 128 + number
     at.clear()
     fit(*DROPOUT, *EVERY, *flags, "--ckpt_path=last")
     whole, resumed = (checkpoints(Path(f"runs/t/version_{version}"))[-1] for version in (0, 1))
@@ -140,25 +170,117 @@ def test_a_signal_is_said_and_what_to_do_next(fit: Fit, at: Any, capsys: pytest.
     with pytest.raises(SystemExit):
         fit("--trainer.max_steps=9")
     said = capsys.readouterr().err
-    assert "SIGTERM: saving and ending after this step (a second one ends at once)" in said
-    assert "stopped by SIGTERM after step 3; --ckpt_path last goes on there" in said
+    assert "SIGTERM: saving and ending after this step (a second one, after 2 s, ends at once)" in said
+    assert "stopped by SIGTERM after step 3; --ckpt_path runs/t/version_0 goes on there" in said
     assert "GracefulStop" not in repr(signal.getsignal(signal.SIGTERM))
 
 
-def test_a_second_signal_ends_at_once(text_file: Path) -> None:
-    code = "import time; from gptlit.module import GPTModule as G\n"
-    code += "G.training_step = lambda *_: (print('in', flush=True), time.sleep(60))\n"
+def test_a_second_signal_ends_at_once_unless_it_is_an_echo_of_the_first(text_file: Path) -> None:
+    code = "import time; from gptlit.module import GPTModule as G; from gptlit.stopping import GracefulStop as S\n"
+    code += "G.training_step = lambda *_: (print('in', flush=True), [time.sleep(0.1) for _ in range(600)])\n"
+    code += "handle = S._handle\n"
+    code += "def said(self, *rest): handle(self, *rest); self._signalled -= self.ECHO * 0.6; print('got', flush=True)\n"
+    code += "S._handle = said\n"
     code += "from gptlit.training import main; main()"
     command = [sys.executable, "-c", code, "fit", *TINY, f"--data.source={text_file}", "--trainer.max_steps=5"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"in\n"
+        for _ in range(2):  # the second one within ECHO
+            process.terminate()
+            assert process.stdout.readline() == b"got\n"
         process.terminate()
-        time.sleep(0.3)
-        assert process.poll() is None
-        process.terminate()
-        assert process.wait(timeout=5) == 143
+        assert process.wait() == 143
+
+
+def test_a_signal_to_the_process_group_saves_a_run_whose_output_has_gone(text_file: Path, tmp_path: Path) -> None:
+    """As when a terminal is closed, or `| head` has read enough."""
+    command = [sys.executable, str(ROOT / "train.py"), "fit", *TINY, f"--data.source={text_file}"]
+    command += ["--data.num_workers=1", "--trainer.max_steps=100000", "--run.save_every_n_steps=5"]
+    command += ["--trainer.enable_progress_bar=true", "--run.val_every_n_steps=10"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    options: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
+    with subprocess.Popen(command, env=environment, **options) as process:
+        process.stdout.close()
+        while process.poll() is None and not list(Path("runs").rglob("best.ckpt")):
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGHUP)
+        assert process.wait() == 128 + signal.SIGHUP
+    assert read_checkpoint(checkpoints(Path("runs/t/version_0"))[-1])["global_step"] >= 10
+
+
+def test_a_hang_up_that_is_ignored_stays_so(fit: Fit, at: Any) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as `nohup` does
+    try:
+        at[(1, 0)] = stop(signal.SIGHUP)
+        fit("--trainer.max_steps=3")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert checkpoint_path(Path("runs/t/version_0"), 3).is_file()
+
+
+def test_output_that_cannot_be_written_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    for descriptor in (writer, os.open("/dev/full", os.O_WRONLY)):
+        with open(descriptor, "w", buffering=1) as stream:
+            for name in ("stdout", "__stdout__"):
+                monkeypatch.setattr(sys, name, stream)
+            make_output_lossy()
+            print("dropped" * 10000)
+            sys.stdout.flush()
+            monkeypatch.undo()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)  # for what is still in the buffers
+    content = io.BytesIO()
+    stream = io.TextIOWrapper(content, "ascii")
+    for name in ("stdout", "__stdout__"):
+        monkeypatch.setattr(sys, name, stream)
+    make_output_lossy()
+    print("caf\xe9 \udcff", flush=True)
+    assert content.getvalue() == b"caf\\xe9 \\udcff\n"
+
+
+def test_workers_of_a_loader_in_use_do_not_hold_up_the_exit(text_file: Path) -> None:
+    datamodule = TokenDataModule(str(text_file), context_length=16, num_workers=1)
+    datamodule.setup()
+    iterator = iter(datamodule.val_dataloader())
+    next(iterator)
+    (worker,) = multiprocessing.active_children()
+    worker.terminate()
+    worker.join(0.5)
+    assert worker.is_alive()
+    kill_workers()
+    worker.join(60)
+    assert not worker.is_alive()
+
+
+@pytest.mark.parametrize("lead", [0, 1, 5])
+def test_hosts_that_are_not_in_step_stop_before_the_same_step(lead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each host is `lead` steps ahead of the next; they look one after the other, and any of them is signalled."""
+    store = HashStore()
+    monkeypatch.setattr(stopping, "_get_default_store", lambda: store)
+    model = GPTModule()
+    for signalled in range(3):
+        hosts = [(GracefulStop(None), SimpleNamespace(global_rank=rank, world_size=3)) for rank in range(3)]
+        for rank, (callback, trainer) in enumerate(hosts):
+            trainer.strategy, trainer.fast_dev_run = SimpleNamespace(launcher=None), False
+            trainer.is_global_zero, trainer.global_step = rank == 0, (2 - rank) * lead
+            callback._key = f"{lead} {signalled}"
+        stopped: dict[int, int] = {}
+        for turn in range(20):
+            for rank, (callback, trainer) in enumerate(hosts):
+                if rank in stopped:
+                    continue
+                if turn == 4 and rank == signalled:
+                    callback.signal = signal.SIGTERM
+                try:
+                    callback.on_train_batch_start(trainer, model, None, 0)
+                    trainer.global_step += 1
+                except SystemExit:
+                    stopped[rank] = trainer.global_step
+        assert len(stopped) == 3
+        assert len(set(stopped.values())) == 1, stopped
 
 
 def test_slurms_signal_puts_the_job_into_the_queue_again(
@@ -305,6 +427,19 @@ def test_the_best_checkpoint_is_kept_and_found(fit: Fit, monkeypatch: pytest.Mon
     assert [path.name for path in checkpoints(run)] == ["step-00000012.ckpt"]
 
 
+def test_several_starts_at_once_get_a_folder_each(tmp_path: Path) -> None:
+    together = Barrier(8)
+
+    def start(_: int) -> Path:
+        together.wait()
+        return held.enter_context(locked_new_run(tmp_path, "t"))
+
+    with ExitStack() as held, ThreadPoolExecutor(8) as threads:
+        runs = list(threads.map(start, range(8)))
+    assert {run.name for run in runs} == {f"version_{n}" for n in range(8)}
+    assert not list(tmp_path.rglob("version_*"))  # nothing came of them
+
+
 def test_two_runs_do_not_write_one_folder(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     fit("--trainer.max_steps=2")
     before = sorted(path.name for path in Path("runs/t/version_0").rglob("*") if path.name != ".lock")
@@ -433,3 +568,84 @@ def test_a_write_that_failed_in_the_background_is_raised_once(tmp_path: Path) ->
         io.wait()
     io.check()
     io.wait()
+
+
+# --- several processes that look for the checkpoint, and ends before the last step
+
+
+@pytest.mark.slow
+def test_all_ranks_resume_from_the_checkpoint_of_the_first(fit: Fit, text_file: Path, tmp_path: Path) -> None:
+    """The second one sees an earlier state of the disk."""
+    fit("--trainer.max_steps=4", "--run.save_every_n_steps=2")
+    Path("late.py").write_text(
+        "import os\nfrom gptlit import checkpoint, training\n"
+        "checkpoints = checkpoint.checkpoints\n"
+        "if os.environ.get('LOCAL_RANK') == '1':\n"
+        "    checkpoint.checkpoints = training.checkpoints = lambda run: checkpoints(run)[:1]\n"
+        "training.main()\n"
+    )
+    flags = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=6", "--ckpt_path=last"]
+    result = run_script("late.py", "fit", *TINY, f"--data.source={text_file}", *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    run = Path("runs/t/version_0")
+    assert list(losses(run)) == [1, 2, 3, 4, 5, 6]
+    assert read_checkpoint(checkpoints(run)[-1])["TokenDataModule"]["windows"] == 6 * 4
+
+
+def test_max_time_is_named_and_counts_anew_at_each_start(
+    fit: Fit, at: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--trainer.max_steps=4", "--trainer.max_time=00:01:00:00", "--data.micro_batch_size=2"]
+    elapsed = Timer.time_elapsed
+    late: list[float] = []
+    monkeypatch.setattr(Timer, "time_elapsed", lambda self, *rest: sum(late) or elapsed(self, *rest))
+    at[(2, 0)] = lambda: late.append(7200.0)  # inside an accumulation window
+    fit(*flags)
+    why = "stopped after step 2 of 4: the time of trainer.max_time is over; --ckpt_path runs/t/version_0 goes on there"
+    assert why in capsys.readouterr().err
+    at.clear()
+    late.clear()
+    fit(*flags, "--ckpt_path=last")
+    assert losses(Path("runs/t/version_0"), "train/tokens") == {step: step * 4 * 16 for step in (1, 2, 3, 4)}
+
+
+def test_what_callbacks_and_profilers_of_the_user_say_is_shown(
+    fit: Fit, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = io.StringIO()
+    handler = logging.StreamHandler(log)
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "handlers", [handler])
+    stop_early = {"class_path": "lightning.pytorch.callbacks.EarlyStopping"}
+    stop_early["init_args"] = {"monitor": "val/loss", "verbose": True, "stopping_threshold": 100.0}
+    fit(
+        *("--trainer.max_steps=9", "--run.val_every_n_steps=2", "--trainer.profiler=simple"),
+        *("--trainer.logger=false", f"--trainer.callbacks={json.dumps([stop_early])}"),
+    )
+    assert "FIT Profiler Report" in log.getvalue()
+    assert "Stopping threshold reached" in log.getvalue()
+    assert "GPU available" not in log.getvalue()
+    said = capsys.readouterr()
+    assert "stopped after step 2 of 9: EarlyStopping: Stopping threshold reached" in said.err
+    commands = [line for line in said.out.splitlines() if line.startswith("  ")]
+    assert [re.search(r"generate|fit|plot|tensorboard", line)[0] for line in commands] == ["generate", "fit"]  # type: ignore[index]
+    assert "--trainer.max" not in commands[1]
+
+
+def test_what_is_proposed_next_works_when_pasted(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    from gptlit.cli import main as gptlit
+    from gptlit.training import main
+
+    flags = ["--run.name=it's a: {run}", "--run.sample_prompt=- the 'model'", "--trainer.max_epochs=1"]
+    fit(*flags, "--trainer.max_steps=2")
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    generate, again, plot, board = lines
+    fit(*flags, "--trainer.max_steps=1")  # a newer run of that name
+    run = Path("runs/it's a: {run}/version_0")
+    main(again[2:])
+    assert list(losses(run)) == [1, 2, 3, 4]
+    capsys.readouterr()
+    gptlit([*generate[3:], "--max_new_tokens=2"])
+    assert capsys.readouterr().out.startswith("- the 'model'")
+    gptlit(plot[3:])
+    assert Path("curves.png").is_file()
+    assert Path(board[-1]) == Path("runs")

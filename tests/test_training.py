@@ -238,7 +238,7 @@ def test_a_run_in_epochs_resumes_at_its_position(fit: Fit, text_file: Path, caps
     fit("--trainer.max_epochs=1")
     steps = len(losses(RUN))
     out = capsys.readouterr().out
-    assert "config.yaml --ckpt_path last --trainer.max_epochs 2" in out
+    assert "config.yaml --ckpt_path runs/t/version_0 --trainer.max_epochs 2\n" in out
     fit("--trainer.max_epochs=2", "--ckpt_path=last", "--data.batch_size=8")
     windows = read_checkpoint(checkpoints(RUN)[-1])["TokenDataModule"]["windows"]
     assert len(losses(RUN)) == steps + -(-(windows - 4 * steps) // 8)
@@ -306,6 +306,9 @@ WRONG = [
     (["--data.source=nowhere.txt"], 1, r"data\.source 'nowhere\.txt' does not exist"),
     (["--data.batch_size=0"], 2, r"data\.batch_size must be a positive integer, got 0"),
     (["--trainer.accumulate_grad_batches=2"], 2, r"trainer\.accumulate_grad_batches 2 is not for setting"),
+    (["--trainer.max_steps=0"], 2, r"trainer\.max_steps 0 trains nothing"),
+    (["--trainer.max_epochs=0"], 2, r"trainer\.max_epochs 0 trains nothing"),
+    (["--trainer.max_steps=-1", "--trainer.max_epochs=-1"], 2, r"a run needs an end"),
     (["--trainer.val_check_interval=5"], 2, r"use run\.val_every_n_steps"),
     (["--run.name=../x"], 2, r"run\.name must be a plain folder name, got '\.\./x'"),
     (["--run.save_every_n_steps=0"], 2, r"run\.save_every_n_steps must be a positive integer, got 0"),
