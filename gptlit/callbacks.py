@@ -95,9 +95,14 @@ class StepCheckpoint(Checkpoint):
         if trainer.global_step % self.every_n_steps == 0 or trainer.global_step == self.best_step:
             self.save(trainer)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save where the fit ends."""
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save where the fit ends: a fit is one epoch of Lightning's. At `on_train_end` WeightAveraging has already
+        replaced the weights by their average.
+        """
         self.save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Wait until it is written."""
         self.io.wait()
 
     def save(self, trainer: pl.Trainer) -> None:

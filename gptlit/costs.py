@@ -179,7 +179,7 @@ def memory(work: Work, total: int) -> dict[str, int | None]:
 
     The activations are reckoned: what a block keeps of a token for the way back, as in docs/scaling.md. Gradients grow
     while activations go, and are gone when the next ones come, but for other micro-batches and other devices: only
-    then they need room of their own.
+    then they need room of their own. Sharded ones are whole on each device from one micro-batch of a step to the next.
     """
     config = work.config
     width, layers, vocabulary = config.emb_dim, config.n_layers, config.vocab_size
@@ -197,7 +197,7 @@ def memory(work: Work, total: int) -> dict[str, int | None]:
     rows = min(tokens, ROWS.get(work.device, 1024))
     parts: dict[str, int] = {
         "weights": word(work.precision) * total // n,
-        "gradients": word(work.precision) * total // n,
+        "gradients": word(work.precision) * total // (n if accumulation(work) == 1 else 1),
         "optimizer": optimizer_bytes(work) // n,
         "activations": activations + casts,
         "logits": (6 if size == 2 else 4) * vocabulary * width + size * vocabulary * rows,

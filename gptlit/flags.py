@@ -21,6 +21,7 @@ DECLARED = {
     "data": ("gptlit", "data/datamodule.py", "TokenDataModule"),
     "run": ("gptlit", "training.py", "RunConfig"),
 }
+REMOVED = {"run.on_nonfinite": "a step that is not finite is skipped, and run.max_nonfinite_steps of them end the run"}
 
 
 def check_names(args: list[str]) -> None:
@@ -43,7 +44,8 @@ def check_names(args: list[str]) -> None:
             hint = f": did you mean {file.with_name(near[0])}.yaml?" if near else ""
             fail(f"--config {file}: there is no such file{hint}", status=2)
         for key in _keys(file):
-            _check(key, names, f" in {file}")
+            if key not in REMOVED:
+                _check(key, names, f" in {file}")
 
 
 def setting_names() -> dict[str, set[str]]:

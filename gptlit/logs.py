@@ -77,12 +77,6 @@ class StepLogger(TensorBoardLogger):
         for summary in hparams(self.settings, {"val/loss": 0.0}):  # type: ignore[no-untyped-call]
             self.experiment._get_file_writer().add_summary(summary)
 
-    def go_back(self, step: int, tokens: int) -> None:
-        """Leave out the points after a checkpoint: its step, and the tokens seen until then."""
-        self.finalize("")
-        self._kwargs["purge_step"], self.purge_tokens = step + 1, tokens
-        self._experiment = None
-
     @rank_zero_only
     def save(self) -> None:
         """Write what is waiting."""
@@ -142,10 +136,6 @@ class CsvLogger(Logger):
             csv.writer(file).writerows(
                 [(step or 0) + 1, tokens, seconds, name, repr(value)] for name, value in _values(metrics).items()
             )
-
-    def go_back(self, step: int, tokens: int) -> None:
-        """Leave out the lines after a checkpoint."""
-        self.last_step, self._is_open = step, False
 
     def _open(self) -> None:
         """Begin the file, or keep what belongs to the run that goes on."""

@@ -12,14 +12,14 @@ import torch._dynamo
 from lightning.pytorch.callbacks import Timer
 from torch import Tensor
 from torch.optim import AdamW
-from torchmetrics import MeanMetric
 
 from gptlit.config import GPTConfig
-from gptlit.errors import InputError
+from gptlit.errors import InputError, note
 from gptlit.loss import head_loss, softmax_, softmax_by_parts_
 from gptlit.model import GPTModel, TransformerBlock, keep_little
 from gptlit.optimizer import OptimizerName, make_optimizer, set_values
 from gptlit.sharding import gradient_norm, sharded_model
+from gptlit.supported import check_trainer, is_averaging
 from gptlit.weights import check_tokenizer, copy_weights, read_source
 
 ScheduleName = Literal["cosine", "constant"]
@@ -126,8 +126,6 @@ class GPTModule(pl.LightningModule):
         self._step_tokens = 0  # of the micro-batches of one optimizer step
         self.skipped_steps = 0  # those before this fit; `_skipped` counts on, on the device
         self._skipped = self._in_a_row = torch.zeros(())
-        self.val_loss = MeanMetric()
-        self.test_loss = MeanMetric()
         self._losses: list[Tensor] = []  # of the micro-batches of one optimizer step, on the device
         self.save_hyperparameters(
             {
@@ -146,6 +144,14 @@ class GPTModule(pl.LightningModule):
                 "activation_checkpointing": activation_checkpointing,
             }
         )
+
+    def setup(self, stage: str) -> None:
+        """Check what the Trainer was given.
+
+        Raises:
+            InputError: It would train wrongly or not at all.
+        """
+        check_trainer(self.trainer)
 
     def configure_model(self) -> None:
         """Build the model, once; Lightning calls this when the devices are known."""
@@ -294,16 +300,21 @@ class GPTModule(pl.LightningModule):
 
     # --- evaluation ---------------------------------------------------------------------------------------------
 
-    def _evaluate(self, metric: MeanMetric, batch: tuple[Tensor, Tensor]) -> None:
-        """Add a batch to a mean over tokens; a batch may be all padding."""
-        inputs, targets = batch
-        count = (targets >= 0).sum()
-        total = self._loss(inputs, targets, "sum")
-        metric.update(total / count.clamp(min=1), weight=count)
+    def on_validation_epoch_start(self) -> None:
+        """Begin the sums anew. They are float32, whatever the type of the weights."""
+        self._sums = torch.zeros(2, dtype=torch.float32, device=self.device)  # of losses, of tokens
 
-    def _log_mean(self, name: str, metric: MeanMetric) -> None:
-        loss = metric.compute()  # over all devices
-        metric.reset()
+    def on_test_epoch_start(self) -> None:
+        """Begin the sums anew."""
+        self.on_validation_epoch_start()
+
+    def _evaluate(self, batch: tuple[Tensor, Tensor]) -> None:
+        inputs, targets = batch
+        self._sums += torch.stack([self._loss(inputs, targets, "sum"), (targets >= 0).sum()])
+
+    def _log_mean(self, name: str) -> None:
+        total, count = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
+        loss = total / count
         self.log(f"{name}/loss", loss)
         self.log(f"{name}/perplexity", loss.exp())
         known = getattr(getattr(self.trainer, "datamodule", None), "bytes_per_token", None)
@@ -312,19 +323,19 @@ class GPTModule(pl.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Add one batch to val/loss."""
-        self._evaluate(self.val_loss, batch)
+        self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Log val/loss, nats a token over all devices, and its exponential."""
-        self._log_mean("val", self.val_loss)
+        self._log_mean("val")
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Add one batch to test/loss."""
-        self._evaluate(self.test_loss, batch)
+        self._evaluate(batch)
 
     def on_test_epoch_end(self) -> None:
         """Log test/loss and test/perplexity."""
-        self._log_mean("test", self.test_loss)
+        self._log_mean("test")
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
@@ -355,6 +366,9 @@ class GPTModule(pl.LightningModule):
                     f"model.config.{field.name} is {ours}, but the checkpoint was trained with "
                     f"{theirs.get(field.name)}: set it to that, or start a new run"
                 )
+        if is_fit and "current_model_state" in checkpoint and not is_averaging(self.trainer):
+            note("the checkpoint has averaged weights too: the run goes on with the others, without an average")
+            checkpoint["state_dict"] = checkpoint["current_model_state"]
         self.tokens, self.skipped_steps = checkpoint.get("tokens", 0), checkpoint.get("skipped_steps", 0)
         if is_fit:
             self._set_step(self.trainer, checkpoint["global_step"])

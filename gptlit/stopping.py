@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer
+from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer, WeightAveraging
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch.distributed import DistError
 from torch.distributed.distributed_c10d import _get_default_store
@@ -122,9 +122,12 @@ class GracefulStop(Callback):
             if int(number):
                 self._stop(trainer, signal.Signals(int(number)))
 
-    def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Alone, stop in the midst of one."""
         if trainer.state.fn == "fit" and trainer.world_size == 1 and self.signal is not None:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, WeightAveraging):
+                    callback.on_validation_epoch_end(trainer, pl_module)  # the model holds the average until then
             self._stop(trainer, self.signal)
 
     def _stop(self, trainer: pl.Trainer, number: signal.Signals) -> NoReturn:
@@ -156,41 +159,25 @@ def early_end(trainer: pl.Trainer) -> str | None:
     return "a callback set trainer.should_stop"
 
 
-class GoBack(Exception):  # noqa: N818  (not an error: the fit begins again at its last checkpoint)
-    """Several steps in a row were not finite, and their windows are to be passed over.
-
-    Args:
-        first: Position of the first of them.
-        count: Windows.
-    """
-
-    def __init__(self, first: int, count: int) -> None:
-        super().__init__(f"windows {first} to {first + count} are passed over")
-        self.first, self.count = first, count
-
-
 class NonFinite(Callback):
-    """Ends a fit, or sends it back to its last checkpoint, after too many steps in a row that were not finite.
+    """Ends a fit after too many steps in a row whose gradient was not finite.
 
     The windows of these steps are written to `non-finite.json` in the run's folder, by shard and offset.
 
     Args:
         run: The run's folder.
         limit: Steps in a row.
-        go_back: Go back and pass over their windows, rather than end.
     """
 
-    def __init__(self, run: Path, limit: int, go_back: bool) -> None:
+    def __init__(self, run: Path, limit: int) -> None:
         self.run = run
         self.limit = limit
-        self.go_back = go_back
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Look at the count: after each step on a CPU, at log points where looking means waiting for the device.
 
         Raises:
             InputError: There were too many.
-            GoBack: There were too many, and the fit goes back.
         """
         assert isinstance(pl_module, GPTModule)
         waits = pl_module.device.type != "cpu"
@@ -207,11 +194,9 @@ class NonFinite(Callback):
         path = self.run / "non-finite.json"
         if trainer.is_global_zero:
             path.write_text(json.dumps({"steps": [step - count + 1, step], "windows": windows}, indent=1) + "\n")
-        if self.go_back:
-            raise GoBack(datamodule.position_after(step - count), count * datamodule.batch_size)
         raise InputError(
             f"the gradient was not finite in {count} steps in a row, up to step {step}; their windows are in {path}: "
-            "look at them, lower model.lr, or set run.on_nonfinite to go_back"
+            "look at them, or lower model.lr"
         )
 
 
@@ -307,7 +292,7 @@ class PeerWatch(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """A lost connection is explained by the thread, which needs a moment; an error of this process ends all."""
         is_input = isinstance(exception, InputError | OSError)
-        if isinstance(exception, SystemExit | KeyboardInterrupt | GoBack):
+        if isinstance(exception, SystemExit | KeyboardInterrupt):
             self.teardown(trainer, pl_module, "")
         elif self._thread is not None and self._is_connection(exception):
             self._thread.join(PATIENCE + 5 * PERIOD)

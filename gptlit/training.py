@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import shlex
+import socket
 import subprocess
 import sys
 import warnings
@@ -15,17 +16,19 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 gc.disable()  # the imports below make hundreds of thousands of objects, none of them garbage
 import lightning.pytorch as pl  # noqa: E402
 import torch  # noqa: E402
 from jsonargparse import Namespace  # noqa: E402
 from lightning.fabric.utilities.exceptions import MisconfigurationException  # noqa: E402
+from lightning.pytorch.accelerators import CPUAccelerator  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback  # noqa: E402
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher  # noqa: E402
+from torch.distributed import DistNetworkError  # noqa: E402
 
-from gptlit import __version__  # noqa: E402
+from gptlit import __version__, config_files  # noqa: E402
 from gptlit.callbacks import (  # noqa: E402
     DrawnWindows,
     FinalValidation,
@@ -47,19 +50,18 @@ from gptlit.checkpoint import (  # noqa: E402
     read_checkpoint,
     run_folders,
 )
-from gptlit.data.datamodule import TokenDataModule, check_trainer, tokenizer_for  # noqa: E402
+from gptlit.data.datamodule import TokenDataModule, check_batches, check_division, tokenizer_for  # noqa: E402
 from gptlit.data.tokenizer import load_tokenizer  # noqa: E402
 from gptlit.errors import InputError, OneLineErrors, fail, make_output_lossy, note  # noqa: E402
 from gptlit.logs import CsvLogger, StepLogger  # noqa: E402
 from gptlit.module import GPTModule  # noqa: E402
-from gptlit.stopping import GoBack, GracefulStop, NonFinite, PeerWatch, children, early_end  # noqa: E402
+from gptlit.stopping import GracefulStop, NonFinite, PeerWatch, children, early_end  # noqa: E402
 from gptlit.strategies import register_strategies  # noqa: E402
+from gptlit.supported import check_precision, check_trainer  # noqa: E402
 from gptlit.weights import agree, check_tokenizer, read_source  # noqa: E402
 
 gc.freeze()
 gc.enable()
-
-GO_BACK_LIMIT = 3  # the time that a run is not sent back to its last checkpoint any more
 
 
 @dataclass
@@ -75,7 +77,6 @@ class RunConfig:
         async_save: Write checkpoints while training goes on, from a copy in memory; None: where a GPU trains, for on a
             CPU the writing takes from the training what it saves in waiting.
         max_nonfinite_steps: So many steps in a row whose gradient is not finite end the run.
-        on_nonfinite: "stop", or "go_back" to the last checkpoint and pass over the windows of these steps.
         sample_prompt: Text to continue after each validation; empty: no sample.
         peak_tflops: Of one device, for perf/mfu; None: measured at the start.
     """
@@ -87,7 +88,6 @@ class RunConfig:
     keep_best: bool = True
     async_save: bool | None = None
     max_nonfinite_steps: int = 5
-    on_nonfinite: Literal["stop", "go_back"] = "stop"
     sample_prompt: str = "The"
     peak_tflops: float | None = None
 
@@ -185,6 +185,8 @@ class TrainingCLI(LightningCLI):
             self.config = parser.parse_args(args)
         except UnicodeDecodeError as error:
             fail(f"a configuration file is not UTF-8 ({error}): save it as that", status=2)
+        command = self.config.subcommand
+        _check_values(self._subcommand_parsers[command], self.config[command])
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let a checkpoint's hyper-parameters override configuration and flags: not here."""
@@ -201,6 +203,7 @@ class TrainingCLI(LightningCLI):
 
     def _settle_trainer(self, config: Any) -> None:
         trainer = config.trainer
+        trainer.default_root_dir = trainer.default_root_dir or "runs"
         if trainer.val_check_interval is not None or trainer.check_val_every_n_epoch != 1:
             raise InputError(
                 "trainer.val_check_interval and trainer.check_val_every_n_epoch are not for setting: "
@@ -208,13 +211,14 @@ class TrainingCLI(LightningCLI):
             )
         endless = trainer.max_steps == -1 and trainer.max_epochs in (None, -1) and not trainer.fast_dev_run
         if self.subcommand == "fit":
-            check_trainer(trainer)
+            check_batches(trainer)
         if endless and self.subcommand == "fit":
             raise InputError("a run needs an end: set trainer.max_steps or trainer.max_epochs")
         if trainer.precision is None:
             trainer.precision, why = best_precision(trainer.accelerator)
             if self.subcommand == "fit":
                 note(f"trainer.precision {trainer.precision}: {why}")
+        check_precision(trainer.precision)  # before Lightning asks for a package
         self._settle_devices(trainer)
 
     def _settle_devices(self, trainer: Any) -> None:
@@ -299,11 +303,32 @@ class TrainingCLI(LightningCLI):
         return self.subcommand == "fit" and self.makes_files and not config.trainer.fast_dev_run and is_first_process()
 
     def instantiate_classes(self) -> None:
-        """A value that a class refuses is the user's to mend."""
+        """A value that a class refuses is the user's to mend; a package that is missing, theirs to install."""
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError, MisconfigurationException) as error:
+            check_trainer(self.trainer)
+            self._check_devices()
+        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             fail(error, status=2)
+
+    def _check_devices(self) -> None:
+        """Check that all devices get work, before a process is started for each.
+
+        Raises:
+            InputError: The batch or the CPU cannot be divided among so many.
+        """
+        devices = self.trainer.num_devices * self.trainer.num_nodes
+        if self.subcommand == "fit":
+            check_division(self.datamodule.batch_size, devices)
+        most = max(8, os.cpu_count() or 1)
+        if isinstance(self.trainer.accelerator, CPUAccelerator) and self.trainer.num_devices > most:
+            raise InputError(
+                f"trainer.devices {self.trainer.num_devices} would start as many processes on this CPU of "
+                f"{os.cpu_count()} cores: use at most {most}"
+            )
+        starts_others = launched() == (None, None) and not {"LOCAL_RANK", "NODE_RANK"} & os.environ.keys()
+        if devices > 1 and starts_others and (port := os.environ.get("MASTER_PORT")):
+            _check_port(port)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Add this project's logger, callbacks and durable writer to what the configuration asks for."""
@@ -319,7 +344,7 @@ class TrainingCLI(LightningCLI):
             checkpoint = StepCheckpoint(self.run, io, run.save_every_n_steps, run.keep_last, run.keep_best)
             callbacks.append(checkpoint)
         callbacks.append(GracefulStop(checkpoint))
-        callbacks.append(NonFinite(self.run, run.max_nonfinite_steps, run.on_nonfinite == "go_back"))
+        callbacks.append(NonFinite(self.run, run.max_nonfinite_steps))
         if run.sample_prompt:
             callbacks.append(SampleText(run.sample_prompt))
         if config.trainer.enable_progress_bar is not False:
@@ -337,17 +362,9 @@ class TrainingCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run it. A fit that is sent back begins again at its newest checkpoint, without what was not finite."""
+        """Run it from the checkpoint of the first process."""
         self._take_the_checkpoint_of_rank_0(subcommand)
-        for times in count(1):
-            try:
-                return super()._run_subcommand(subcommand)
-            except GoBack as back:
-                if times == GO_BACK_LIMIT:
-                    raise InputError(
-                        f"the run was sent back {times - 1} times: its gradient is not finite whatever it reads"
-                    ) from None
-                self._go_back(subcommand, back)
+        super()._run_subcommand(subcommand)
 
     def _take_the_checkpoint_of_rank_0(self, subcommand: str) -> None:
         """Each process has looked for the checkpoint itself, and may have seen another state of a shared disk."""
@@ -365,19 +382,6 @@ class TrainingCLI(LightningCLI):
             for process in children(self.trainer):
                 process.kill()
             raise
-
-    def _go_back(self, subcommand: str, back: GoBack) -> None:
-        saver = self.trainer.checkpoint_callback
-        found = newest_checkpoint(saver.run) if isinstance(saver, StepCheckpoint) else None
-        if found is None:
-            raise InputError("the gradient is not finite, and there is no checkpoint to go back to yet: lower model.lr")
-        note(f"going back to {found}: {back}")
-        checkpoint = read_checkpoint(found)
-        for logger in self.trainer.loggers:
-            if isinstance(logger, StepLogger | CsvLogger):
-                logger.go_back(checkpoint["global_step"], checkpoint["tokens"])
-        self.datamodule.pass_over(back.first, back.count)
-        self.config_init[subcommand]["ckpt_path"] = str(found)
 
     def _loggers(self, config: Any) -> list[Any]:
         """Curves go to the run's folder; after a resume they go on where the checkpoint was made."""
@@ -457,6 +461,36 @@ class TrainingCLI(LightningCLI):
         return commands
 
 
+def _check_port(port: str) -> None:
+    """Check that the processes can meet at a port of this machine.
+
+    Raises:
+        InputError: They cannot.
+    """
+    try:
+        socket.create_server(("", int(port))).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"MASTER_PORT {port} cannot be used ({error}): set another, or none to have one found"
+        ) from error
+
+
+def _check_values(parser: LightningArgumentParser, config: Namespace) -> None:
+    """Check what parsing leaves out: that nothing is empty that needs a value, and the seed."""
+    for group in ("model", "data", "trainer", "run", "model.config"):
+        if config[group] is None:
+            fail(f"{group} is empty: give it settings, or leave the line out", status=2)
+    try:
+        parser.validate(config, skip_unset=False)
+    except TypeError as error:
+        key = str(error).split('"')[1]  # 'Parser key "model.lr": ...'
+        is_empty = config.get(key) is None
+        fail(f"{key} is empty: give it a value, or leave the line out" if is_empty else error, status=2)
+    seed = config.seed_everything
+    if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+        fail(f"seed_everything must be at least 0 and below 2^32, got {seed}", status=2)
+
+
 def _flat(config: Namespace) -> dict[str, bool | int | float | str]:
     """Return the settings of model, data and run, and some of the Trainer's, by their dotted names."""
     found = {}
@@ -526,7 +560,7 @@ def _silence_lightning() -> None:
     """Seeds, devices and tips are not news; warnings are, and what a callback or profiler of the user's says."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     warnings.filterwarnings("ignore", message=".*does not have many workers")
-    warnings.filterwarnings("ignore", message=".*recommended to use `self.log.*sync_dist=True")  # torchmetrics does it
+    warnings.filterwarnings("ignore", message=".*recommended to use `self.log.*sync_dist=True")  # they are means
     for name in ("lightning.pytorch", "lightning.fabric", "lightning_fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("callbacks", "profilers", "tuner", "utilities.rank_zero"):
@@ -563,6 +597,7 @@ def command_line(cli: type[TrainingCLI], args: list[str] | None) -> TrainingCLI:
     _silence_lightning()
     keep_freed_memory()
     register_strategies()
+    config_files.register()
     try:
         return cli(
             GPTModule,
@@ -584,6 +619,12 @@ def command_line(cli: type[TrainingCLI], args: list[str] | None) -> TrainingCLI:
         )
     except (InputError, OSError, MisconfigurationException) as error:
         fail(error)
+    except DistNetworkError as error:
+        fail(f"the processes of the run cannot reach each other: {str(error).splitlines()[0]}")
+    except RuntimeError as error:
+        if str(error).startswith("Early stopping conditioned on metric"):
+            fail(error)
+        raise
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):
             raise SystemExit(130) from None

@@ -1,8 +1,6 @@
 """Several devices: the same numbers as on one, and the same safety."""
 
-import json
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -152,18 +150,15 @@ def test_shards_of_the_largest_model_are_as_the_formula_says() -> None:
 
 
 @pytest.mark.slow
-def test_several_devices_go_back_together(text: str, tmp_path: Path) -> None:
+def test_several_devices_skip_a_step_together(text: str, tmp_path: Path) -> None:
     Path("words.txt").write_text(text[:4000] + " dragon " + text[4000:8000])
     Path("poisoned.py").write_text(POISONED)
-    flags = ["--run.max_nonfinite_steps=1", "--run.on_nonfinite=go_back", "--run.save_every_n_steps=4"]
-    fit = ["poisoned.py", "fit", *TINY, *TWO, *flags, "--data.source=words.txt", "--trainer.max_epochs=1"]
+    fit = ["poisoned.py", "fit", *TINY, *TWO, "--data.source=words.txt", "--trainer.max_epochs=1"]
     result = run_script(*fit, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert re.search(r"going back to .*: windows \d+ to \d+ are passed over", result.stderr), result.stderr
     last = read_checkpoint(checkpoints(RUN)[-1])
-    assert len(last["TokenDataModule"]["passed_over"]) == 1
+    assert last["skipped_steps"] == 1
     assert all(value.isfinite().all() for value in last["state_dict"].values())
-    assert json.loads((RUN / "non-finite.json").read_text())["steps"][0] in losses(RUN)
 
 
 def start(*flags: str) -> "subprocess.Popen[str]":

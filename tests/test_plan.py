@@ -192,6 +192,13 @@ def test_gradients_need_room_only_beside_activations() -> None:
     assert gradients(micro_batch_size=4) == gradients(devices=2, micro_batch_size=4) > 4 * 124e6
 
 
+def test_sharded_gradients_are_whole_between_the_micro_batches_of_a_step() -> None:
+    work = Work(replace(PRESETS["gpt2-xl"], qkv_bias=True), device="cuda", devices=8, shards=True, micro_batch_size=8)
+    whole, shards = (make_plan(replace(work, batch_size=size))["memory"]["gradients"] for size in (512, 64))
+    total = count_parameters(work.config)["total"]
+    assert (whole, shards) == (4 * total, 4 * total // 8)
+
+
 def test_processes_on_cpus_share_the_memory_of_their_machine() -> None:
     def available(**changes: Any) -> int:
         return int(make_plan(replace(SMALL, **changes))["memory"]["available"])

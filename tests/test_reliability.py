@@ -1,6 +1,5 @@
 """What must not be lost: stops at any point, bitwise resumes, steps that are not finite, folders in use."""
 
-import csv
 import io
 import json
 import logging
@@ -367,30 +366,6 @@ def test_too_many_in_a_row_end_the_run_with_their_windows(
     assert found["windows"][0]["offset"] % 16 == 0
 
 
-def test_going_back_passes_over_the_windows_that_were_not_finite(
-    fit: Fit, poisoned: None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = ["--trainer.max_epochs=1", "--run.max_nonfinite_steps=1", "--run.on_nonfinite=go_back"]
-    fit(*flags, "--run.save_every_n_steps=4", "--run.keep_last=-1")
-    said = capsys.readouterr().err
-    run = Path("runs/t/version_0")
-    assert re.search(r"going back to .*step-000000\d\d.ckpt: windows \d+ to \d+ are passed over", said), said
-    last = read_checkpoint(checkpoints(run)[-1])
-    assert last["skipped_steps"] == 0
-    assert len(last["TokenDataModule"]["passed_over"]) == 1
-    assert all(value.isfinite().all() for value in last["state_dict"].values())
-    poisoned_step = json.loads((run / "non-finite.json").read_text())["steps"][0]
-    assert last["TokenDataModule"]["windows"] == (last["global_step"] + 1) * 4
-    assert sorted(losses(run)) == list(range(1, last["global_step"] + 1))
-    assert poisoned_step in losses(run)
-    assert list(losses(run / "tokens", "loss_by_tokens/train")) == [64 * step for step in losses(run)]
-    with (run / "metrics.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["name"] == "train/loss"]
-    assert [int(row["step"]) for row in rows] == list(losses(run))
-    seconds = [float(row["seconds"]) for row in rows]
-    assert seconds == sorted(seconds)
-
-
 def test_weights_that_are_not_finite_are_not_saved(
     fit: Fit, at: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -410,7 +385,7 @@ def test_weights_that_are_not_finite_are_not_saved(
 def test_the_best_checkpoint_is_kept_and_found(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([3.0, 1.0, 2.0, 4.0])
 
-    def log_mean(self: GPTModule, name: str, metric: Any) -> None:
+    def log_mean(self: GPTModule, name: str) -> None:
         self.log_dict({"val/loss": next(values), "val/perplexity": 1.0})
 
     monkeypatch.setattr(GPTModule, "_log_mean", log_mean)

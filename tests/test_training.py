@@ -1,6 +1,7 @@
 """train.py end to end: what a user types, what lands on disk, and what a wrong word answers."""
 
 import re
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from conftest import ROOT, TINY, losses
+from gptlit import config_files
 from gptlit.callbacks import SampleText
 from gptlit.checkpoint import DurableCheckpointIO, checkpoints, read_checkpoint
 from gptlit.data.datamodule import TokenDataModule
+from gptlit.errors import note
+from gptlit.flags import check_names
+from gptlit.training import main
 
 Fit = Callable[..., None]
 RUN = Path("runs/t/version_0")
@@ -133,8 +139,6 @@ def test_last_without_a_run_says_so_and_starts(fit: Fit, capsys: pytest.CaptureF
 
 def test_the_saved_configuration_goes_on_with_the_run(fit: Fit) -> None:
     """What the closing words propose: the whole configuration again, architecture and corpus included."""
-    from gptlit.training import main
-
     fit("--trainer.max_steps=2", "--data.micro_batch_size=2")
     main(["fit", f"--config={RUN / 'config.yaml'}", "--ckpt_path=last", "--trainer.max_steps=4"])
     assert list(losses(RUN)) == [1, 2, 3, 4]
@@ -143,8 +147,6 @@ def test_the_saved_configuration_goes_on_with_the_run(fit: Fit) -> None:
 
 
 def test_what_is_not_given_of_the_architecture_comes_from_the_checkpoint(text_file: Path, fit: Fit) -> None:
-    from gptlit.training import main
-
     fit("--trainer.max_steps=1")
     rest = [flag for flag in TINY if "model.config" not in flag]
     main(["fit", *rest, f"--data.source={text_file}", "--ckpt_path=last", "--trainer.max_steps=2"])
@@ -182,8 +184,6 @@ def test_validate_gives_the_loss_of_the_fit(fit: Fit, capsys: pytest.CaptureFixt
 
 
 def test_later_configuration_files_and_flags_win(text_file: Path) -> None:
-    from gptlit.training import main
-
     Path("a.yaml").write_text("model: {config: {emb_dim: 32, n_heads: 2, n_layers: 1, context_length: 16}}\n")
     Path("b.yaml").write_text("model: {config: {n_layers: 2}}\nrun: {name: t}\n")
     flags = [flag for flag in TINY if "n_layers" not in flag and "emb_dim" not in flag]
@@ -281,8 +281,6 @@ def test_another_order_or_optimizer_is_not_resumed(fit: Fit, capsys: pytest.Capt
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_config_is_complete(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from gptlit.training import main
-
     with pytest.raises(SystemExit) as exit_:
         main(["fit", f"--config={file}", "--print_config"])
     assert exit_.value.code == 0
@@ -319,6 +317,14 @@ WRONG = [
     (["--config=typo.yaml"], 2, r"learning_rate"),
     (["--config=nowhere.yaml"], 2, r"nowhere\.yaml"),
     (["--trainer.devices=many"], 2, r"devices|many"),
+    (["--trainer.gradient_clip_val=-1"], 2, r"trainer\.gradient_clip_val must be at least 0 .*, got -1"),
+    (["--trainer.precision=transformer-engine"], 2, r"trainer\.precision transformer-engine is not supported"),
+    (["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"], 2, r".*did you mean val/loss"),
+    (["--seed_everything=-1"], 2, r"seed_everything must be at least 0 and below 2\^32, got -1"),
+    (["--config=twice.yaml"], 2, r".*'model' is there twice, in lines 1 and 2: keep one"),
+    (["--config=twice-inside.yaml"], 2, r".*'lr' is there twice, in lines 2 and 4: keep one"),
+    (["--config=empty.yaml"], 2, r"model\.lr is empty: give it a value, or leave the line out"),
+    (["--config=empty-group.yaml"], 2, r"data is empty: give it settings"),
 ]
 
 
@@ -328,6 +334,10 @@ def test_bad_input_is_one_line(
 ) -> None:
     Path("text.ckpt").write_text("hello")
     Path("typo.yaml").write_text("model: {learning_rate: 0.1}\n")
+    Path("twice.yaml").write_text("model: {lr: 0.1}\nmodel: {min_lr: 0.1}\n")
+    Path("twice-inside.yaml").write_text("model:\n  lr: 0.1\n  min_lr: 0.0\n  lr: 0.2\n")
+    Path("empty.yaml").write_text("model:\n  lr:\n")
+    Path("empty-group.yaml").write_text("data:\ntrainer: {max_steps: 1}\n")
     with pytest.raises(SystemExit) as exit_:
         fit("--trainer.max_steps=1", *flags)
     assert exit_.value.code == status
@@ -335,6 +345,60 @@ def test_bad_input_is_one_line(
     assert len(lines) == 1, lines
     assert re.match(r"error: .*" + words, lines[0])
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--trainer.devices=1000"], "data.batch_size 4 is that of all devices together, and not divisible by 1000"),
+        (["--trainer.devices=1000", "--data.batch_size=1000"], "trainer.devices 1000 would start as many processes"),
+        (["--trainer.devices=2"], "MASTER_PORT {port} cannot be used"),
+    ],
+)
+def test_no_process_is_started_for_what_cannot_run(
+    fit: Fit, flags: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_SubprocessScriptLauncher, "launch", lambda *_, **__: pytest.fail("processes are started"))
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(SystemExit) as exit_:
+            fit("--trainer.max_steps=1", *flags)
+    assert exit_.value.code == 2
+    assert f"error: {words.format(port=port)}" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["3e-4", "1e5", ".5", "null", "~", "true", "on", "2024-01-01", "12:30:00", "0x1f", "-", ""]
+)
+def test_a_text_stays_a_text_in_a_saved_configuration(name: str) -> None:
+    config = {"run": {"name": name, "sample_prompt": f"{name}: {name}"}, "model": {"lr": 3e-4, "init_from": None}}
+    assert config_files.load(config_files.dump(config)) == config
+
+
+def test_configurations_and_checkpoints_of_earlier_versions(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The name of the run looks like a number; on_nonfinite is a removed setting, passed_over a removed state."""
+    fit("--trainer.max_steps=1", "--run.name=3e-4")
+    run = Path("runs/3e-4/version_0")
+    old = (run / "config.yaml").read_text().replace("run:\n", "run:\n  on_nonfinite: go_back\n")
+    Path("old.yaml").write_text(old)
+    arguments = ["fit", "--config=old.yaml", "--ckpt_path=last", "--trainer.max_steps=2"]
+    check_names(arguments)
+    checkpoint = read_checkpoint(checkpoints(run)[-1])
+    monkeypatch.setattr(config_files, "_note_once", note)
+    for passed_over in ([[400, 4]], [[0, 4]]):
+        checkpoint["TokenDataModule"]["passed_over"] = passed_over
+        DurableCheckpointIO().save_checkpoint(checkpoint, checkpoints(run)[-1])
+        if passed_over == [[400, 4]]:  # still to come
+            with pytest.raises(SystemExit):
+                main(arguments)
+            assert "error: the checkpoint leaves out windows that are still to come" in capsys.readouterr().err
+    main(arguments)
+    assert "run.on_nonfinite was removed and is left out" in capsys.readouterr().err
+    assert list(losses(run)) == [1, 2]
 
 
 def test_a_run_without_an_end_is_refused(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:

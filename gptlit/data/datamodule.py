@@ -21,7 +21,7 @@ from gptlit.data.prepare import Split, cache_folder, prepare_cached
 from gptlit.data.progress import downloading, preparing
 from gptlit.data.tokenizer import fingerprint, load_tokenizer, tokenizer_spec
 from gptlit.data.tokens import MANIFEST, SPLITS, TokenData, folder_tokenizer, holds_tokens, open_folder, together
-from gptlit.data.windows import EvalOrder, Mix, TrainOrder, Windows, beyond
+from gptlit.data.windows import EvalOrder, Mix, TrainOrder, Windows
 from gptlit.errors import InputError, user_path
 
 Identity = Literal["corpus", "tokenizer", "seed", "stride", "weights"]
@@ -68,7 +68,7 @@ def check_division(batch_size: int, devices: int) -> None:
         )
 
 
-def check_trainer(settings: Any) -> None:
+def check_batches(settings: Any) -> None:
     """Refuse what a Trainer, or its configuration, would decide about batches.
 
     Raises:
@@ -191,7 +191,6 @@ class TokenDataModule(pl.LightningDataModule):
         self._limits: tuple[int, int | None] = (-1, None)
         self.start = 0  # position of the first window of this fit, over all devices
         self.start_step = 0
-        self.passed_over: list[tuple[int, int]] = []  # (position, windows) that were not finite
         self.max_steps = -1
         self._configured: pl.Trainer | None = None
 
@@ -336,7 +335,7 @@ class TokenDataModule(pl.LightningDataModule):
             return self.micro_batch_size_used, self.accumulation
         self._limits = trainer.max_steps, trainer.max_epochs
         self._steps()
-        check_trainer(trainer)
+        check_batches(trainer)
         devices = trainer.world_size
         check_division(self.batch_size, devices)
         size = micro_batch_size(self.batch_size, devices, self.micro_batch_size)
@@ -393,7 +392,6 @@ class TokenDataModule(pl.LightningDataModule):
             world_size=trainer.world_size,
             start=self.start,
             steps=max(0, self.max_steps - self.start_step),
-            passed_over=self._ahead,
         )
         return self._loader("train", order)
 
@@ -411,35 +409,21 @@ class TokenDataModule(pl.LightningDataModule):
         """Serve every window of the test part once, in order."""
         return self._eval_dataloader("test")
 
-    @property
-    def _ahead(self) -> list[tuple[int, int]]:
-        """What is passed over from the beginning of this fit on; `start` has counted what came before."""
-        return [(first, count) for first, count in self.passed_over if first >= self.start]
-
-    def _positions(self, step: int, count: int) -> np.ndarray:
-        """Return the positions of `count` windows, the first of them after `step` optimizer steps."""
-        first = self.start + (step - self.start_step) * self.batch_size
-        return beyond(np.arange(first, first + count), self._ahead)
-
-    def position_after(self, step: int) -> int:
+    def _position_after(self, step: int) -> int:
         """Return the position of the first window after `step` optimizer steps, over all devices."""
-        return int(self._positions(step, 1)[0])
+        return self.start + (step - self.start_step) * self.batch_size
 
     @property
     def position(self) -> int:
         """Position of the next window, over all devices, after the last optimizer step."""
-        return self.position_after(self._trainer().global_step)
+        return self._position_after(self._trainer().global_step)
 
     def addresses(self, step: int) -> list[dict[str, Any]]:
         """Return where the windows of the optimizer step after `step` steps are: file and offset in tokens."""
         windows = self.windows["train"]
-        found = [windows.address(int(window)) for window in self.mix(self._positions(step, self.batch_size))]
+        positions = self._position_after(step) + np.arange(self.batch_size)
+        found = [windows.address(int(window)) for window in self.mix(positions)]
         return [{"step": step + 1, "shard": str(windows.shards[s].path), "offset": offset} for s, offset in found]
-
-    def pass_over(self, first: int, count: int) -> None:
-        """Leave out `count` windows from the position `first` on, from the next fit on."""
-        self.passed_over = sorted([*self.passed_over, (first, count)])
-        self._configured = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps of the data: the position, and what it is a position in."""
@@ -450,7 +434,6 @@ class TokenDataModule(pl.LightningDataModule):
             "tokenizer": tokenizer_spec(self.tokenizer),
             "tokenizer_sha256": fingerprint(self.tokenizer),
             "corpus": self.data.fingerprint,
-            "passed_over": [list(part) for part in self.passed_over],
             **self._order,
         }
 
@@ -509,8 +492,11 @@ class TokenDataModule(pl.LightningDataModule):
                     f"the {label} is {ours}, but the checkpoint was trained with {theirs}{what}: "
                     f"resume with that, start a new run with --model.init_from, or set data.resume_despite to [{key}]"
                 )
-        known = {tuple(part) for part in state.get("passed_over", [])}
-        self.passed_over = sorted(known | set(self.passed_over))
+        if any(first >= state["windows"] for first, _ in state.get("passed_over", [])):  # gptlit 0.1 could do that
+            raise InputError(
+                "the checkpoint leaves out windows that are still to come (its passed_over), which is not supported "
+                "any more: resume from another checkpoint, or start a new run with --model.init_from"
+            )
         self.start, self.start_step = state["windows"], state["step"]
         self._set_steps(self._trainer())
         if self.start_step >= self.max_steps:

@@ -194,16 +194,6 @@ class Mix:
         return [int(count) for count in counts]
 
 
-Passed = Sequence[tuple[int, int]]  # (first position, how many), in order
-
-
-def beyond(positions: np.ndarray, passed_over: Passed) -> np.ndarray:
-    """Count positions on past those that are passed over: 0, 1, 2, 3 with (1, 2) passed over are 0, 3, 4, 5."""
-    for first, count in passed_over:
-        positions = positions + np.where(positions >= first, count, 0)
-    return positions
-
-
 class TrainOrder(Sampler[np.ndarray]):
     """One device's micro-batches of window indices, shuffled without replacement, for `steps` optimizer steps.
 
@@ -218,7 +208,6 @@ class TrainOrder(Sampler[np.ndarray]):
         world_size: All devices.
         start: Position of the first window, over all devices.
         steps: Optimizer steps to serve.
-        passed_over: Positions that are left out.
     """
 
     def __init__(
@@ -231,7 +220,6 @@ class TrainOrder(Sampler[np.ndarray]):
         world_size: int = 1,
         start: int = 0,
         steps: int,
-        passed_over: Passed = (),
     ) -> None:
         self.mix = mix
         self.batch_size = batch_size
@@ -240,7 +228,6 @@ class TrainOrder(Sampler[np.ndarray]):
         self.world_size = world_size
         self.start = start
         self.steps = steps
-        self.passed_over = passed_over
 
     def __len__(self) -> int:
         return self.steps * (self.batch_size // (self.micro_batch_size * self.world_size))
@@ -251,7 +238,7 @@ class TrainOrder(Sampler[np.ndarray]):
         for done in range(0, len(self), AT_ONCE):
             micro_batches = np.arange(done, min(done + AT_ONCE, len(self)))[:, None]
             positions = first + micro_batches * stride + np.arange(self.micro_batch_size)
-            windows = self.mix(beyond(positions.ravel(), self.passed_over))
+            windows = self.mix(positions.ravel())
             yield from windows.reshape(positions.shape)
 
 

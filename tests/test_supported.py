@@ -1,0 +1,166 @@
+"""What of Lightning's Trainer is refused, by name and before the first step; weight averaging works."""
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    EarlyStopping,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
+from test_module import TINY, batches, trainer
+
+from gptlit import TokenDataModule
+from gptlit.checkpoint import checkpoint_path, read_checkpoint
+from gptlit.errors import InputError
+from gptlit.module import GPTModule
+from gptlit.strategies import FSDP2Strategy
+from gptlit.supported import check_trainer
+
+Fit = Callable[..., None]
+NAN = float("nan")
+TINY_GPT2 = replace(TINY, vocab_size=50257, context_length=16)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"gradient_clip_val": -1.0}, "gradient_clip_val must be at least 0"),
+        ({"gradient_clip_val": NAN}, "gradient_clip_val must be at least 0"),
+        ({"gradient_clip_val": -1.0, "gradient_clip_algorithm": "value"}, "gradient_clip_val must be at least 0"),
+        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches must be an integer of at least 1, got 0"),
+        ({"accumulate_grad_batches": -2}, "accumulate_grad_batches must be an integer of at least 1, got -2"),
+        ({"accumulate_grad_batches": 1.5}, "accumulate_grad_batches must be an integer of at least 1, got 1.5"),
+        ({"log_every_n_steps": 0}, "log_every_n_steps must be an integer of at least 1, got 0"),
+        ({"log_every_n_steps": -5}, "log_every_n_steps must be an integer of at least 1, got -5"),
+        ({"precision": "16-true"}, "precision 16-true is not supported"),
+        ({"callbacks": GradientAccumulationScheduler({0: 4})}, "GradientAccumulationScheduler does not work"),
+        ({"callbacks": LearningRateFinder()}, "LearningRateFinder does not work"),
+        ({"callbacks": StochasticWeightAveraging(0.1)}, "StochasticWeightAveraging does not work"),
+        ({"callbacks": ModelPruning("l1_unstructured")}, "ModelPruning does not work"),
+        ({"callbacks": EarlyStopping("val_loss")}, "EarlyStopping monitors 'val_loss'.*did you mean val/loss"),
+        (
+            {"callbacks": ModelCheckpoint(monitor="accuracy"), "enable_checkpointing": True},
+            "ModelCheckpoint monitors 'accuracy', which is not logged",
+        ),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_a_plain_trainer_is_refused_what_would_train_wrongly(options: dict[str, Any], words: str) -> None:
+    module = GPTModule(TINY)
+    fitter = trainer(**options)
+    with pytest.raises(InputError, match=words):
+        fitter.fit(module, batches(5))
+    assert fitter.global_step == 0
+
+
+def test_a_batch_size_finder_is_refused_by_the_command_line() -> None:
+    with pytest.raises(InputError, match="BatchSizeFinder does not work here"):
+        check_trainer(trainer(callbacks=BatchSizeFinder()))
+
+
+@pytest.mark.parametrize("options", [{"gradient_clip_val": 0}, {"gradient_clip_val": float("inf")}, {}])
+def test_no_limit_is_no_clipping(options: dict[str, Any]) -> None:
+    modules = []
+    for given in ({"gradient_clip_val": 1e6}, options):
+        torch.manual_seed(0)
+        modules.append(GPTModule(TINY))
+        trainer(**given).fit(modules[-1], batches(5))
+    for one, other in zip(*(module.parameters() for module in modules), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_metric_of_ones_own_may_be_monitored() -> None:
+    class Own(Callback):
+        def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            trainer.callback_metrics["own"] = torch.zeros(())
+
+    stop = EarlyStopping("own", patience=0, mode="max", check_on_train_epoch_end=False)
+    fitter = trainer(callbacks=[Own(), stop], val_check_interval=1)
+    fitter.fit(GPTModule(TINY), batches(5), batches(1))
+    assert fitter.global_step == 2  # it did not rise
+
+
+def test_sharded_weights_are_not_averaged() -> None:
+    fields = {"gradient_clip_val": None, "accumulate_grad_batches": 1, "log_every_n_steps": 1, "barebones": False}
+    sharded: Any = SimpleNamespace(
+        **fields, precision="32-true", strategy=FSDP2Strategy(), callbacks=[EMAWeightAveraging()]
+    )
+    with pytest.raises(InputError, match="EMAWeightAveraging does not work with sharded weights: use .* ddp"):
+        check_trainer(sharded)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true"])
+@pytest.mark.parametrize("order", ["vf", "fvf"])
+def test_validations_and_fits_follow_each_other_in_one_process(text_file: Path, precision: str, order: str) -> None:
+    torch.manual_seed(0)
+    module = GPTModule(TINY_GPT2)
+    datamodule = TokenDataModule(str(text_file), batch_size=4, val_fraction=0.1)
+    worker = trainer(precision=precision, max_steps=3)
+    for number, kind in enumerate(order):
+        if kind == "v":
+            found = worker.validate(module, datamodule, verbose=False)[0]["val/loss"]
+            with torch.no_grad():
+                losses = [module._loss(*batch, "mean") for batch in datamodule.val_dataloader()]
+            assert found == pytest.approx(float(torch.stack(losses).mean()), rel=1e-3)
+        else:
+            worker.fit_loop.epoch_loop.max_steps = 3 * (number + 1)
+            worker.fit(module, datamodule)
+
+
+# --- weight averaging
+
+EMA = ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.8", "--model.config.drop_rate=0.2"]
+EVERY = ["--trainer.max_steps=6", "--run.val_every_n_steps=3", "--run.save_every_n_steps=3", "--run.keep_last=-1"]
+RUN = Path("runs/t/version_0")
+AVERAGED = ("state_dict", "current_model_state", "averaging_state")
+
+
+def test_the_average_and_the_weights_are_both_saved_and_resumed(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit(*EVERY, *EMA[2:])
+    plain = read_checkpoint(checkpoint_path(RUN, 6))
+    fit(*EVERY, *EMA, "--run.name=whole")
+    whole = read_checkpoint(checkpoint_path(Path("runs/whole/version_0"), 6))
+    for name, value in plain["state_dict"].items():
+        assert torch.equal(whole["current_model_state"][name], value), name
+        assert not torch.equal(whole["state_dict"][name], value), name
+    validate = GPTModule.validation_step
+
+    def interrupted(self: GPTModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 1 and self.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        validate(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GPTModule, "validation_step", interrupted)  # the model holds the average there
+        with pytest.raises(SystemExit):
+            fit(*EVERY, *EMA, "--run.name=stopped")
+    fit(*EVERY, *EMA, "--run.name=stopped", "--ckpt_path=last")
+    stopped = read_checkpoint(checkpoint_path(Path("runs/stopped/version_0"), 6))
+    for key in AVERAGED:
+        for name, value in whole[key].items():
+            assert torch.equal(stopped[key][name], value), (key, name)
+
+
+def test_a_run_goes_on_without_its_average(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    rest = ["--run.save_every_n_steps=3", "--model.schedule=constant", "--trainer.max_steps"]
+    fit(*rest, "6")
+    fit(*EMA[:2], *rest, "3", "--run.name=a")
+    fit(*rest, "6", "--run.name=a", "--ckpt_path=last")
+    assert "the checkpoint has averaged weights too" in capsys.readouterr().err
+    one, two = (read_checkpoint(checkpoint_path(Path(f"runs/{name}/version_0"), 6))["state_dict"] for name in "ta")
+    assert all(torch.equal(two[name], value) for name, value in one.items())
