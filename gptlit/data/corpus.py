@@ -244,8 +244,8 @@ def _files(source: str) -> list[Path]:
         paths = sorted(p for p in path.rglob("*") if _kind(p.name)[0] in KINDS and p.is_file())
         if not paths:
             raise InputError(
-                f"data.source {source!r} has no {', '.join(KINDS)} file in it: name .json files themselves, and token "
-                "files train.bin or *_train_*.bin"
+                f"data.source {source!r} has no {', '.join(KINDS)} file in it (.json files are read where they are "
+                "named), and has no .bin file with 'train' in its name"
             )
     else:
         paths = sorted(p for match in glob.glob(str(path), recursive=True) if (p := Path(match)).is_file())
