@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser, auto_cli
 
 from gptlit import __version__
 from gptlit.errors import InputError, OneLineErrors, fail, note, user_path
-from gptlit.flags import check_names
+from gptlit.flags import check_encoding, check_names
 
 if TYPE_CHECKING:
     from gptlit.data.tokenizer import Tokenizer
@@ -546,6 +546,7 @@ def _spelt_out(args: list[str]) -> list[str]:
 def main(args: list[str] | None = None) -> None:
     """Run a command; errors that a user can mend are one line."""
     args = list(sys.argv[1:] if args is None else args)
+    check_encoding(args)
     try:
         if args[:1] == ["plan"] and not {"-h", "--help"} & set(args):
             return _plan(args[1:])
