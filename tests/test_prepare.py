@@ -1,5 +1,6 @@
 """Documents -> shards: what is written, that it does not depend on workers or kills, and what is refused."""
 
+import gzip
 import io
 import json
 import os
@@ -435,6 +436,19 @@ def test_what_cannot_be_read_stops_it_or_is_counted(tmp_path: Path) -> None:
     data = prepare(corpus, tmp_path / "out", GPT2, Split(0.0), skip_bad=True)
     assert documents_of(data, "train") == ["one", "three"]
     assert data.manifest["skipped"] == 1
+
+
+def test_what_damage_costs_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    documents = [f"document {n} " + random.Random(n).randbytes(200).hex() for n in range(500)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode())[:-30_000])
+    data = prepare(open_corpus("a.jsonl.gz"), tmp_path / "out", GPT2, Split(0.1), skip_bad=True)
+    kept = sorted(documents_of(data, "train") + documents_of(data, "val"))
+    assert kept == sorted(documents[: len(kept)])
+    assert len(kept) > 300
+    said = capsys.readouterr().err
+    assert said.count("left out") == 1
+    assert f"a.jsonl.gz is damaged after {len(kept)} documents" in said
 
 
 def test_no_text_at_all_is_an_error(tmp_path: Path) -> None:

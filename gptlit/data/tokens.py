@@ -178,7 +178,7 @@ LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER = 20240520, 1, 1024  # of llm.c's token fi
 
 
 # A file belongs to the last part that is a word of its name: "fineweb_train_000001" trains, "constraint" does not.
-PART = re.compile(r"(?:^|[_.-])(?:(train|training)|(val|valid|validation)|(test))\d*(?=[_.-]|$)", re.IGNORECASE)
+PART = re.compile(r"(?:^|[_.-])(?:(train)|(val|valid|validation)|(test))\d*(?=[_.-]|$)", re.IGNORECASE)
 META = "meta.pkl"  # stands beside nanoGPT's data where a vocabulary of its own made them; it is never opened
 
 
