@@ -404,6 +404,8 @@ def test_a_data_set_of_the_hub_gives_what_is_for_training(hub: Path) -> None:
 def test_a_path_in_a_data_set_gives_what_it_names(hub: Path) -> None:
     assert list(open_corpus("hf:someone/stories/data/validation-*.parquet").documents()) == ["held out"]
     assert list(open_corpus("hf:someone/stories/data/train-00001-of-00002.parquet").documents()) == ["three"]
+    (hub / "data" / "c4-train.00000.json.gz").write_bytes(gzip.compress(jsonl(["four"])))
+    assert list(open_corpus("hf:someone/stories/data/c4-*.json.gz").documents()) == ["four"]
 
 
 @pytest.mark.parametrize(

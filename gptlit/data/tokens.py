@@ -206,7 +206,7 @@ def open_foreign(folder: Path, dtype: str = "uint16") -> TokenData:
     """
     splits = {split: [_foreign_shard(path, dtype) for path in paths] for split, paths in _token_files(folder).items()}
     if not any(splits.values()):
-        raise InputError(f"{folder} has no .bin file with 'train' in its name, as in train.bin or x_train_000001.bin")
+        raise InputError(f"{folder} has no .bin file with 'train' in its name, and no {MANIFEST}")
     digest = hashlib.sha256()
     for shard in chain(*splits.values()):
         with shard.path.open("rb") as file:
