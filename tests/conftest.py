@@ -8,6 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+os.environ["OMP_NUM_THREADS"] = "1"  # here and in processes of tests: threads of tiny models only wait for each other
+settings.register_profile("any_speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any_speed")
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,6 +31,7 @@ TINY = [
     "--trainer.log_every_n_steps=1",
     "--trainer.enable_progress_bar=false",
     "--run.name=t",
+    "--run.peak_tflops=0.01",
 ]
 
 
@@ -69,12 +75,18 @@ def tokenizer_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def fit(text_file: Path) -> Callable[..., None]:
-    """`train.py fit` of a tiny model on the text, in this process."""
-    from gptlit.training import main
+def fit(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`train.py fit` of a tiny model on the text, in this process; samples are short."""
+    from gptlit.callbacks import SampleText
+    from gptlit.training import TrainingCLI, main
+
+    monkeypatch.setattr(SampleText.__init__, "__defaults__", (8, 0))
+    subcommands = TrainingCLI.subcommands()
 
     def run(*args: str, command: str = "fit") -> None:
         tiny = TINY if command == "fit" else [flag for flag in TINY if "log_every" not in flag]
+        only = staticmethod(lambda: {command: subcommands[command]})  # each has a parser, which takes its time
+        monkeypatch.setattr(TrainingCLI, "subcommands", only)
         main([command, *tiny, f"--data.source={text_file}", *args])
 
     return run
