@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -78,18 +79,31 @@ def tokenizer_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def fit(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`train.py fit` of a tiny model on the text, in this process; samples are short."""
     from gptlit.callbacks import SampleText
-    from gptlit.training import TrainingCLI, main
+    from gptlit.training import main
 
     monkeypatch.setattr(SampleText.__init__, "__defaults__", (8, 0))
-    subcommands = TrainingCLI.subcommands()
 
     def run(*args: str, command: str = "fit") -> None:
         tiny = TINY if command == "fit" else [flag for flag in TINY if "log_every" not in flag]
-        only = staticmethod(lambda: {command: subcommands[command]})  # each has a parser, which takes its time
-        monkeypatch.setattr(TrainingCLI, "subcommands", only)
+        one_parser(monkeypatch, command)
         main([command, *tiny, f"--data.source={text_file}", *args])
 
     return run
+
+
+def one_parser(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    """Build the parser of one command of train.py only: those of the others take most of the start."""
+    from gptlit.training import TrainingCLI
+
+    arguments = _subcommands()[command]
+    monkeypatch.setattr(TrainingCLI, "subcommands", staticmethod(lambda: {command: arguments}))
+
+
+@cache
+def _subcommands() -> dict[str, set[str]]:
+    from gptlit.training import TrainingCLI
+
+    return TrainingCLI.subcommands()
 
 
 def run_script(*args: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:

@@ -8,6 +8,7 @@ import lzma
 import random
 import zlib
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ NEWER_PATTERNS = newer_patterns()
 def test_python_docs_are_technical_english_in_a_fixed_order() -> None:
     corpus = open_corpus("python-docs")
     documents = list(corpus.documents())
-    assert documents == list(corpus.documents())
+    assert documents[:50] == list(islice(corpus.documents(), 50))
     assert len(set(documents)) == len(documents) > 500
     assert 1_500_000 < sum(map(len, documents)) < 4_000_000
     assert any("Assert statements are a convenient way" in document for document in documents)  # the reference
