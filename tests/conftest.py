@@ -62,6 +62,17 @@ def text_file(tmp_path: Path, text: str) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level BPE of 400 ids, trained here."""
+    return train_tokenizer(["the model learns to write text about trees and rivers"] * 20, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def words_json(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One with an id for each word of the text and for " dragon": tiny fits spend most of their time on GPT-2's ids."""
+    return train_tokenizer([text, " dragon" * 50], tmp_path_factory)
+
+
+def train_tokenizer(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write the `tokenizer.json` of a byte-level BPE."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE())
@@ -69,15 +80,15 @@ def tokenizer_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
-    backend.train_from_iterator(["the model learns to write text about trees and rivers"] * 20, trainer)
+    backend.train_from_iterator(texts, trainer)
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     backend.save(str(path))
     return path
 
 
 @pytest.fixture
-def fit(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`train.py fit` of a tiny model on the text, in this process; samples are short."""
+def fit(text_file: Path, words_json: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`train.py fit` of a tiny model on the text, in this process; samples are short, the vocabulary is small."""
     from gptlit.callbacks import SampleText
     from gptlit.training import main
 
@@ -86,7 +97,7 @@ def fit(text_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]
     def run(*args: str, command: str = "fit") -> None:
         tiny = TINY if command == "fit" else [flag for flag in TINY if "log_every" not in flag]
         one_parser(monkeypatch, command)
-        main([command, *tiny, f"--data.source={text_file}", *args])
+        main([command, *tiny, f"--data.source={text_file}", f"--data.tokenizer={words_json}", *args])
 
     return run
 

@@ -59,13 +59,15 @@ main()
 """
 
 
-def test_two_devices_give_the_curve_of_one(fit: Callable[..., None], text_file: Path, tmp_path: Path) -> None:
+def test_two_devices_give_the_curve_of_one(
+    fit: Callable[..., None], words_json: Path, text_file: Path, tmp_path: Path
+) -> None:
     """An odd number of validation windows, so that one device gets padding."""
     Path("fit.py").write_text(ALL_SHARDED)
     common = ["--trainer.max_steps=8", "--run.val_every_n_steps=4", "--data.micro_batch_size=2", "--data.batch_size=8"]
     common += ["--trainer.gradient_clip_val=0.5"]
     fit(*common)
-    common += [f"--data.source={text_file}"]
+    common += [f"--data.source={text_file}", f"--data.tokenizer={words_json}"]
     for name, flags in {"ddp": TWO, "fsdp2": [*TWO, "--trainer.strategy=fsdp2"]}.items():
         result = run_script("fit.py", "fit", *TINY, *common, *flags, f"--run.name={name}", cwd=tmp_path)
         assert result.returncode == 0, result.stderr

@@ -12,6 +12,7 @@ import pytest
 from conftest import losses
 from gptlit import GPTModule, callbacks
 from gptlit.checkpoint import DurableCheckpointIO
+from gptlit.data.tokenizer import load_tokenizer
 
 Fit = Callable[..., None]
 RUN = Path("runs/t/version_0")
@@ -70,7 +71,7 @@ def test_a_validation_that_a_resume_makes_up_for_has_its_tokens(fit: Fit) -> Non
     assert list(losses(RUN / "tokens", "loss_by_tokens/val")) == [128, 256]
 
 
-def test_the_parts_of_a_step_add_up(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_parts_of_a_step_add_up(fit: Fit, words_json: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a clock that goes on only while a part works, by a number of seconds of its own."""
     now = 0.0
 
@@ -95,9 +96,10 @@ def test_the_parts_of_a_step_add_up(fit: Fit, monkeypatch: pytest.MonkeyPatch) -
         found = [losses(RUN, f"share/{part}")[step] for part in parts]
         assert found == pytest.approx([second / sum(seconds) for second in seconds])
     assert losses(RUN, "perf/tokens_per_second")[3] == pytest.approx(64 / 11)
-    work = 6 * (12 * 2 * 32**2 + 2 * 10 * 32 + 2 * 32 + 50257 * 32) + 12 * 2 * 32 * 16
+    vocab_size = load_tokenizer(str(words_json)).n_vocab
+    work = 6 * (12 * 2 * 32**2 + 2 * 10 * 32 + 2 * 32 + vocab_size * 32) + 12 * 2 * 32 * 16
     assert losses(RUN, "perf/mfu")[3] == pytest.approx(64 / 11 * work / 1e10)
-    assert losses(RUN, "perf/memory_gb")[4] * 2**30 > 4 * 50257 * 32
+    assert losses(RUN, "perf/memory_gb")[4] * 2**30 > 4 * vocab_size * 32
 
 
 def test_a_logger_of_ones_own_is_added(fit: Fit) -> None:
