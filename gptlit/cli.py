@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser, auto_cli, get_loader, set_loader
 
 from gptlit import __version__
 from gptlit.errors import InputError, OneLineErrors, allow_any_encoding, fail, note, user_path
-from gptlit.flags import check_names
+from gptlit.flags import check_encoding, check_names
 
 if TYPE_CHECKING:
     from gptlit.data.tokenizer import Tokenizer
@@ -568,6 +568,7 @@ def main(args: list[str] | None = None) -> None:
     args = list(sys.argv[1:] if args is None else args)
     allow_any_encoding()
     set_loader("yaml", get_loader("yaml"), (yaml.YAMLError,), json_superset=False)  # lists are JSON first
+    check_encoding(args)
     try:
         if args[:1] == ["plan"] and not {"-h", "--help"} & set(args):
             return _plan(args[1:])

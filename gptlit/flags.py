@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from gptlit.errors import fail
+from gptlit.errors import InputError, check_utf8, fail
 
 COMMANDS = ("fit", "validate", "test")
 OF_THE_COMMAND = {"config", "print_config", "help", "seed_everything", "ckpt_path"}
@@ -29,6 +29,7 @@ def check_names(args: list[str]) -> None:
 
     The values are for the real parser to judge, and all else that is no plain `COMMAND --name value`.
     """
+    check_encoding(args)
     if not args or args[0].startswith("-"):
         return
     if args[0] not in COMMANDS:
@@ -46,6 +47,15 @@ def check_names(args: list[str]) -> None:
         for key in _keys(file):
             if key not in REMOVED:
                 _check(key, names, f" in {file}")
+
+
+def check_encoding(args: list[str]) -> None:
+    """Exit with status 2 and one line where an argument is not UTF-8."""
+    try:
+        for word in args:
+            check_utf8(word)
+    except InputError as error:
+        fail(error, status=2)
 
 
 def setting_names() -> dict[str, set[str]]:

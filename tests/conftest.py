@@ -5,9 +5,15 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+os.environ["OMP_NUM_THREADS"] = "1"  # here and in processes of tests: threads of tiny models only wait for each other
+settings.register_profile("any_speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any_speed")
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,6 +32,7 @@ TINY = [
     "--trainer.log_every_n_steps=1",
     "--trainer.enable_progress_bar=false",
     "--run.name=t",
+    "--run.peak_tflops=0.01",
 ]
 
 
@@ -55,6 +62,17 @@ def text_file(tmp_path: Path, text: str) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level BPE of 400 ids, trained here."""
+    return train_tokenizer(["the model learns to write text about trees and rivers"] * 20, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def words_json(text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One with an id for each word of the text and for " dragon": tiny fits spend most of their time on GPT-2's ids."""
+    return train_tokenizer([text, " dragon" * 50], tmp_path_factory)
+
+
+def train_tokenizer(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write the `tokenizer.json` of a byte-level BPE."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE())
@@ -62,22 +80,41 @@ def tokenizer_json(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
-    backend.train_from_iterator(["the model learns to write text about trees and rivers"] * 20, trainer)
+    backend.train_from_iterator(texts, trainer)
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     backend.save(str(path))
     return path
 
 
 @pytest.fixture
-def fit(text_file: Path) -> Callable[..., None]:
-    """`train.py fit` of a tiny model on the text, in this process."""
+def fit(text_file: Path, words_json: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`train.py fit` of a tiny model on the text, in this process; samples are short, the vocabulary is small."""
+    from gptlit.callbacks import SampleText
     from gptlit.training import main
+
+    monkeypatch.setattr(SampleText.__init__, "__defaults__", (8, 0))
 
     def run(*args: str, command: str = "fit") -> None:
         tiny = TINY if command == "fit" else [flag for flag in TINY if "log_every" not in flag]
-        main([command, *tiny, f"--data.source={text_file}", *args])
+        one_parser(monkeypatch, command)
+        main([command, *tiny, f"--data.source={text_file}", f"--data.tokenizer={words_json}", *args])
 
     return run
+
+
+def one_parser(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    """Build the parser of one command of train.py only: those of the others take most of the start."""
+    from gptlit.training import TrainingCLI
+
+    arguments = _subcommands()[command]
+    monkeypatch.setattr(TrainingCLI, "subcommands", staticmethod(lambda: {command: arguments}))
+
+
+@cache
+def _subcommands() -> dict[str, set[str]]:
+    from gptlit.training import TrainingCLI
+
+    return TrainingCLI.subcommands()
 
 
 def run_script(*args: str, cwd: Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:

@@ -1,9 +1,14 @@
 """Where documents come from."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
+import random
+import zlib
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +24,7 @@ from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
 from gptlit.data import corpus as module
-from gptlit.data.corpus import Bad, Reading, open_corpus
+from gptlit.data.corpus import CUT, Bad, Reading, open_corpus
 from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import InputError
 
@@ -42,7 +47,7 @@ NEWER_PATTERNS = newer_patterns()
 def test_python_docs_are_technical_english_in_a_fixed_order() -> None:
     corpus = open_corpus("python-docs")
     documents = list(corpus.documents())
-    assert documents == list(corpus.documents())
+    assert documents[:50] == list(islice(corpus.documents(), 50))
     assert len(set(documents)) == len(documents) > 500
     assert 1_500_000 < sum(map(len, documents)) < 4_000_000
     assert any("Assert statements are a convenient way" in document for document in documents)  # the reference
@@ -115,6 +120,65 @@ def test_json_lines_plain_and_packed(tmp_path: Path, name: str, pack: Callable[[
     assert corpus.size == (tmp_path / name).stat().st_size
 
 
+@pytest.mark.parametrize("name", ["a.ndjson", "a.JSONLINES.gz", "a.json", "a.json.gz", "a.json.zst"])
+def test_json_lines_under_other_names(name: str) -> None:
+    pack = {"gz": gzip.compress, "zst": zstd.compress}.get(name.rpartition(".")[2], bytes)
+    Path(name).write_bytes(pack(jsonl(TEXTS, key="body")))
+    assert list(open_corpus(name, Reading(text_key="body")).documents()) == TEXTS
+    with pytest.raises(InputError, match=f"{name} line 1 has no 'text', only 'id', 'body': set text_key"):
+        list(open_corpus(name).documents())
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (json.dumps([{"text": text} for text in TEXTS]), TEXTS),
+        ("\ufeff" + json.dumps([{"text": text} for text in TEXTS], indent=2), TEXTS),
+        (json.dumps({"text": "one"}, indent=1), ["one"]),
+        ('{"text": "one"}\n{"text": ', ["one", "a.json line 2 is not JSON"]),
+        ('\n{"tex\n{"text": "two"}\n', ["a.json line 2 is not JSON", "two"]),
+        ('[{"text": "one"}, 5]', ["one", "a.json item 2 has no 'text', only int"]),
+        ('[{"text": "one"},\n{"text": "tw', ["a.json is not a whole array of JSON: fetch it again"]),
+        ('{"data": [{"text": "one"}]}', ["a.json line 1 has no 'text', only 'data': set text_key"]),
+    ],
+)
+def test_a_json_file_is_lines_or_an_array_of_objects(content: str, expected: list[str]) -> None:
+    Path("a.json").write_text(content)
+    found = [text.reason if isinstance(text, Bad) else text for text in open_corpus("a.json").parts[0].read()]
+    assert len(found) == len(expected)
+    assert all(text.startswith(start) for text, start in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.txt", jsonl(["one"]), "holds JSON: let its name end in .jsonl"),
+        ("a", b'\xef\xbb\xbf[\n  {"x": 1}]', "holds JSON"),
+        ("a.csv", b"id,text\n1,one\n", "is a table: save it as .jsonl or .parquet"),
+        ("a.tsv.gz", gzip.compress(b"id\ttext\n"), "is a table"),
+        ("a.jsonl.xz", lzma.compress(jsonl(["one"])), "is packed with xz: unpack it with xz -d"),
+        ("a.bz2", bz2.compress(b"text"), "is packed with bzip2"),
+        ("a.docx", b"PK\x03\x04rest", "is a zip archive, as .docx"),
+        ("a.pdf", b"%PDF-1.7 only ASCII follows", "is a PDF: save its text as .txt, for instance with pdftotext"),
+        ("a.txt", gzip.compress(b"text"), "is packed with gzip: let its name end in .gz"),
+        ("a.txt", "text".encode("utf-16"), "is UTF-16: convert it with iconv -f UTF-16"),
+        ("a.tar.gz", gzip.compress(b"a.txt".ljust(257, b"\0") + b"ustar\x0000"), "is a tar archive: unpack it"),
+        ("train.bin", b"\x01\x00\x40\x00" * 99, "is binary, no text"),
+    ],
+)
+@pytest.mark.parametrize("separator", ["", "<|end|>"])
+def test_what_is_no_plain_text_is_refused_by_name(name: str, content: bytes, words: str, separator: str) -> None:
+    Path(name).write_bytes(content)
+    found = list(open_corpus(name, Reading(separator=separator)).parts[0].read())
+    if separator and ("JSON" in words or "table" in words):
+        assert all(isinstance(text, str) for text in found)  # whoever sets a separator wants it as it is
+    else:
+        (bad,) = found
+        assert isinstance(bad, Bad)
+        assert bad.reason.startswith(f"{name} {words}")
+        assert "\n" not in bad.reason
+
+
 def test_packed_text_and_parquet(tmp_path: Path) -> None:
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress("déjà\r\nvu".encode()))
     write_parquet(tmp_path / "b.parquet", text=TEXTS, id=[1, 2, 3, 4])
@@ -167,6 +231,23 @@ def test_pieces_are_cut_where_newer_patterns_cut_too(parts: list[str]) -> None:
         assert [t for piece in pieces for t in regex.findall(pattern, piece)] == regex.findall(pattern, text)
 
 
+@pytest.mark.parametrize("unit", ["1 2.5\n", "日", "aB+/9", " ", "\n", "5 a ", "a"])
+def test_a_text_is_searched_once_for_cuts_whatever_is_in_it(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched = 0
+
+    class Counted:
+        def search(self, text: str, start: int) -> Any:
+            nonlocal searched
+            found = CUT.search(text, start)
+            searched += (found.end() if found else len(text)) - start
+            return found
+
+    monkeypatch.setattr(module, "CUT", Counted())
+    text = unit * (40_000 // len(unit))
+    assert "".join(module.pieces((text[n : n + 100] for n in range(0, len(text), 100)), size=100)) == text
+    assert searched < 1.1 * len(text)
+
+
 def test_a_text_without_words_is_cut_somewhere() -> None:
     pieces = list(module.pieces(iter(["=" * 10] * 10), size=5, longest=25))
     assert pieces == ["=" * 30, "=" * 30, "=" * 30, "=" * 10]
@@ -198,6 +279,28 @@ def test_what_cannot_be_read_is_named(
     found = list(corpus.parts[0].read())
     assert sum(isinstance(text, Bad) for text in found) == 1
     assert good is None or [text for text in found if isinstance(text, str)] == good
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.jsonl.zst", "a.txt.gz"])
+def test_what_can_be_read_of_a_truncated_file_is_kept(name: str) -> None:
+    draw = random.Random(0)
+    texts = [f"{n} " + "".join(draw.choices("abcdefgé ", k=500)) for n in range(2000)]
+    unpacked = "\n".join(texts).encode() if ".txt" in name else jsonl(texts)
+    packed = zstd.compress(unpacked) if name.endswith("zst") else gzip.compress(unpacked)
+    Path(name).write_bytes(packed[: len(packed) * 4 // 5])
+    *found, bad = open_corpus(name).parts[0].read()
+    assert isinstance(bad, Bad)
+    assert bad.is_last
+    assert bad.reason.startswith(f"{name} is damaged after {len(found)} documents")
+    if ".txt" in name:
+        decompress = zlib.decompressobj(wbits=31).decompress
+        assert "".join(found) == decompress(Path(name).read_bytes()).decode(errors="ignore")
+    else:
+        assert found == texts[: len(found)]
+    if "json" in name and name.endswith("gz"):
+        readable = zlib.decompressobj(wbits=31).decompress(Path(name).read_bytes())
+        assert len(found) == readable.count(b"\n")
+    assert len("".join(found)) > 0.6 * len("".join(texts))
 
 
 def test_a_damaged_parquet_file_keeps_what_came_before(tmp_path: Path) -> None:
@@ -302,6 +405,8 @@ def test_a_data_set_of_the_hub_gives_what_is_for_training(hub: Path) -> None:
 def test_a_path_in_a_data_set_gives_what_it_names(hub: Path) -> None:
     assert list(open_corpus("hf:someone/stories/data/validation-*.parquet").documents()) == ["held out"]
     assert list(open_corpus("hf:someone/stories/data/train-00001-of-00002.parquet").documents()) == ["three"]
+    (hub / "data" / "c4-train.00000.json.gz").write_bytes(gzip.compress(jsonl(["four"])))
+    assert list(open_corpus("hf:someone/stories/data/c4-*.json.gz").documents()) == ["four"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,15 +57,17 @@ main()
 """
 
 
-def test_two_devices_give_the_curve_of_one(text_file: Path, tmp_path: Path) -> None:
+def test_two_devices_give_the_curve_of_one(
+    fit: Callable[..., None], words_json: Path, text_file: Path, tmp_path: Path
+) -> None:
     """An odd number of validation windows, so that one device gets padding."""
     Path("fit.py").write_text(ALL_SHARDED)
-    common = ["fit.py", "fit", *TINY, f"--data.source={text_file}", "--trainer.max_steps=8"]
-    common += ["--run.val_every_n_steps=4", "--data.micro_batch_size=2", "--data.batch_size=8"]
+    common = ["--trainer.max_steps=8", "--run.val_every_n_steps=4", "--data.micro_batch_size=2", "--data.batch_size=8"]
     common += ["--trainer.gradient_clip_val=0.5"]
-    runs = {"t": [], "ddp": TWO, "fsdp2": [*TWO, "--trainer.strategy=fsdp2"]}
-    for name, flags in runs.items():
-        result = run_script(*common, *flags, f"--run.name={name}", cwd=tmp_path)
+    fit(*common)
+    common += [f"--data.source={text_file}", f"--data.tokenizer={words_json}"]
+    for name, flags in {"ddp": TWO, "fsdp2": [*TWO, "--trainer.strategy=fsdp2"]}.items():
+        result = run_script("fit.py", "fit", *TINY, *common, *flags, f"--run.name={name}", cwd=tmp_path)
         assert result.returncode == 0, result.stderr
     for name in ("ddp", "fsdp2"):
         run = Path("runs", name, "version_0")
@@ -73,20 +76,12 @@ def test_two_devices_give_the_curve_of_one(text_file: Path, tmp_path: Path) -> N
         assert losses(run, "train/tokens") == losses(RUN, "train/tokens")
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--data.source=nowhere.txt"], "data.source 'nowhere.txt' does not exist"),
-        (["--data.batch_size=5"], "data.batch_size 5 is that of all devices together, and not divisible by 2 of them"),
-    ],
-)
-def test_an_error_of_the_user_is_said_once(tmp_path: Path, text_file: Path, flags: list[str], words: str) -> None:
-    common = [f"--data.source={text_file}", "--trainer.max_steps=1"]
-    result = run_script(*FIT, *TWO, *common, *flags, cwd=tmp_path)
+def test_an_error_of_the_user_is_said_once(tmp_path: Path) -> None:
+    result = run_script(*FIT, *TWO, "--data.source=nowhere.txt", "--trainer.max_steps=1", cwd=tmp_path)
     assert result.returncode == 1
     errors = [line for line in result.stderr.splitlines() if line]
     assert len(errors) == 1
-    assert errors[0].startswith(f"error: {words}")
+    assert errors[0].startswith("error: data.source 'nowhere.txt' does not exist")
 
 
 @pytest.mark.slow
@@ -175,8 +170,7 @@ def start(*flags: str) -> "subprocess.Popen[str]":
 
 def wait_for_a_checkpoint(process: "subprocess.Popen[str]") -> None:
     """Wait until the first one is there."""
-    limit = time.monotonic() + 60
-    while not checkpoints(RUN) and process.poll() is None and time.monotonic() < limit:
+    while not checkpoints(RUN) and process.poll() is None:
         time.sleep(0.005)
 
 
@@ -192,15 +186,15 @@ def children(pid: int) -> list[int]:
 def test_a_signal_to_either_device_stops_both_and_the_resume_is_bitwise(text_file: Path, rank: int) -> None:
     flags = ["--model.config.drop_rate=0.2", "--trainer.max_steps=60", "--run.save_every_n_steps=5", "--data.seed=3"]
     flags.append(f"--data.source={text_file}")
-    assert start(*flags, "--run.name=whole").wait(120) == 0
+    assert start(*flags, "--run.name=whole").wait(300) == 0
     process = start(*flags)
     wait_for_a_checkpoint(process)
     os.kill([process.pid, *children(process.pid)][rank], signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 143, said
     assert "stopped by SIGTERM after step" in said
     assert 0 < read_checkpoint(checkpoints(RUN)[-1])["global_step"] < 60
-    assert start(*flags, "--ckpt_path=last").wait(120) == 0
+    assert start(*flags, "--ckpt_path=last").wait(300) == 0
     ours, whole = (read_checkpoint(checkpoints(Path("runs", name, "version_0"))[-1]) for name in ("t", "whole"))
     for name, value in whole["state_dict"].items():
         assert torch.equal(value, ours["state_dict"][name]), name
@@ -218,7 +212,7 @@ def test_a_killed_process_ends_the_other_with_a_line_and_the_run_resumes(
     wait_for_a_checkpoint(process)
     ranks = [process.pid, *children(process.pid)]
     os.kill(ranks[rank], signal.SIGKILL)
-    _, said = process.communicate(timeout=60)  # until the last one has closed its standard error
+    _, said = process.communicate(timeout=300)  # until the last one has closed its standard error
     assert process.returncode == (1 if rank else -signal.SIGKILL)
     assert f"error: device {rank} of 2 (on {socket.gethostname()}) " in said
     assert "Traceback" not in said

@@ -17,8 +17,7 @@ def test_what_the_parser_takes_is_known() -> None:
     cli = command_line(PlanCLI, ["fit", "--trainer.max_steps=1", "--trainer.precision=32-true"])
     options = {option for action in cli._parser("fit")._actions for option in action.option_strings}
     assert len(options) > 60
-    for option in options:
-        check_names(["fit", option])
+    check_names(["fit", *(f"{option}=" for option in options)])
     for group, names in setting_names().items():
         for name in names - {"limit_predict_batches", "barebones"}:
             assert f"--{group}.{name}".replace("--.", "--") in options | {"--model", "--data", "--trainer", "--run"}

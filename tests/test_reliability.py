@@ -307,14 +307,14 @@ def test_slurms_signal_puts_the_job_into_the_queue_again(
 
 
 @pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch, text_file: Path) -> None:
+def poisoned(monkeypatch: pytest.MonkeyPatch, text_file: Path, words_json: Path) -> None:
     """A corpus in which one word makes the loss no number."""
     text = text_file.read_text()
     middle = len(text) // 3
     text_file.write_text(text[:middle] + " dragon" + text[middle:])
     from gptlit.data.tokenizer import load_tokenizer
 
-    (dragon,) = load_tokenizer().encode_ordinary(" dragon")
+    (dragon,) = load_tokenizer(str(words_json)).encode_ordinary(" dragon")
     loss = module.head_loss
 
     def poison(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str, *rest: Any) -> Tensor:

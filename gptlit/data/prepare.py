@@ -123,6 +123,7 @@ class _Feed:
         self._split, self._skip_bad = split, skip_bad
         self._before = 0
         self._numbers: dict[str, float] = {}  # of whole parts
+        self._noted: set[str] = set()  # parts whose end is left out
         train = [part for name, part in self.parts if name == "train"]
         numbers = [0.0] if len(train) == 1 and train[0].whole else list(islice(self._first_numbers(train), split.few))
         self._is_single = len(numbers) == 1 and (split.val_fraction > 0 or split.test_fraction > 0)
@@ -150,6 +151,9 @@ class _Feed:
             if isinstance(text, Bad):
                 if not self._skip_bad:
                     raise InputError(f"{text.reason} (gptlit prepare --skip_bad leaves out what cannot be read)")
+                if text.is_last and part.name not in self._noted:
+                    self._noted.add(part.name)
+                    note(f"left out, with all that follows in that file: {text.reason}")
                 yield None
             elif text:
                 yield text

@@ -6,6 +6,8 @@ folder that has one is complete.
 
 import hashlib
 import json
+import os
+import re
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gptlit.data.tokenizer import TOKENIZER_JSON, Tokenizer, fingerprint
-from gptlit.errors import InputError
+from gptlit.errors import InputError, note
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -166,7 +168,7 @@ def folder_tokenizer(folder: Path) -> str | None:
     Raises:
         InputError: Its manifest cannot be read.
     """
-    if not (folder / MANIFEST).is_file():
+    if not is_prepared(folder):
         return None
     name = str(_read_manifest(folder)[0]["tokenizer"])
     return str(folder / TOKENIZER_JSON) if name == TOKENIZER_JSON else name
@@ -175,10 +177,25 @@ def folder_tokenizer(folder: Path) -> str | None:
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER = 20240520, 1, 1024  # of llm.c's token files: 256 int32 before the ids
 
 
+# A file belongs to the last part that is a word of its name: "fineweb_train_000001" trains, "constraint" does not.
+PART = re.compile(r"(?:^|[_.-])(?:(train)|(val|valid|validation)|(test))\d*(?=[_.-]|$)", re.IGNORECASE)
+META = "meta.pkl"  # stands beside nanoGPT's data where a vocabulary of its own made them; it is never opened
+
+
+def _token_files(folder: Path) -> dict[str, list[Path]]:
+    """Return the `.bin` files of each part, in order."""
+    found: dict[str, list[Path]] = {split: [] for split in SPLITS}
+    for path in sorted(folder.glob("*.bin")):
+        names = list(PART.finditer(path.stem))
+        if names and path.is_file():
+            found[SPLITS[(names[-1].lastindex or 1) - 1]].append(path)
+    return found
+
+
 def open_foreign(folder: Path, dtype: str = "uint16") -> TokenData:
     """Open token files of other projects in place: nanoGPT's `train.bin`, llm.c's `*_train_*.bin` with a header.
 
-    A file belongs to the split that its name contains: train, val or test.
+    A file belongs to the part that is a word of its name: train, val or test.
 
     Args:
         folder: Where the `.bin` files are.
@@ -187,26 +204,26 @@ def open_foreign(folder: Path, dtype: str = "uint16") -> TokenData:
     Raises:
         InputError: There is no such file, or one is truncated or of another version.
     """
-    splits: dict[str, list[Shard]] = {split: [] for split in SPLITS}
-    for path in sorted(folder.glob("*.bin")):
-        for split in SPLITS:
-            if split in path.stem:
-                splits[split].append(_foreign_shard(path, dtype))
-                break
-    if not splits["train"]:
+    splits = {split: [_foreign_shard(path, dtype) for path in paths] for split, paths in _token_files(folder).items()}
+    if not any(splits.values()):
         raise InputError(f"{folder} has no .bin file with 'train' in its name, and no {MANIFEST}")
     digest = hashlib.sha256()
     for shard in chain(*splits.values()):
         with shard.path.open("rb") as file:
-            digest.update(f"{shard.path.name} {shard.tokens}".encode() + file.read(2**20))
+            digest.update(os.fsencode(f"{shard.path.name} {shard.tokens}") + file.read(2**20))
             file.seek(max(0, shard.path.stat().st_size - 2**20))
             digest.update(file.read())
     return TokenData(folder, splits, digest.hexdigest())
 
 
 def holds_tokens(folder: Path) -> bool:
-    """Return whether a folder holds tokens, prepared here or by another project."""
-    return (folder / MANIFEST).is_file() or (folder.is_dir() and any(folder.glob("*.bin")))
+    """Return whether a folder holds tokens, prepared here or by another project; any other is one of texts."""
+    return any(_token_files(folder).values())
+
+
+def is_prepared(folder: Path) -> bool:
+    """Return whether `prepare` made a folder."""
+    return (folder / MANIFEST).is_file() and holds_tokens(folder)
 
 
 def open_folder(folder: Path, tokenizer: Tokenizer, dtype: str = "uint16") -> TokenData:
@@ -220,7 +237,7 @@ def open_folder(folder: Path, tokenizer: Tokenizer, dtype: str = "uint16") -> To
     Raises:
         InputError: It is no such folder, it is damaged, or another tokenizer made it.
     """
-    if (folder / MANIFEST).is_file():
+    if is_prepared(folder):
         data = open_tokens(folder)
         data.require_tokenizer(tokenizer)
     else:
@@ -259,17 +276,27 @@ def _foreign_shard(path: Path, dtype: str) -> Shard:
 
 
 def check_vocabulary(data: TokenData, vocab_size: int) -> None:
-    """Insist that the ids of foreign files are in the vocabulary: all of them, or the ends of large files. (What is
-    in between is checked as it is served.)
+    """Check that the ids of foreign files can be those of a vocabulary: all of them, or the ends of large files. (What
+    is in between is checked as it is served.)
 
     Raises:
-        InputError: An id is not; the file is named.
+        InputError: An id is outside of it, or all are so low beside a `meta.pkl` that they are of another one.
     """
+    largest = -1
     for shard in chain(*data.splits.values()):
         parts = [shard.ids] if shard.tokens <= SAMPLE * 256 else [shard.ids[:SAMPLE], shard.ids[-SAMPLE:]]
-        for part in parts:
-            if len(part) and int(part.max()) >= vocab_size:
-                raise InputError(
-                    f"{shard.path} has the id {int(part.max())}, outside the vocabulary of {vocab_size}: "
-                    "set data.tokenizer to the one that made it, or data.dtype"
-                )
+        largest = max(largest, *(int(part.max()) if len(part) else -1 for part in parts))
+        if largest >= vocab_size:
+            raise InputError(
+                f"{shard.path} has the id {largest}, outside the vocabulary of {vocab_size}: "
+                "set data.tokenizer to the one that made it, or data.dtype"
+            )
+    has_meta = (data.folder / META).is_file()
+    if 0 <= largest < vocab_size // (2 if has_meta else 100):  # any text has rarer words than that
+        message = (
+            f"{data.folder} has no id above {largest} of a vocabulary of {vocab_size}: these are characters or bytes, "
+            "set data.tokenizer to the tokenizer.json that made them, or prepare the text itself with gptlit prepare"
+        )
+        if has_meta:
+            raise InputError(message)
+        note(message)
