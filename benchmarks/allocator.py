@@ -4,7 +4,7 @@ import ctypes
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory: see `gptlit.training.keep_freed_memory`."""
+    """Let glibc keep freed memory: see `gptlit.training.environment.keep_freed_memory`."""
     libc = ctypes.CDLL(None)
     libc.mallopt(-4, 0)
     libc.mallopt(-1, 2**31 - 1)

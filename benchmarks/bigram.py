@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gptlit.data.corpus import open_corpus
 from gptlit.data.prepare import Split, prepare_cached
+from gptlit.data.sources import open_corpus
+from gptlit.data.token_files import TokenData
 from gptlit.data.tokenizer import load_tokenizer
-from gptlit.data.tokens import TokenData
 
 
 def run(source: str = "python-docs", val_fraction: float = 0.05, cache_dir: str = "data") -> None:

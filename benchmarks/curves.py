@@ -94,7 +94,7 @@ class Clock(pl.Callback):
 
 def train_gptlit(steps: int, seed: int) -> None:
     """Train the quickstart, compiled, without its samples and checkpoints."""
-    from gptlit.training import main
+    from gptlit.training.cli import main
 
     flags = [
         f"--seed_everything={seed}",
@@ -118,7 +118,7 @@ def train_nanogpt(folder: str, steps: int, lr: float, seed: int) -> None:
 
     from benchmarks.allocator import keep_freed_memory
     from gptlit.data.datamodule import TokenDataModule
-    from gptlit.module import Schedule
+    from gptlit.training.optimizer import Schedule
 
     keep_freed_memory()
     sys.path.insert(0, folder)
@@ -173,14 +173,14 @@ def mean_loss(model: Any, batches: Any) -> float:
 
 # The run without any optimisation: float32, nothing compiled, torch's cross-entropy on all logits.
 PLAIN = """
-from gptlit import training
-from gptlit.loss import next_token_loss
-from gptlit.module import GPTModule
+from gptlit.model.loss import next_token_loss
+from gptlit.training import cli
+from gptlit.training.module import GPTModule
 
 GPTModule._loss = lambda self, inputs, targets, reduction: next_token_loss(self.model(inputs), targets, reduction)
-training.main()
+cli.main()
 """
-OPTIMISED = "from gptlit import training; training.main()"
+OPTIMISED = "from gptlit.training.cli import main; main()"
 
 
 def numerics(steps: int = 200, out: str = "numerics.json") -> None:

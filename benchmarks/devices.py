@@ -132,8 +132,8 @@ ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 # Prints the most memory that each process has held: once the data is open, and at the end.
 PEAK = """
 import os, resource
-from gptlit import training
-from gptlit.module import GPTModule
+from gptlit.training import cli as training
+from gptlit.training.module import GPTModule
 
 def say(what):
     os.write(1, f"{what} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}\\n".encode())

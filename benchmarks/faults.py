@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from gptlit.checkpoint import checkpoint_path, checkpoints, read_checkpoint
+from gptlit.checkpoint.io import read_checkpoint
+from gptlit.checkpoint.runs import checkpoint_path, checkpoints
 from gptlit.errors import InputError
 
 ROOT = Path(__file__).parent.parent

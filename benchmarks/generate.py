@@ -55,9 +55,9 @@ def contender(name: str, size: int, new_tokens: int, device: str = "cpu", toy: b
 
 def _gptlit(prompts: Any, new_tokens: int, dtype: Any, quantize: str | None, shape: dict[str, int]) -> Any:
     from gptlit.config import GPTConfig
-    from gptlit.fast_linear import for_generation
-    from gptlit.generate import stream
-    from gptlit.model import GPTModel
+    from gptlit.generation.fast_linear import for_generation
+    from gptlit.generation.generate import stream
+    from gptlit.model.gpt import GPTModel
 
     model = GPTModel(GPTConfig(tie_weights=True, qkv_bias=True, init="gpt2", **shape)).eval().to(dtype)
     for_generation(model, quantize, compile=len(prompts) == 1 and not shape)

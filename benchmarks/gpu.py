@@ -174,7 +174,7 @@ def datasheet(device: str) -> float | None:
     """Return the card's bf16 peak by its datasheet."""
     import torch
 
-    from gptlit.costs import datasheet_peak
+    from gptlit.training.estimate import datasheet_peak
 
     return datasheet_peak(torch.cuda.get_device_name(), "bf16-mixed") if device == "cuda" else None
 
@@ -346,7 +346,7 @@ def one_graph() -> None:
     """Compile embedding, blocks and last norm as one graph."""
     import torch
 
-    from gptlit.model import TransformerBlock
+    from gptlit.model.gpt import TransformerBlock
 
     TransformerBlock.compile = lambda self, *a, **k: None  # type: ignore[method-assign,assignment]
 

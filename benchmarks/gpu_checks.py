@@ -45,7 +45,7 @@ def model_against_float64(device: str) -> dict[str, Any]:
     """Loss and gradients in float32 on the device; at most 1e-5 off."""
     import torch
 
-    from gptlit.loss import head_loss
+    from gptlit.model.loss import head_loss
 
     ids = torch.randint(1000, (4, 129))
     found = {}
@@ -63,7 +63,7 @@ def loss_against_float64(device: str) -> dict[str, Any]:
     """The fused loss in each type beside the plain one in float64; several chunks of rows."""
     import torch
 
-    from gptlit import loss as module
+    from gptlit.model import loss as module
 
     rows = 3 * module.ROWS.get(device, 1024) // 2 if device == "cuda" else 64
     torch.manual_seed(0)
@@ -125,8 +125,8 @@ def greedy_text(device: str) -> dict[str, Any]:
     """Greedy ids: with cache, without, with the fast path, and on the CPU."""
     import torch
 
-    from gptlit.fast_linear import for_generation
-    from gptlit.generate import stream
+    from gptlit.generation.fast_linear import for_generation
+    from gptlit.generation.generate import stream
 
     prompts = [[1, 2, 3, 4, 5], [9, 8, 7]]
     found = {}
@@ -191,7 +191,8 @@ class Runs:
 
     def weights(self, name: str, step: int) -> dict[str, Any]:
         """Read a checkpoint's weights."""
-        from gptlit.checkpoint import checkpoint_path, read_checkpoint
+        from gptlit.checkpoint.io import read_checkpoint
+        from gptlit.checkpoint.runs import checkpoint_path
 
         path = checkpoint_path(self.folder / "runs" / name / "version_0", step)
         return dict(read_checkpoint(path)["state_dict"])

@@ -124,7 +124,7 @@ class SaveGate:
 
         import torch
 
-        from gptlit.callbacks import StepCheckpoint
+        from gptlit.training.callbacks.checkpoint import StepCheckpoint
 
         self.count += 1
         if self.count < 10 or self.count % 10:

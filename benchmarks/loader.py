@@ -11,10 +11,10 @@ import torch
 
 from benchmarks.contenders import compare
 from gptlit import GPT_CONFIG_124M, GPTConfig, GPTModel
-from gptlit.data.tokens import open_foreign
+from gptlit.data.token_files import open_foreign
 from gptlit.data.windows import Mix, TrainOrder, Windows
-from gptlit.loss import next_token_loss
-from gptlit.training import keep_freed_memory
+from gptlit.model.loss import next_token_loss
+from gptlit.training.environment import keep_freed_memory
 
 LENGTH = 1024
 BATCH = 8

@@ -289,7 +289,7 @@ def train_gptlit(
     ids = np.random.default_rng(0).integers(0, VOCABULARY, 2_000_000).astype("<u2")
     ids.tofile(os.path.join(folder, "train.bin"))
     emb_dim, n_heads, n_layers = SIZES[size]
-    from gptlit.training import main
+    from gptlit.training.cli import main
 
     flags = [f"--model.config.emb_dim={emb_dim}", f"--model.config.n_heads={n_heads}", "--model.config.drop_rate=0"]
     flags += [f"--model.config.n_layers={n_layers}", f"--model.config.context_length={length}"]

@@ -18,9 +18,9 @@ from torch.utils.data import DataLoader
 
 from benchmarks.contenders import machine
 from gptlit import GPTConfig, GPTModule
-from gptlit.callbacks import StepCheckpoint
-from gptlit.checkpoint import DurableCheckpointIO
-from gptlit.training import keep_freed_memory
+from gptlit.checkpoint.io import DurableCheckpointIO
+from gptlit.training.callbacks.checkpoint import StepCheckpoint
+from gptlit.training.environment import keep_freed_memory
 
 EVERY = 10  # steps between two saves; the first half of them is charged with the save
 

@@ -99,10 +99,11 @@ def contender(rung: int, batch_size: int, length: int) -> Any:
     import torch.nn.functional as F
 
     from benchmarks.allocator import keep_freed_memory
-    from gptlit import GPTConfig, GPTModel, attention
-    from gptlit import model as architecture
-    from gptlit.loss import head_loss, next_token_loss, softmax_
-    from gptlit.model import keep_little
+    from gptlit import GPTConfig, GPTModel
+    from gptlit.model import attention
+    from gptlit.model import gpt as architecture
+    from gptlit.model.loss import head_loss, next_token_loss, softmax_
+    from gptlit.training.module import keep_little
 
     torch.manual_seed(0)
     batch = torch.randint(VOCABULARY, (batch_size, length + 1))

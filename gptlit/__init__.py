@@ -4,27 +4,46 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gptlit.checkpoint.export import save_pretrained
+    from gptlit.checkpoint.pretrained import load_pretrained
     from gptlit.config import GPT_CONFIG_124M, PRESETS, GPTConfig
     from gptlit.data.datamodule import TokenDataModule
-    from gptlit.model import GPTModel
-    from gptlit.module import GPTModule
+    from gptlit.data.tokenizer import load_tokenizer
+    from gptlit.generation.generate import generate
+    from gptlit.model.gpt import GPTModel
+    from gptlit.training.module import GPTModule
 
 __version__ = "0.1.0"
 
-__all__ = ["GPT_CONFIG_124M", "PRESETS", "GPTConfig", "GPTModel", "GPTModule", "TokenDataModule"]
+__all__ = [
+    "GPT_CONFIG_124M",
+    "PRESETS",
+    "GPTConfig",
+    "GPTModel",
+    "GPTModule",
+    "TokenDataModule",
+    "generate",
+    "load_pretrained",
+    "load_tokenizer",
+    "save_pretrained",
+]
 
-# Loaded on first use: `import gptlit` must not wait for torch.
-_HOME = {
+# Imported on first use: `import gptlit` imports neither torch nor lightning.
+_MODULES = {
     "GPT_CONFIG_124M": "gptlit.config",
     "PRESETS": "gptlit.config",
     "GPTConfig": "gptlit.config",
-    "GPTModel": "gptlit.model",
-    "GPTModule": "gptlit.module",
+    "GPTModel": "gptlit.model.gpt",
+    "GPTModule": "gptlit.training.module",
     "TokenDataModule": "gptlit.data.datamodule",
+    "generate": "gptlit.generation.generate",
+    "load_pretrained": "gptlit.checkpoint.pretrained",
+    "load_tokenizer": "gptlit.data.tokenizer",
+    "save_pretrained": "gptlit.checkpoint.export",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module 'gptlit' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

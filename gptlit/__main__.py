@@ -1,6 +1,6 @@
 """`python -m gptlit` is the `gptlit` command."""
 
-from gptlit.cli import main
+from gptlit.commands.main import main
 
 if __name__ == "__main__":
     main()

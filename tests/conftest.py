@@ -89,8 +89,8 @@ def train_tokenizer(texts: list[str], tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture
 def fit(text_file: Path, words_json: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`train.py fit` of a tiny model on the text, in this process; samples are short, the vocabulary is small."""
-    from gptlit.callbacks import SampleText
-    from gptlit.training import main
+    from gptlit.training.callbacks.validation import SampleText
+    from gptlit.training.cli import main
 
     monkeypatch.setattr(SampleText.__init__, "__defaults__", (8, 0))
 
@@ -104,7 +104,7 @@ def fit(text_file: Path, words_json: Path, monkeypatch: pytest.MonkeyPatch) -> C
 
 def one_parser(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     """Build the parser of one command of train.py only: those of the others take most of the start."""
-    from gptlit.training import TrainingCLI
+    from gptlit.training.cli import TrainingCLI
 
     arguments = _subcommands()[command]
     monkeypatch.setattr(TrainingCLI, "subcommands", staticmethod(lambda: {command: arguments}))
@@ -112,7 +112,7 @@ def one_parser(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
 
 @cache
 def _subcommands() -> dict[str, set[str]]:
-    from gptlit.training import TrainingCLI
+    from gptlit.training.cli import TrainingCLI
 
     return TrainingCLI.subcommands()
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gptlit.attention import BlockedAttention
+from gptlit.model.attention import BlockedAttention
 
 
 @pytest.mark.parametrize("length", [1, 5, 128, 129, 300])

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from gptlit import chat as module
-from gptlit.chat import Chat
+from gptlit.commands import chat as module
+from gptlit.commands.chat import Chat
 from gptlit.config import GPTConfig
 from gptlit.data.tokenizer import load_tokenizer
-from gptlit.generate import Sampling, complete
-from gptlit.model import GPTModel
+from gptlit.generation.generate import complete
+from gptlit.generation.sampling import Sampling
+from gptlit.model.gpt import GPTModel
 
 
 @pytest.fixture

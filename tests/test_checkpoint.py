@@ -9,15 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from gptlit.checkpoint import (
-    DurableCheckpointIO,
+from gptlit.checkpoint.io import DurableCheckpointIO, checksum_path, read_checkpoint
+from gptlit.checkpoint.runs import (
     checkpoint_path,
     checkpoints,
-    checksum_path,
     find_checkpoint,
     new_run_folder,
     newest_checkpoint,
-    read_checkpoint,
     run_folders,
 )
 from gptlit.errors import InputError

@@ -23,8 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
-from gptlit.data import corpus as module
-from gptlit.data.corpus import CUT, Bad, Reading, open_corpus
+from gptlit.data import sources as module
+from gptlit.data.sources import CUT, Bad, Reading, open_corpus
 from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import InputError
 

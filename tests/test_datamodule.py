@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from gptlit import GPTConfig, GPTModule, TokenDataModule
-from gptlit.data import tokens
-from gptlit.data.corpus import open_corpus
+from gptlit.data import token_files as tokens
 from gptlit.data.datamodule import Weighted
 from gptlit.data.prepare import Split, prepare
+from gptlit.data.sources import open_corpus
+from gptlit.data.token_files import MANIFEST, SPLITS
 from gptlit.data.tokenizer import load_tokenizer
-from gptlit.data.tokens import MANIFEST, SPLITS
 from gptlit.errors import InputError
 
 

@@ -16,18 +16,20 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from conftest import ROOT, TINY, losses, run_script
-from gptlit.checkpoint import checkpoints, read_checkpoint
+from gptlit.checkpoint.io import read_checkpoint
+from gptlit.checkpoint.runs import checkpoints
 from gptlit.config import PRESETS
-from gptlit.sharding import local, shards_without_memory
+from gptlit.model.sharding import local
+from gptlit.training.distributed import shards_without_memory
 
 RUN = Path("runs/t/version_0")
 FIT = [str(ROOT / "train.py"), "fit", *TINY]
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 # train.py, but the loss is no number where a certain word is among the targets
 POISONED = """
-from gptlit import module
+from gptlit.training import module
 from gptlit.data.tokenizer import load_tokenizer
-from gptlit.training import main
+from gptlit.training.cli import main
 
 (dragon,) = load_tokenizer().encode_ordinary(" dragon")
 loss = module.head_loss
@@ -44,8 +46,8 @@ main()
 # train.py, but a run in shards fails unless every parameter is one
 ALL_SHARDED = """
 from torch.distributed.tensor import DTensor
-from gptlit.module import GPTModule
-from gptlit.training import main
+from gptlit.training.cli import main
+from gptlit.training.module import GPTModule
 
 start = GPTModule.on_train_start
 def sharded(self):

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from conftest import ROOT, one_parser, run_script
-from gptlit import cli
-from gptlit.flags import check_names
+from gptlit.commands import main as cli
+from gptlit.training.flags import check_names
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -54,7 +54,7 @@ def arguments_of_fit() -> list[Any]:
 def test_flags_of_training_are_known(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from gptlit.training import main
+    from gptlit.training.cli import main
 
     monkeypatch.chdir(ROOT)
     one_parser(monkeypatch, words[0])
@@ -146,7 +146,7 @@ def test_the_schema_refuses_what_is_misspelt(group: str | None, key: str, value:
 def test_the_schema_is_written_as_json_only(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("gptlit.plan.json_schema", dict)
+    monkeypatch.setattr("gptlit.commands.plan.json_schema", dict)
     cli.main(["schema", "--out", "s.json"])
     assert "yaml-language-server: $schema=s.json" in capsys.readouterr().out
     with pytest.raises(SystemExit):

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from gptlit.data import download as module
-from gptlit.data.corpus import open_corpus
 from gptlit.data.download import CATALOGUE, Download, fetch
+from gptlit.data.sources import open_corpus
 from gptlit.errors import InputError
 
 CONTENT = b"".join(b"story %d <|end|> " % n for n in range(20_000))

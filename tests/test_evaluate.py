@@ -8,8 +8,8 @@ import torch
 from gptlit.config import GPTConfig
 from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import InputError
-from gptlit.evaluate import evaluate
-from gptlit.model import GPTModel
+from gptlit.generation.evaluate import evaluate
+from gptlit.model.gpt import GPTModel
 
 TOKENIZER = load_tokenizer("gpt2")
 DOCUMENTS = ["The first document is short.", "naïve 🙂 " + "A long one goes on and on, " * 6, "x"]

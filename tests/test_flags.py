@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, run_script
-from gptlit import flags
-from gptlit.flags import check_names, setting_names
+from gptlit.training import flags
+from gptlit.training.flags import check_names, setting_names
 
 
 def test_what_the_parser_takes_is_known() -> None:
     """Walk the real parser's options: each passes, and no group knows a name that the parser does not."""
-    from gptlit.plan import PlanCLI
-    from gptlit.training import command_line
+    from gptlit.commands.plan import PlanCLI
+    from gptlit.training.cli import command_line
 
     cli = command_line(PlanCLI, ["fit", "--trainer.max_steps=1", "--trainer.precision=32-true"])
     options = {option for action in cli._parser("fit")._actions for option in action.option_strings}
@@ -69,7 +69,8 @@ def test_these_are_for_the_parser(args: list[str]) -> None:
 
 
 def test_a_misspelt_flag_imports_nothing_heavy() -> None:
-    code = "import sys, gptlit.flags as f; f.setting_names(); assert not {'torch', 'lightning'} & set(sys.modules)"
+    code = "import sys, gptlit.training.flags as f; f.setting_names(); "
+    code += "assert not {'torch', 'lightning'} & set(sys.modules)"
     assert run_script("-c", code, cwd=Path()).returncode == 0
     done = run_script(str(ROOT / "train.py"), "fit", "--model.confg.lr=1", cwd=Path())
     assert (done.returncode, done.stdout) == (2, "")
@@ -77,6 +78,6 @@ def test_a_misspelt_flag_imports_nothing_heavy() -> None:
 
 
 def test_commands_are_those_of_the_parser() -> None:
-    from gptlit.training import TrainingCLI
+    from gptlit.training.cli import TrainingCLI
 
     assert set(flags.COMMANDS) == set(TrainingCLI.subcommands())

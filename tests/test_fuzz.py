@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from test_prepare import corpus_of
 
 from conftest import ROOT, TINY
-from gptlit.checkpoint import DurableCheckpointIO, checksum_path, read_checkpoint
+from gptlit.checkpoint.io import DurableCheckpointIO, checksum_path, read_checkpoint
 from gptlit.config import GPTConfig
 from gptlit.data.prepare import Split, prepare
+from gptlit.data.token_files import MANIFEST, TokenData, check_vocabulary, open_foreign, open_tokens
 from gptlit.data.tokenizer import load_tokenizer
-from gptlit.data.tokens import MANIFEST, TokenData, check_vocabulary, open_foreign, open_tokens
 from gptlit.data.windows import Windows
 from gptlit.errors import InputError
-from gptlit.model import GPTModel
+from gptlit.model.gpt import GPTModel
 
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 many = pytest.mark.parametrize("examples", [150, pytest.param(3400, marks=pytest.mark.slow)], ids=["few", "many"])
@@ -169,7 +169,7 @@ def test_mutated_configurations(
     tmp_path: Path, text_file: Path, examples: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Up to where a fit would begin."""
-    from gptlit import training
+    from gptlit.training import cli as training
 
     values = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
     values["data"]["source"] = str(text_file)

@@ -9,9 +9,10 @@ import torch
 from gptlit.config import GPTConfig
 from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import InputError
-from gptlit.fast_linear import Int8Linear, for_generation
-from gptlit.generate import Sampling, complete, generate, stream
-from gptlit.model import GPTModel
+from gptlit.generation.fast_linear import Int8Linear, for_generation
+from gptlit.generation.generate import complete, generate, stream
+from gptlit.generation.sampling import Sampling
+from gptlit.model.gpt import GPTModel
 
 LOGITS = torch.tensor([[4.51, 0.89, -1.9, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79]])
 CONFIG = GPTConfig(vocab_size=31, context_length=8, emb_dim=16, n_heads=2, n_layers=2, drop_rate=0.5)
@@ -284,7 +285,7 @@ def test_the_end_of_text_token_ends_it(writer: tuple[GPTModel, tiktoken.Encoding
 
 
 def test_characters_of_several_tokens_are_not_torn() -> None:
-    from gptlit.generate import Completion, _Writer
+    from gptlit.generation.generate import Completion, _Writer
 
     tokenizer = load_tokenizer("gpt2")
     row = _Writer(tokenizer, Completion(""), [])

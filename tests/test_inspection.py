@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from test_prepare import corpus_of
 
-from gptlit.data import inspection
-from gptlit.data.inspection import summaries, window_text
+from gptlit.commands import inspect as inspection
+from gptlit.commands.inspect import summaries, window_text
 from gptlit.data.prepare import Split, prepare
+from gptlit.data.token_files import open_folder
 from gptlit.data.tokenizer import load_tokenizer
-from gptlit.data.tokens import open_folder
 from gptlit.errors import InputError
 
 GPT2 = load_tokenizer()

@@ -1,7 +1,6 @@
 """What a run leaves for the eye: scalars, charts, hyper-parameters, metrics.csv."""
 
 import csv
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +9,10 @@ from typing import Any
 import pytest
 
 from conftest import losses
-from gptlit import GPTModule, callbacks
-from gptlit.checkpoint import DurableCheckpointIO
+from gptlit import GPTModule
+from gptlit.checkpoint.io import DurableCheckpointIO
 from gptlit.data.tokenizer import load_tokenizer
+from gptlit.training.callbacks import checkpoint, monitoring
 
 Fit = Callable[..., None]
 RUN = Path("runs/t/version_0")
@@ -85,7 +85,8 @@ def test_the_parts_of_a_step_add_up(fit: Fit, words_json: Path, monkeypatch: pyt
 
         monkeypatch.setattr(owner, name, timed)
 
-    monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: now, monotonic=time.monotonic))
+    for module in (monitoring, checkpoint):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now))
     takes(3, GPTModule, "training_step")
     takes(5, GPTModule, "on_before_optimizer_step")
     takes(7, GPTModule, "on_validation_epoch_end")

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gptlit import loss as loss_module
-from gptlit.loss import head_loss, next_token_loss
+from gptlit.model import loss as loss_module
+from gptlit.model.loss import head_loss, next_token_loss
 
 
 def test_mean_and_sum_leave_out_what_has_no_target() -> None:

@@ -8,8 +8,9 @@ import torch
 from llms_from_scratch.ch04 import GPTModel as BookModel
 
 from gptlit.config import GPT_CONFIG_124M, PRESETS, GPTConfig
-from gptlit.loss import next_token_loss
-from gptlit.model import GELU, GPTModel, keep_little
+from gptlit.model.gpt import GELU, GPTModel
+from gptlit.model.loss import next_token_loss
+from gptlit.training.module import keep_little
 
 SMALL = GPTConfig(vocab_size=101, context_length=12, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.0)
 

@@ -10,7 +10,7 @@ import torch
 
 from gptlit import GPTConfig, GPTModule
 from gptlit.errors import InputError
-from gptlit.module import Schedule
+from gptlit.training.optimizer import Schedule
 
 TINY = GPTConfig(vocab_size=61, context_length=8, emb_dim=16, n_heads=2, n_layers=1, drop_rate=0.0)
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from conftest import ROOT, TINY, run_script
-from gptlit.cli import main
+from gptlit.commands.main import main
 from gptlit.config import PRESETS, GPTConfig
-from gptlit.costs import Work, count_parameters, describe, make_plan, operations, usual_lr, warnings
-from gptlit.model import GPTModel
+from gptlit.model.gpt import GPTModel
+from gptlit.training.estimate import Work, count_parameters, describe, make_plan, operations, usual_lr, warnings
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -51,8 +51,8 @@ def test_what_depends_on_a_missing_corpus_is_open(capsys: pytest.CaptureFixture[
         "windows": 512,
         "tokens": 512 * 1024,
         "devices": max(1, torch.cuda.device_count()),
-        "micro_batch_size": 16,
-        "accumulation": 32 // max(1, torch.cuda.device_count()),
+        "micro_batch_size": 32,
+        "accumulation": 16 // max(1, torch.cuda.device_count()),
     }
     assert plan["run"]["tokens"] == 20_000 * 512 * 1024
     assert plan["run"]["tokens_per_parameter"] == pytest.approx(84.26, abs=0.01)

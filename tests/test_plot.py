@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gptlit.cli import main
-from gptlit.plot import differences, draw, read_run, smooth
+from gptlit.commands.main import main
+from gptlit.commands.plot import differences, draw, read_run, smooth
 
 
 @pytest.fixture

@@ -20,10 +20,10 @@ from filelock import FileLock
 from conftest import ROOT, run_script
 from gptlit.data import encoder, progress
 from gptlit.data import prepare as module
-from gptlit.data.corpus import Bad, Corpus, Part, open_corpus
 from gptlit.data.prepare import LOCK, PROGRESS, Report, Split, prepare, prepare_cached
+from gptlit.data.sources import Bad, Corpus, Part, open_corpus
+from gptlit.data.token_files import MANIFEST, TokenData, open_tokens
 from gptlit.data.tokenizer import load_tokenizer
-from gptlit.data.tokens import MANIFEST, TokenData, open_tokens
 from gptlit.errors import InputError
 
 GPT2 = load_tokenizer("gpt2")

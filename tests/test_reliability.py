@@ -27,19 +27,14 @@ from torch import Tensor
 from torch.distributed import HashStore
 
 from conftest import ROOT, TINY, losses, run_script
-from gptlit import module, stopping
-from gptlit.checkpoint import (
-    DurableCheckpointIO,
-    best_path,
-    checkpoint_path,
-    checkpoints,
-    locked_new_run,
-    read_checkpoint,
-)
+from gptlit.checkpoint.io import DurableCheckpointIO, read_checkpoint
+from gptlit.checkpoint.runs import best_path, checkpoint_path, checkpoints, locked_new_run
 from gptlit.data.datamodule import TokenDataModule, kill_workers
 from gptlit.errors import InputError, make_output_lossy
-from gptlit.module import GPTModule
-from gptlit.stopping import GracefulStop
+from gptlit.training import module
+from gptlit.training.callbacks import signals as stopping
+from gptlit.training.callbacks.signals import GracefulStop
+from gptlit.training.module import GPTModule
 
 Fit = Callable[..., None]
 DROPOUT = ["--model.config.drop_rate=0.2", "--data.micro_batch_size=2", "--trainer.max_steps=8"]
@@ -553,11 +548,11 @@ def test_all_ranks_resume_from_the_checkpoint_of_the_first(fit: Fit, text_file: 
     """The second one sees an earlier state of the disk."""
     fit("--trainer.max_steps=4", "--run.save_every_n_steps=2")
     Path("late.py").write_text(
-        "import os\nfrom gptlit import checkpoint, training\n"
-        "checkpoints = checkpoint.checkpoints\n"
+        "import os\nfrom gptlit.checkpoint import runs\nfrom gptlit.training.cli import main\n"
+        "checkpoints = runs.checkpoints\n"
         "if os.environ.get('LOCAL_RANK') == '1':\n"
-        "    checkpoint.checkpoints = training.checkpoints = lambda run: checkpoints(run)[:1]\n"
-        "training.main()\n"
+        "    runs.checkpoints = lambda run: checkpoints(run)[:1]\n"
+        "main()\n"
     )
     flags = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=6", "--ckpt_path=last"]
     result = run_script("late.py", "fit", *TINY, f"--data.source={text_file}", *flags, cwd=tmp_path)
@@ -607,8 +602,8 @@ def test_what_callbacks_and_profilers_of_the_user_say_is_shown(
 
 
 def test_what_is_proposed_next_works_when_pasted(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
-    from gptlit.cli import main as gptlit
-    from gptlit.training import main
+    from gptlit.commands.main import main as gptlit
+    from gptlit.training.cli import main
 
     flags = ["--run.name=it's a: {run}", "--run.sample_prompt=- the 'model'", "--trainer.max_epochs=1"]
     fit(*flags, "--trainer.max_steps=2")

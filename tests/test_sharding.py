@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gptlit.sharding import gradient_norm
+from gptlit.training.distributed import gradient_norm
 
 
 @pytest.mark.parametrize("shape", [(50_257, 256), (3, 5), (7,), (0, 4)])

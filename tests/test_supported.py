@@ -25,11 +25,12 @@ from lightning.pytorch.callbacks import (
 from test_module import TINY, batches, trainer
 
 from gptlit import TokenDataModule
-from gptlit.checkpoint import checkpoint_path, read_checkpoint
+from gptlit.checkpoint.io import read_checkpoint
+from gptlit.checkpoint.runs import checkpoint_path
 from gptlit.errors import InputError
-from gptlit.module import GPTModule
-from gptlit.strategies import FSDP2Strategy
-from gptlit.supported import check_trainer
+from gptlit.training.distributed import FSDP2Strategy
+from gptlit.training.module import GPTModule
+from gptlit.training.supported import check_trainer
 
 Fit = Callable[..., None]
 NAN = float("nan")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from gptlit import TokenDataModule
-from gptlit.data.corpus import open_corpus
 from gptlit.data.prepare import Split, prepare
+from gptlit.data.sources import open_corpus
+from gptlit.data.token_files import MANIFEST, check_vocabulary, holds_tokens, open_foreign
 from gptlit.data.tokenizer import load_tokenizer
-from gptlit.data.tokens import MANIFEST, check_vocabulary, holds_tokens, open_foreign
 from gptlit.errors import InputError
 
 

@@ -12,13 +12,14 @@ import yaml
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 
 from conftest import ROOT, TINY, losses
-from gptlit import config_files
-from gptlit.callbacks import SampleText
-from gptlit.checkpoint import DurableCheckpointIO, checkpoints, read_checkpoint
+from gptlit.checkpoint.io import DurableCheckpointIO, read_checkpoint
+from gptlit.checkpoint.runs import checkpoints
 from gptlit.data.datamodule import TokenDataModule
 from gptlit.errors import note
-from gptlit.flags import check_names
-from gptlit.training import main
+from gptlit.training import config_files
+from gptlit.training.callbacks.validation import SampleText
+from gptlit.training.cli import main
+from gptlit.training.flags import check_names
 
 Fit = Callable[..., None]
 RUN = Path("runs/t/version_0")
@@ -261,7 +262,8 @@ def test_a_run_goes_on_without_what_it_was_started_from(fit: Fit) -> None:
 
 
 def test_imported_weights_can_be_validated(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
-    from gptlit.weights import read_source, save_checkpoint
+    from gptlit.checkpoint.export import save_checkpoint
+    from gptlit.checkpoint.pretrained import read_source
 
     fit("--trainer.max_steps=1")
     save_checkpoint(read_source(RUN), Path("weights.ckpt"))
@@ -424,7 +426,7 @@ def test_another_corpus_or_architecture_is_not_resumed(fit: Fit, capsys: pytest.
 
 
 def test_a_bug_keeps_its_traceback(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gptlit import module
+    from gptlit.training import module
 
     def broken(*_: object, **__: object) -> None:
         raise ValueError("a bug")

@@ -16,21 +16,20 @@ import torch
 from llms_from_scratch.ch04 import GPTModel as BookModel
 from torch import Tensor
 
-from gptlit.checkpoint import DurableCheckpointIO
-from gptlit.config import GPT_CONFIG_124M, GPTConfig
-from gptlit.data.tokenizer import load_tokenizer, tokenizer_spec
-from gptlit.errors import InputError
-from gptlit.model import GPTModel
-from gptlit.weights import (
-    Source,
+from gptlit.checkpoint.export import save_checkpoint, save_pretrained
+from gptlit.checkpoint.formats import Source
+from gptlit.checkpoint.io import DurableCheckpointIO
+from gptlit.checkpoint.pretrained import (
     check_tokenizer,
     copy_weights,
     load_model_and_tokenizer,
     load_pretrained,
     read_source,
-    save_checkpoint,
-    save_pretrained,
 )
+from gptlit.config import GPT_CONFIG_124M, GPTConfig
+from gptlit.data.tokenizer import load_tokenizer, tokenizer_spec
+from gptlit.errors import InputError
+from gptlit.model.gpt import GPTModel
 
 transformers = pytest.importorskip("transformers")
 
@@ -152,7 +151,7 @@ def test_the_written_vocabulary_is_the_official_one(tmp_path: Path) -> None:
 
 
 def test_greedy_text_is_that_of_transformers(tmp_path: Path) -> None:
-    from gptlit.generate import generate
+    from gptlit.generation.generate import generate
 
     model = random_model(context_length=256, tie_weights=True, init="gpt2")
     with torch.no_grad():

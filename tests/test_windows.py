@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import run_script
-from gptlit.data.tokens import FORMAT, MANIFEST, SPLITS, Shard
+from gptlit.data.token_files import FORMAT, MANIFEST, SPLITS, Shard
 from gptlit.data.windows import BLOCK, NO_TARGET, EvalOrder, Mix, TrainOrder, Windows, shuffled
 from gptlit.errors import InputError
 

@@ -16,11 +16,10 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from gptlit.config import GPTConfig
-from gptlit.data.corpus import Reading, open_corpus
 from gptlit.data.prepare import Split, cache_folder, prepare_cached
 from gptlit.data.progress import downloading, preparing
-from gptlit.data.tokenizer import fingerprint, load_tokenizer, tokenizer_spec
-from gptlit.data.tokens import (
+from gptlit.data.sources import Reading, open_corpus
+from gptlit.data.token_files import (
     MANIFEST,
     SPLITS,
     TokenData,
@@ -30,6 +29,7 @@ from gptlit.data.tokens import (
     open_folder,
     together,
 )
+from gptlit.data.tokenizer import fingerprint, load_tokenizer, tokenizer_spec
 from gptlit.data.windows import EvalOrder, Mix, TrainOrder, Windows
 from gptlit.errors import InputError, user_path
 

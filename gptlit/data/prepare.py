@@ -22,10 +22,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from filelock import FileLock, Timeout
 
-from gptlit.data.corpus import Bad, Corpus, Part
 from gptlit.data.encoder import Encoders
+from gptlit.data.sources import Bad, Corpus, Part
+from gptlit.data.token_files import FORMAT, MANIFEST, SPLITS, VERIFY_LIMIT, TokenData, open_tokens
 from gptlit.data.tokenizer import TOKENIZER_JSON, HuggingFaceTokenizer, Tokenizer, fingerprint, tokenizer_spec
-from gptlit.data.tokens import FORMAT, MANIFEST, SPLITS, VERIFY_LIMIT, TokenData, open_tokens
 from gptlit.errors import InputError, note
 
 PROGRESS = "progress.json"

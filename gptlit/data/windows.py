@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from gptlit.data.tokens import Shard
+from gptlit.data.token_files import Shard
 from gptlit.errors import InputError
 
 NO_TARGET = -100  # what torch's cross_entropy leaves out

@@ -1,0 +1,123 @@
+"""Weights out: Hugging Face folders and the book's `.pth`."""
+
+import json
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gptlit import __version__
+from gptlit.checkpoint.formats import BOOK, HUGGINGFACE, OWN, PREFIX, Source, to_format
+from gptlit.checkpoint.io import DurableCheckpointIO
+from gptlit.checkpoint.pretrained import _holds, _spec
+from gptlit.data.tokenizer import (
+    HuggingFaceTokenizer,
+    save_huggingface,
+)
+from gptlit.errors import InputError
+from gptlit.model.gpt import GPTModel
+
+
+def save_checkpoint(source: Source, path: Path) -> None:
+    """Write weights as a checkpoint of this project: for `--model.init_from`, generate, export and evaluate."""
+    checkpoint = {
+        "state_dict": {PREFIX + name: value.contiguous() for name, value in source.state.items()},
+        "hyper_parameters": {"config": asdict(source.config)},
+        "global_step": 0,
+        "TokenDataModule": {"tokenizer": _spec(source)},
+    }
+    DurableCheckpointIO().save_checkpoint(checkpoint, path)
+
+
+def save_pretrained(
+    model: GPTModel, folder: str | Path, to: str = "huggingface", tokenizer: str | None = "gpt2"
+) -> None:
+    """Write a model into a new folder, whole or not at all.
+
+    Args:
+        model: The model.
+        folder: Must not exist, or be empty.
+        to: "huggingface" (a folder that Transformers loads, with its tokenizer), "book" (`model.pth`, a state dict
+            under the book's names) or "safetensors" (`model.safetensors` under the names used here).
+        tokenizer: What `load_tokenizer` makes the tokenizer of; it is written along. None: it is not known.
+
+    Raises:
+        InputError: The folder is in use, or the format is unknown.
+    """
+    writers = {"huggingface": _write_huggingface, "book": _write_book, "safetensors": _write_safetensors}
+    if to not in writers:
+        raise InputError(f"no format is named {to!r}: choose one of {', '.join(writers)}")
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder} exists and is not empty: name a new folder")
+    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+    source = Source(folder, model.config, state, tokenizer)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        content = Path(temporary, folder.name)
+        content.mkdir()
+        writers[to](source, content)
+        content.replace(folder)
+
+
+def _write_safetensors(source: Source, folder: Path) -> None:
+    metadata = {"format": "pt", "config": json.dumps(asdict(source.config))}
+    if (spec := _spec(source)) is not None:
+        metadata["tokenizer"] = spec
+    save_file(_untied(to_format(source.state, OWN), "out_head", source), folder / "model.safetensors", metadata)
+
+
+def _write_book(source: Source, folder: Path) -> None:
+    torch.save(to_format(source.state, BOOK), folder / "model.pth")
+
+
+def _untied(weights: dict[str, Tensor], head: str, source: Source) -> dict[str, Tensor]:
+    """Leave out the head where it is the embedding."""
+    return {
+        name: value for name, value in weights.items() if not (source.config.tie_weights and name == f"{head}.weight")
+    }
+
+
+def _write_huggingface(source: Source, folder: Path) -> None:
+    config = source.config
+    tokenizer = source.load_tokenizer()
+    has_tokenizer = _holds(source, tokenizer.n_vocab)
+    is_written = has_tokenizer and (tokenizer.name == "gpt2" or isinstance(tokenizer, HuggingFaceTokenizer))
+    named = {"tokenizer": tokenizer.name} if has_tokenizer and not is_written else {}
+    end = tokenizer.eot_token if has_tokenizer else None
+    values = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.context_length,
+        "n_embd": config.emb_dim,
+        "n_layer": config.n_layers,
+        "n_head": config.n_heads,
+        "n_inner": None,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "embd_pdrop": config.drop_rate,
+        "attn_pdrop": config.drop_rate,
+        "resid_pdrop": config.drop_rate,
+        "tie_word_embeddings": config.tie_weights,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "torch_dtype": "float32",
+        "gptlit": {"version": __version__, "qkv_bias": config.qkv_bias, **named},
+    }
+    weights = to_format(source.state, HUGGINGFACE)
+    for block in range(0 if config.qkv_bias else config.n_layers):
+        weights[f"transformer.h.{block}.attn.c_attn.bias"] = torch.zeros(3 * config.emb_dim)
+    save_file(_untied(weights, "lm_head", source), folder / "model.safetensors", {"format": "pt"})
+    _write_json(folder / "config.json", values)
+    _write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end})
+    if is_written:
+        save_huggingface(tokenizer, config.context_length, folder)
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,199 @@
+"""Parameter names and layouts of other projects."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptlit.checkpoint.io import FLOATS, check_finite
+from gptlit.config import GPTConfig
+from gptlit.data.tokenizer import Tokenizer, load_tokenizer
+from gptlit.errors import InputError, note
+from gptlit.model.gpt import GPTModel
+
+
+@dataclass
+class Source:
+    """What a file or folder holds: an architecture and the weights for it, under the names used here.
+
+    Args:
+        path: The file or folder.
+        config: The architecture.
+        state: The weights.
+        tokenizer: What `load_tokenizer` makes the tokenizer of; None where the source does not say it.
+    """
+
+    path: Path
+    config: GPTConfig
+    state: dict[str, Tensor]
+    tokenizer: str | None = None
+
+    def load_tokenizer(self) -> Tokenizer:
+        """Return the tokenizer, or GPT-2's where none is known."""
+        return load_tokenizer(self.tokenizer or "gpt2")
+
+    @property
+    def tokenizer_name(self) -> str | None:
+        """The tokenizer by name or path; None where it is not known, or there is only its content."""
+        return None if (self.tokenizer or "{").startswith("{") else self.tokenizer
+
+
+PREFIX = "model."  # the GPTModel inside a GPTModule
+
+
+WRAPPERS = r"(^|(?<=\.))(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."  # compile, DDP, FSDP
+
+
+# --- the name maps ----------------------------------------------------------------------------------------------
+
+OPENAI_MODULES = {
+    "tok_emb": "transformer.wte",
+    "pos_emb": "transformer.wpe",
+    "final_norm": "transformer.ln_f",
+    "out_head": "lm_head",
+    "trf_blocks": "transformer.h",
+    "norm1": "ln_1",
+    "norm2": "ln_2",
+    "att.qkv": "attn.c_attn",
+    "att.out_proj": "attn.c_proj",
+    "ff.0": "mlp.c_fc",
+    "ff.2": "mlp.c_proj",
+}
+
+
+def openai_names(name: str) -> list[str]:
+    """Return the name in OpenAI's, Hugging Face's and nanoGPT's code."""
+    match = re.fullmatch(r"(?:trf_blocks\.(\d+)\.)?(.+)\.(weight|bias)", name)
+    assert match is not None
+    block, module, kind = match.groups()
+    prefix = f"{OPENAI_MODULES['trf_blocks']}.{block}." if block is not None else ""
+    return [f"{prefix}{OPENAI_MODULES[module]}.{kind}"]
+
+
+def book_names(name: str) -> list[str]:
+    """Return the names in the book's code, where query, key and value are apart."""
+    if ".att.qkv." in name:
+        return [name.replace("qkv", part) for part in ("W_query", "W_key", "W_value")]
+    if "norm" in name:
+        return [name.replace(".weight", ".scale").replace(".bias", ".shift")]
+    return [name.replace(".ff.", ".ff.layers.")]
+
+
+def own_names(name: str) -> list[str]:
+    """Return the name itself."""
+    return [name]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How another project stores these weights.
+
+    Args:
+        names: Their name, or names, of a weight here.
+        transposed: Whether linear weights are stored [in, out].
+        ignored: Names, as a pattern, of buffers that are no weights.
+    """
+
+    names: Callable[[str], list[str]]
+    transposed: bool = False
+    ignored: str = ""
+
+
+OWN = Format(own_names)
+
+
+HUGGINGFACE = Format(openai_names, transposed=True, ignored=r".*\.attn\.(masked_)?bias")
+
+
+NANOGPT = Format(openai_names, ignored=r".*\.attn\.bias")
+
+
+BOOK = Format(book_names, ignored=r".*\.att\.mask")
+
+
+def _is_transposed(form: Format, name: str, value: Tensor) -> bool:
+    return form.transposed and value.dim() == 2 and name.startswith("trf_blocks")
+
+
+def plain_names(theirs: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Remove what compiling and wrapping a model puts into the names of its weights.
+
+    Raises:
+        InputError: Two names are the same without it.
+    """
+    plain = {re.sub(WRAPPERS, "", str(name)): value for name, value in theirs.items()}
+    if len(plain) < len(theirs):
+        raise InputError(
+            f"{path} has weights twice, with and without a prefix such as '_orig_mod.': remove one of them"
+        )
+    return plain
+
+
+def from_format(
+    theirs: dict[str, Tensor], form: Format, config: GPTConfig, path: Path, tokenizer: str | None = None
+) -> Source:
+    """Rename, stack and transpose another project's weights.
+
+    Raises:
+        InputError: A tensor is missing, left over, of another shape, or not finite; it is named.
+    """
+    with torch.device("meta"):
+        expected = GPTModel(config).state_dict()
+    theirs = {name: value for name, value in theirs.items() if not re.fullmatch(form.ignored, name)}
+    check_finite(theirs, path)
+    if config.tie_weights:
+        config = _tie(theirs, form, config, path)
+    state: dict[str, Tensor] = {}
+    for name, value in expected.items():
+        names = form.names(name)
+        shape = list(value.shape)
+        shape[0] //= len(names)
+        if _is_transposed(form, name, value):
+            shape.reverse()
+        parts = [_take(theirs, part, shape, path) for part in names]
+        stacked = parts[0] if len(parts) == 1 else torch.cat(parts)
+        state[name] = stacked.t() if _is_transposed(form, name, value) else stacked
+    if left := theirs.keys() - {part for name in expected for part in form.names(name)}:
+        raise InputError(f"{path} has the unknown tensor {min(left)!r}: it is no GPT-2 of {config.n_layers} layers")
+    return Source(path, config, state, tokenizer)
+
+
+def _take(theirs: dict[str, Tensor], name: str, shape: list[int], path: Path) -> Tensor:
+    if name not in theirs:
+        raise InputError(f"{path} has no tensor {name!r} (shape {tuple(shape)})")
+    value = theirs[name]
+    if not isinstance(value, Tensor) or list(value.shape) != shape:
+        found = tuple(getattr(value, "shape", ()))
+        raise InputError(f"{path} has {name!r} of shape {found}, its architecture asks for {tuple(shape)}")
+    if value.dtype not in FLOATS:
+        raise InputError(f"{path} has {name!r} of type {value.dtype}: weights must be floating-point numbers")
+    return value
+
+
+def to_format(state: dict[str, Tensor], form: Format) -> dict[str, Tensor]:
+    """Return copies of the weights as another project stores them."""
+    theirs: dict[str, Tensor] = {}
+    for name, value in state.items():
+        names = form.names(name)
+        for part_name, part in zip(names, value.chunk(len(names)), strict=True):
+            stored = part.t() if _is_transposed(form, name, value) else part
+            theirs[part_name] = stored.detach().clone(memory_format=torch.contiguous_format)
+    return theirs
+
+
+def _tie(theirs: dict[str, Tensor], form: Format, config: GPTConfig, path: Path) -> GPTConfig:
+    """Let the head be the embedding where only one is stored; where they differ, they are not tied."""
+    (head,), (embedding,) = form.names("out_head.weight"), form.names("tok_emb.weight")
+    if head not in theirs and embedding in theirs:
+        theirs[head] = theirs[embedding]
+    elif embedding not in theirs and head in theirs:
+        theirs[embedding] = theirs[head]
+    first, second = (getattr(theirs.get(name), "shape", None) for name in (embedding, head))
+    if first == second is not None and not torch.equal(theirs[embedding].float(), theirs[head].float()):
+        note(f"{path}: {head} differs from {embedding}: they are read as two matrices, though the model ties them")
+        return replace(config, tie_weights=False)
+    return config

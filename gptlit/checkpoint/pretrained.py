@@ -1,0 +1,380 @@
+"""Weights in and out: this project's checkpoints, Hugging Face, nanoGPT, the book's `.pth`, plain safetensors.
+
+A format is a map of names: each weight here is one of theirs, or several stacked along the first axis, possibly
+transposed. Nothing is ever unpickled but tensors and plain values.
+"""
+
+import json
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gptlit.checkpoint.formats import (
+    BOOK,
+    HUGGINGFACE,
+    NANOGPT,
+    OWN,
+    PREFIX,
+    Source,
+    from_format,
+    openai_names,
+    plain_names,
+)
+from gptlit.checkpoint.io import load_plain, read_checkpoint
+from gptlit.checkpoint.runs import find_checkpoint
+from gptlit.config import GPTConfig
+from gptlit.data.tokenizer import (
+    TOKENIZER_JSON,
+    Tokenizer,
+    folder_spec,
+    same_ids,
+    tokenizer_spec,
+)
+from gptlit.errors import InputError, note
+from gptlit.model.gpt import GPTModel
+from gptlit.model.sharding import gathered, shard_like
+
+HUB = "hf:"
+
+
+ROUNDING = 128  # a vocabulary is rounded up by fewer rows
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+def read_source(source: str | Path, n_heads: int | None = None) -> Source:
+    """Find out what a file or folder is and read it; the weights stay memory-mapped.
+
+    Args:
+        source: A `.ckpt` of this project or a run's folder; a Hugging Face folder, or `hf:NAME` on the hub; the
+            book's `.pth`; nanoGPT's `ckpt.pt`; a `.safetensors` file that `gptlit export` wrote.
+        n_heads: For the book's `.pth`, which does not say it; None: heads of 64, as in every GPT-2.
+
+    Raises:
+        InputError: There is nothing of that name, or it is something else, damaged or incomplete.
+    """
+    found = _find_source(source, n_heads)
+    if n_heads is not None and found.config.n_heads != n_heads:
+        raise InputError(f"n_heads is {n_heads}, but {found.path} says {found.config.n_heads}: leave it out")
+    return found
+
+
+def _find_source(source: str | Path, n_heads: int | None) -> Source:
+    if str(source).startswith(HUB):
+        return _read_huggingface(_download(str(source).removeprefix(HUB)))
+    path = Path(source).expanduser()
+    if path.is_dir() and (path / "config.json").is_file():
+        return _read_huggingface(path)
+    if path.suffix == ".safetensors" and path.is_file():
+        return _read_safetensors(path)
+    if path.is_dir() or path.suffix == ".ckpt" or not path.exists():
+        path = find_checkpoint(path)
+        return _read_own(read_checkpoint(path), path)
+    content = load_plain(path)
+    if {"hyper_parameters", "state_dict"} <= content.keys():
+        return _read_own(read_checkpoint(path), path)
+    if {"model", "model_args"} <= content.keys():
+        return _read_nanogpt(content, path)
+    return _read_book(content, path, n_heads)
+
+
+def _config(path: Path, **values: Any) -> GPTConfig:
+    try:
+        return GPTConfig(**values)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path} has no usable architecture: {error}") from error
+
+
+def _read_own(checkpoint: dict[str, Any], path: Path) -> Source:
+    config = _config(path, **checkpoint["hyper_parameters"]["config"])
+    found = plain_names(checkpoint["state_dict"], path)
+    weights = {name.removeprefix(PREFIX): value for name, value in found.items() if name.startswith(PREFIX)}
+    data = checkpoint.get("TokenDataModule")
+    tokenizer = data.get("tokenizer") if isinstance(data, dict) else None
+    return from_format(weights, OWN, config, path, tokenizer if isinstance(tokenizer, str) else None)
+
+
+def _read_safetensors(path: Path) -> Source:
+    weights, metadata = _open_safetensors(path)
+    try:
+        values = json.loads(metadata["config"])
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{path} does not say its architecture: name the folder with its config.json") from error
+    return from_format(plain_names(weights, path), OWN, _config(path, **values), path, metadata.get("tokenizer"))
+
+
+def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read: it is damaged or downloaded in part ({error})") from error
+
+
+def _read_huggingface(folder: Path) -> Source:
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        config = _huggingface_config(values, path)
+        named = values.get("gptlit", {}).get("tokenizer")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is no configuration of a GPT-2 ({type(error).__name__}: {error})") from error
+    tokenizer = folder_spec(folder, config.vocab_size) or named
+    weights: dict[str, Tensor] = {}
+    for file in _huggingface_files(folder):
+        part = _open_safetensors(file)[0] if file.suffix == ".safetensors" else load_plain(file)
+        weights.update(
+            (name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}", value)
+            for name, value in plain_names(part, file).items()
+        )
+    if not config.qkv_bias:  # an export of a model without them: they are zeros
+        weights = {name: value for name, value in weights.items() if not name.endswith("attn.c_attn.bias")}
+    return from_format(weights, HUGGINGFACE, config, folder, tokenizer)
+
+
+def _huggingface_config(values: dict[str, Any], path: Path) -> GPTConfig:
+    if values.get("model_type") != "gpt2":
+        raise InputError(
+            f"{path.parent} holds a model of type {values.get('model_type')!r}: only 'gpt2' can be imported"
+        )
+    required = {
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+    }
+    for key, needed in required.items():
+        if values.get(key, needed) != needed:
+            raise InputError(f"{path} has {key} {values[key]!r}: a GPT-2 has {needed!r}, anything else is not imported")
+    if values.get("n_inner") not in (None, 4 * values["n_embd"]):
+        raise InputError(f"{path} has n_inner {values['n_inner']}: a GPT-2 has 4 x n_embd = {4 * values['n_embd']}")
+    return _config(
+        path,
+        vocab_size=values["vocab_size"],
+        context_length=values["n_positions"],
+        emb_dim=values["n_embd"],
+        n_heads=values["n_head"],
+        n_layers=values["n_layer"],
+        drop_rate=values.get("resid_pdrop", 0.1),
+        qkv_bias=values.get("gptlit", {}).get("qkv_bias", True),
+        tie_weights=values.get("tie_word_embeddings", True),
+        init="gpt2",
+    )
+
+
+def _huggingface_files(folder: Path) -> list[Path]:
+    """Return the weight files of a Hugging Face folder: one, or the shards that an index names."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            try:
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
+                raise InputError(f"{index} cannot be read: {error}") from error
+            missing = [part for part in names if Path(part).name != part or not (folder / part).is_file()]
+            if missing:
+                raise InputError(f"{folder} is incomplete: its index names {missing[0]!r}, which is not there")
+            return [folder / part for part in names]
+    raise InputError(f"{folder} has a config.json but neither model.safetensors nor pytorch_model.bin")
+
+
+def _download(name: str) -> Path:
+    """Fetch a model from the Hugging Face hub, or find it in the hub's cache."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise InputError(f'hf:{name} needs the package huggingface-hub: pip install "gptlit[hub]"') from error
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns="pytorch_model*.bin"))
+        return folder
+    except Exception as error:  # the hub's client raises a dozen kinds, none of them ours
+        raise InputError(
+            f"hf:{name} could not be fetched from the hub ({type(error).__name__}): check the name and the network, "
+            "or download the folder elsewhere and name it"
+        ) from error
+
+
+def _read_nanogpt(content: dict[str, Any], path: Path) -> Source:
+    args = content["model_args"]
+    try:
+        config = _config(
+            path,
+            vocab_size=args["vocab_size"],
+            context_length=args["block_size"],
+            emb_dim=args["n_embd"],
+            n_heads=args["n_head"],
+            n_layers=args["n_layer"],
+            drop_rate=args.get("dropout", 0.0),
+            qkv_bias=bool(args.get("bias", True)),
+            tie_weights=True,
+            init="gpt2",
+        )
+        weights = plain_names(content["model"], path)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no checkpoint of nanoGPT ({type(error).__name__}: {error})") from error
+    if not config.qkv_bias:  # then nothing there has a bias, and a bias of zero is none
+        with torch.device("meta"):
+            shapes = {openai_names(name)[0]: value.shape for name, value in GPTModel(config).state_dict().items()}
+        weights = {name: torch.zeros(shape) for name, shape in shapes.items() if name.endswith("bias")} | weights
+    note(f"{path}: nanoGPT has the exact GELU, GPT-2 and this project its tanh form: logits differ in the third digit")
+    return from_format(weights, NANOGPT, config, path)
+
+
+def _read_book(content: dict[str, Any], path: Path, n_heads: int | None) -> Source:
+    weights = content.get("model_state_dict", content)
+    weights = plain_names(weights, path) if isinstance(weights, dict) else {}
+    embedding = weights.get("tok_emb.weight")
+    if not isinstance(embedding, Tensor) or embedding.dim() != 2:
+        raise InputError(f"{path} holds no GPT-2 that is known here: no hyper_parameters, model_args or tok_emb.weight")
+    blocks = {int(m[1]) for name in weights if (m := re.match(r"trf_blocks\.(\d+)\.", name))}
+    vocab_size, emb_dim = embedding.shape
+    if n_heads is None and emb_dim % 64:
+        raise InputError(
+            f"{path} does not say its number of heads, and its emb_dim {emb_dim} is no multiple of 64: give --n_heads"
+        )
+    positions = weights.get("pos_emb.weight")
+    if not isinstance(positions, Tensor) or positions.dim() != 2:
+        raise InputError(f"{path} has no tensor 'pos_emb.weight'")
+    config = _config(
+        path,
+        vocab_size=vocab_size,
+        context_length=positions.shape[0],
+        emb_dim=emb_dim,
+        n_heads=emb_dim // 64 if n_heads is None else n_heads,
+        n_layers=len(blocks),
+        qkv_bias="trf_blocks.0.att.W_query.bias" in weights,
+    )
+    return from_format(weights, BOOK, config, path)
+
+
+# --- into a model -----------------------------------------------------------------------------------------------
+
+
+def load_pretrained(source: str | Path, n_heads: int | None = None) -> GPTModel:
+    """Build the model of a source, in evaluation mode on the CPU; sources as in `read_source`.
+
+    Raises:
+        InputError: As in `read_source`.
+    """
+    return build(read_source(source, n_heads))
+
+
+def build(source: Source) -> GPTModel:
+    """Build the model of a source that was read, in evaluation mode on the CPU."""
+    with torch.device("meta"):
+        model = GPTModel(source.config)
+    model.to_empty(device="cpu")
+    if source.config.tie_weights:
+        model.out_head.weight = model.tok_emb.weight
+    model.load_state_dict(source.state)
+    return model.eval()
+
+
+def load_model_and_tokenizer(path: str | Path) -> tuple[GPTModel, Tokenizer]:
+    """Like `load_pretrained`, with the tokenizer that belongs to the model.
+
+    Raises:
+        InputError: As in `read_source`, or the vocabularies do not fit together.
+    """
+    source = read_source(path)
+    tokenizer = source.load_tokenizer()
+    rows = source.config.vocab_size
+    if not _holds(source, tokenizer.n_vocab):
+        whose = "its" if source.tokenizer else "the default"
+        raise InputError(
+            f"{source.path} has a vocabulary of {rows} ids, but {whose} tokenizer {tokenizer.name!r} has "
+            f"{tokenizer.n_vocab}: its text cannot be read; name the right one with `gptlit import --tokenizer`"
+        )
+    if rows > tokenizer.n_vocab:
+        note(f"{source.path}: the ids from {tokenizer.n_vocab} to {rows - 1} have no text and are left out")
+    return build(_with_rows(source, tokenizer.n_vocab)), tokenizer
+
+
+def _holds(source: Source, n_vocab: int) -> bool:
+    """Whether a vocabulary is one of `n_vocab` ids, but for rows at its end that no text needs: they round it up, or
+    stand for tokens that were added to it.
+    """
+    beyond = source.config.vocab_size - n_vocab
+    if beyond < ROUNDING or source.tokenizer is None:
+        return 0 <= beyond < ROUNDING
+    return source.load_tokenizer().n_vocab == n_vocab
+
+
+def _with_rows(source: Source, n_vocab: int) -> Source:
+    """Leave out the rows of a vocabulary beyond `n_vocab`."""
+    rows = {"tok_emb.weight", "out_head.weight"}
+    state = {name: value[:n_vocab] if name in rows else value for name, value in source.state.items()}
+    return replace(source, config=replace(source.config, vocab_size=n_vocab), state=state)
+
+
+def check_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
+    """Check that the data have the tokenizer that the weights were trained with, where that is known.
+
+    Raises:
+        InputError: It is another one.
+    """
+    theirs = source.load_tokenizer()
+    is_known = source.tokenizer is not None and theirs.n_vocab <= source.config.vocab_size
+    if is_known and not same_ids(theirs, tokenizer):
+        raise InputError(
+            f"{source.path} was trained with the tokenizer {theirs.name!r}, the data have {tokenizer.name!r}: set "
+            f"data.tokenizer to {source.tokenizer_name or 'the ' + TOKENIZER_JSON + ' of then'}"
+        )
+
+
+FREE_KEYS = ("context_length", "drop_rate", "init")  # of the architecture, what need not be as in the source
+
+
+def agree(ours: dict[str, Any], source: Source) -> Source:
+    """Check that what is given of an architecture is that of the source, but for `FREE_KEYS`; return the source,
+    without the rows of its vocabulary that are not wanted.
+
+    Raises:
+        InputError: A key differs; it is named, with both values.
+    """
+    n_vocab = ours.get("vocab_size", source.config.vocab_size)
+    if _holds(source, n_vocab):
+        source = _with_rows(source, n_vocab)
+    for key, value in ours.items():
+        theirs = getattr(source.config, key)
+        if key not in FREE_KEYS and value != theirs:
+            remedy = "leave it out, it comes from there"
+            if key == "vocab_size":
+                remedy = "set data.tokenizer to the one that it was trained with"
+            raise InputError(f"model.config.{key} is {value}, but {source.path} has {theirs}: {remedy}")
+    return source
+
+
+def copy_weights(model: GPTModel, source: Source) -> None:
+    """Copy weights into a model of the same architecture; the table of positions is cut, or keeps its new rows.
+
+    Raises:
+        InputError: The architectures differ.
+    """
+    source = agree(asdict(model.config), source)
+    positions = gathered(model.pos_emb.weight).detach().clone()
+    common = min(len(positions), source.config.context_length)
+    positions[:common] = source.state["pos_emb.weight"][:common]
+    state, own = {**source.state, "pos_emb.weight": positions}, model.state_dict()
+    model.load_state_dict({name: shard_like(value, own[name]) for name, value in state.items()})
+
+
+# --- writing ----------------------------------------------------------------------------------------------------
+
+
+def _spec(source: Source) -> str | None:
+    """Return the tokenizer so that no other file is needed."""
+    return None if source.tokenizer is None else tokenizer_spec(source.load_tokenizer())

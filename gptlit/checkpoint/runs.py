@@ -1,0 +1,149 @@
+"""Run folders: where checkpoints lie, and which one is the newest."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from gptlit.checkpoint.io import SUFFIX, read_checkpoint
+from gptlit.errors import InputError, note
+
+LOCK = ".lock"
+
+
+def run_folders(root: Path, name: str) -> list[Path]:
+    """Return the folders of the runs of that name, oldest first."""
+    folders = {int(m[1]): p for p in (root / name).glob("version_*") if (m := re.fullmatch(r"version_(\d+)", p.name))}
+    return [folders[version] for version in sorted(folders)]
+
+
+def new_run_folder(root: Path, name: str) -> Path:
+    """Return the folder that the next run of that name gets; nothing is made yet."""
+    folders = run_folders(root, name)
+    version = int(folders[-1].name.removeprefix("version_")) + 1 if folders else 0
+    return root / name / f"version_{version}"
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """Return the file of the checkpoint after `step` optimizer steps."""
+    return run / "checkpoints" / f"step-{step:08d}{SUFFIX}"
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first."""
+    return sorted((run / "checkpoints").glob(f"step-*{SUFFIX}"))
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[Path]:
+    """Keep other processes out of a run's folder. The lock ends with this process, however that ends.
+
+    Raises:
+        BlockingIOError: Another process has it.
+    """
+    lock = FileLock(run / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BlockingIOError(f"another process is training in {run}: wait for it, or start a new run") from None
+    try:
+        yield run
+    finally:
+        lock.release()
+
+
+@contextmanager
+def locked_new_run(root: Path, name: str) -> Iterator[Path]:
+    """Make and lock the folder of a new run; each of several processes that do so at once gets its own.
+
+    It is removed again, with the parents that were made for it, if nothing is written into it.
+    """
+    while True:
+        run = new_run_folder(root, name)
+        parents = [folder for folder in run.parents if not folder.exists()]
+        try:
+            run.mkdir(parents=True)
+        except FileExistsError:  # another process was faster
+            continue
+        break
+    try:
+        with locked(run):
+            yield run
+    finally:
+        with suppress(OSError):  # the folder has gone, or a parent holds other runs
+            if all(path.name == LOCK for path in run.iterdir()):
+                shutil.rmtree(run)
+                for folder in parents:
+                    folder.rmdir()
+
+
+def best_path(run: Path) -> Path:
+    """Return the link to the checkpoint with the lowest validation loss."""
+    return run / "checkpoints" / f"best{SUFFIX}"
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """Return the newest checkpoint of a run that loads, or None when there is none at all.
+
+    Raises:
+        InputError: There are checkpoints, and not one of them loads.
+    """
+    errors: list[str] = []
+    for path in reversed(checkpoints(run)):
+        try:
+            read_checkpoint(path)
+        except InputError as error:
+            errors.append(str(error))
+            continue
+        for error_text in errors:
+            note(f"passed over: {error_text}")
+        return path
+    if errors:
+        raise InputError(f"none of the {len(errors)} checkpoints of {run} loads: {errors[0]}")
+    return None
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Return a checkpoint file: the path itself, or the newest one of a run's folder (or of a folder of its versions).
+
+    Raises:
+        InputError: There is none.
+    """
+    if path.is_file():
+        return path
+    if not path.exists():
+        raise InputError(f"checkpoint {str(path)!r} does not exist: give a .ckpt file or a run's folder")
+    if path.resolve().name == "checkpoints":
+        path = path.resolve().parent
+    for run in [path, *reversed(run_folders(path.parent, path.name))]:
+        if (found := newest_checkpoint(run)) is not None:
+            return found
+    raise InputError(f"no checkpoint in {path}: a run keeps them in version_<n>/checkpoints")
+
+
+def last_run(root: Path, name: str, must_exist: bool = False) -> Path | None:
+    """Return the newest run of that name that has a checkpoint; None when there is none.
+
+    Raises:
+        InputError: There is none and there must be.
+    """
+    for folder in reversed(run_folders(root, name)):
+        if checkpoints(folder):
+            return folder
+        note(f"--ckpt_path last: {folder} has no checkpoint")
+    if must_exist:
+        raise InputError(f"--ckpt_path last: there is no checkpoint in {root / name}: fit a model first")
+    note(f"--ckpt_path last: there is no run in {root / name} yet: starting a new one")
+    return None
+
+
+def folder_to_continue(path: Path, name: str) -> Path | None:
+    """Return the run of that name that a checkpoint is the newest of; from any other one a new run branches off."""
+    run = path.resolve().parent.parent
+    if run.parent.name != name:
+        return None
+    is_newest = path.parent.name == "checkpoints" and checkpoints(run)[-1:] == [path.resolve()]
+    return path.parent.parent if is_newest else None

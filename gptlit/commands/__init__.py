@@ -1,0 +1,1 @@
+"""The `gptlit` command, one file for each subcommand."""

@@ -1,0 +1,197 @@
+"""`gptlit plan`: what `train.py fit` would cost with the same files and flags; nothing is trained or written."""
+
+import json
+import sys
+from dataclasses import asdict, replace
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptlit.checkpoint.formats import Source
+from gptlit.checkpoint.io import read_checkpoint
+from gptlit.checkpoint.pretrained import agree
+from gptlit.config import PRESETS, GPTConfig
+from gptlit.data.datamodule import TokenDataModule, check_division, micro_batch_size
+from gptlit.errors import InputError, fail
+from gptlit.training.cli import TrainingCLI, command_line
+from gptlit.training.estimate import Work, describe, gigabytes, make_plan, measure, warnings
+from gptlit.training.module import GPTModule
+
+HUB_NAMES = {"gpt2": "small", "gpt2-medium": "medium", "gpt2-large": "large", "gpt2-xl": "xl"}
+
+
+class PlanCLI(TrainingCLI):
+    """Reads what `fit` reads, and stops before anything is made of it."""
+
+    makes_files = False
+
+    def before_instantiate_classes(self) -> None:
+        """Settle what depends on the machine; what is not here stays open."""
+        self.open: list[str] = []
+        super().before_instantiate_classes()
+
+    def _settle_architecture(self, config: Any) -> None:
+        hub, _, name = str(config.model.init_from).partition(":")
+        size = HUB_NAMES.get(name.removeprefix("openai-community/")) if hub == "hf" else None
+        if size is None:
+            try:
+                return super()._settle_architecture(config)
+            except InputError as error:
+                self.open.append(f"{error}; the architecture is that of the configuration")
+                return
+        preset = replace(PRESETS[f"gpt2-{size}"], qkv_bias=True, tie_weights=True)  # without a download
+        given = self._given("model", "config")
+        agree(given, Source(Path(config.model.init_from), preset, {}))
+        for key, value in {**asdict(preset), **given}.items():
+            config.model.config[key] = value
+
+    def instantiate_classes(self) -> None:
+        """Make nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing."""
+
+
+def run(args: list[str], with_measure: bool, as_json: bool) -> None:
+    """Print the plan of `train.py fit` with these arguments, its warnings last.
+
+    Args:
+        args: Files and flags of `fit`.
+        with_measure: Time a micro-batch and a step on this machine, and reckon when the run would end.
+        as_json: Print one JSON object.
+    """
+    cli = command_line(PlanCLI, ["fit", *args])
+    assert isinstance(cli, PlanCLI)
+    try:
+        config = cli.config["fit"]
+        work = work_of(config, cli.run)
+        plan = make_plan(work)
+        found = [*cli.open, *warnings(work, plan)]
+        if not as_json:
+            print("\n".join(describe(work, plan)), flush=True)
+        if with_measure:
+            done = read_checkpoint(Path(config.ckpt_path))["global_step"] if config.ckpt_path is not None else 0
+            plan["time"] = time_of(work, plan, done)
+    except (ValueError, TypeError, RuntimeError) as error:
+        fail(error, status=2)
+    if as_json:
+        print(json.dumps({**plan, "warnings": found}, indent=1))
+        return
+    if (seconds := plan["time"]["seconds_a_step"]) is not None:
+        rate = f"{seconds:.3g} s a step, {plan['time']['tokens_per_second']:,.0f} tokens/s"
+        left = f": {timedelta(seconds=round(plan['time']['seconds']))} to the end" if plan["time"]["seconds"] else ""
+        print(f"time    {rate}{left}, validations and checkpoints not counted")
+    for line in found:
+        print(f"warning: {line}")
+
+
+def work_of(config: Any, run: Path) -> Work:
+    """Return what is to be planned, from a parsed configuration of `fit`."""
+    model, data, trainer = config.model, config.data, config.trainer
+    values = model.as_dict()
+    module = GPTModule(**{**values, "config": GPTConfig(**values["config"]), "init_from": None})  # checks the values
+    device = device_of(trainer.accelerator)
+    devices = count_devices(trainer.devices, device) * int(trainer.num_nodes)
+    if devices < 1:
+        raise InputError(f"trainer.devices {trainer.devices}, trainer.num_nodes {trainer.num_nodes}: one is the least")
+    check_division(data.batch_size, devices)
+    datamodule = TokenDataModule(**config.data.as_dict() if isinstance(data.source, str) else _with_sources(data))
+    datamodule.context_length = datamodule.agree(module.config)
+    windows = val_windows = tokens = None
+    if datamodule.is_prepared:
+        datamodule.load("fit")
+        windows, val_windows = (len(datamodule.windows[name]) for name in ("train", "val"))
+        tokens = datamodule.data.tokens("train")
+    saves = 0 if trainer.enable_checkpointing is False else config.run.keep_last
+    return Work(
+        config=module.config,
+        optimizer=model.optimizer,
+        precision=str(trainer.precision),
+        device=device,
+        devices=devices,
+        nodes=int(trainer.num_nodes),
+        shards=trainer.strategy == "fsdp2",
+        recompute=model.activation_checkpointing,
+        compile=model.compile,
+        batch_size=data.batch_size,
+        micro_batch_size=micro_batch_size(data.batch_size, devices, data.micro_batch_size),
+        steps=None if trainer.max_steps == -1 else trainer.max_steps,
+        epochs=None if trainer.max_epochs in (None, -1) else trainer.max_epochs,
+        lr=model.lr,
+        warmup_steps=model.warmup_steps,
+        is_pretrained=model.init_from is not None,
+        windows=windows,
+        val_windows=val_windows,
+        train_tokens=tokens,
+        saves=None if saves == -1 else saves + (config.run.keep_best and saves > 0),
+        folder=run.parent.parent,
+    )
+
+
+def _with_sources(data: Any) -> dict[str, Any]:
+    from gptlit.data.datamodule import Weighted
+
+    sources = [part if isinstance(part, Weighted) else Weighted(**vars(part)) for part in data.source]
+    return {**data.as_dict(), "source": sources}
+
+
+def device_of(accelerator: Any) -> str:
+    """Return the kind of device that Lightning's name stands for.
+
+    Raises:
+        InputError: It is none that this project trains on.
+    """
+    if accelerator in ("gpu", "cuda"):
+        return "cuda"
+    if accelerator == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if accelerator not in ("cpu", "mps"):
+        raise InputError(f"trainer.accelerator {accelerator!r} cannot be planned: use auto, cpu, gpu or mps")
+    return str(accelerator)
+
+
+def count_devices(devices: Any, device: str) -> int:
+    """Return how many devices of a machine are used; 1 for all GPUs of a machine without any."""
+    if devices in ("auto", -1, "-1"):
+        return max(1, torch.cuda.device_count()) if device == "cuda" else 1
+    if isinstance(devices, list):
+        return len(devices)
+    text = str(devices)
+    return int(text) if text.isdigit() else len([part for part in text.split(",") if part])
+
+
+def time_of(work: Work, plan: dict[str, Any], done: int) -> dict[str, Any]:
+    """Return what the run would take from step `done` on, if all devices were like the one here.
+
+    Raises:
+        InputError: The device of the configuration is not here, or too small.
+    """
+    need, have = plan["memory"]["total"], plan["memory"]["available"]
+    if have is not None and need > have:
+        raise InputError(f"--measure: {gigabytes(need)} are needed and the device has {gigabytes(have)}")
+    if work.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--measure: there is no GPU here; add --trainer.accelerator cpu to measure the CPU")
+    print("measuring: a few micro-batches and steps with random weights", file=sys.stderr)
+    seconds = measure(work)
+    steps = plan["run"]["steps"]
+    total = None if steps is None else seconds * max(0, steps - done)
+    end = None if total is None else (datetime.now() + timedelta(seconds=total)).isoformat(timespec="seconds")
+    rate = plan["step"]["tokens"] / seconds
+    return {"seconds_a_step": seconds, "seconds": total, "tokens_per_second": rate, "end": end}
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON schema of the YAML files of `train.py fit`; jsonargparse makes it."""
+    from jsonargparse._completions_jsonschema import ParserJsonschema
+
+    class Schema(ParserJsonschema):  # type: ignore[misc,unused-ignore]
+        def action_type_schema(self, action: Any, consts: Any) -> Any:
+            try:
+                return super().action_type_schema(action, consts)  # type: ignore[no-untyped-call,unused-ignore]
+            except TypeError:  # one of Lightning's plugins takes a metaclass, whose subclasses cannot be listed
+                return {}
+
+    cli = command_line(PlanCLI, ["fit", "--trainer.max_steps=1", "--trainer.precision=32-true"])
+    return dict(Schema().generate(cli._parser("fit")))  # type: ignore[no-untyped-call,unused-ignore]

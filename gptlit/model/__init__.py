@@ -1,0 +1,1 @@
+"""The model: plain torch, neither Lightning nor files."""

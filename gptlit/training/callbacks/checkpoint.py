@@ -1,0 +1,132 @@
+"""When checkpoints are saved, and which are kept."""
+
+import math
+import time
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
+
+from gptlit.checkpoint.io import DurableCheckpointIO, remove, tidy
+from gptlit.checkpoint.runs import best_path, checkpoint_path, checkpoints
+from gptlit.errors import InputError
+from gptlit.model.sharding import local
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+
+class StepCheckpoint(Checkpoint):
+    """Saves after every `every_n_steps` optimizer steps, after a validation that was the best so far, and at the end of
+    a fit; keeps the newest `keep_last` and the best.
+
+    A save waits until the next step begins, so that a validation due at the same step comes before it.
+
+    Args:
+        run: The run's folder.
+        io: Writes the checkpoints.
+        every_n_steps: Optimizer steps from one checkpoint to the next.
+        keep_last: How many to keep; -1 keeps all.
+        keep_best: Whether to keep the one with the lowest val/loss too.
+    """
+
+    def __init__(
+        self, run: Path, io: DurableCheckpointIO, every_n_steps: int, keep_last: int, keep_best: bool = True
+    ) -> None:
+        self.run = run
+        self.io = io
+        self.every_n_steps = every_n_steps
+        self.keep_last = keep_last
+        self.keep_best = keep_best
+        self.seconds = 0.0  # spent on saving, while training waited
+        self.best_loss, self.best_step = math.inf, -1
+        self._saved_step = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """All devices write to the folder that the first one chose."""
+        self.run = trainer.strategy.broadcast(self.run)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep which checkpoint is the best."""
+        return {"best_loss": self.best_loss, "best_step": self.best_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it up again; in a run that branches off there is none yet."""
+        if checkpoint_path(self.run, state_dict["best_step"]).is_file():
+            self.best_loss, self.best_step = state_dict["best_loss"], state_dict["best_step"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What was resumed from is there already; what a killed process left half-written goes."""
+        self._saved_step = trainer.global_step
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._folder.mkdir(parents=True, exist_ok=True)
+            tidy(self._folder)
+
+    @property
+    def _folder(self) -> Path:
+        return checkpoint_path(self.run, 0).parent
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the best loss; its checkpoint is due then."""
+        loss = float(trainer.callback_metrics.get("val/loss", math.inf))
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self.keep_best and loss < self.best_loss:
+            self.best_loss, self.best_step = loss, trainer.global_step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, _: int) -> None:
+        """Save when it is due; say what went wrong in the last save."""
+        self.io.check()
+        if trainer.global_step % self.every_n_steps == 0 or trainer.global_step == self.best_step:
+            self.save(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save where the fit ends: a fit is one epoch of Lightning's. At `on_train_end` WeightAveraging has already
+        replaced the weights by their average.
+        """
+        self.save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Wait until it is written."""
+        self.io.wait()
+
+    def save(self, trainer: pl.Trainer) -> None:
+        """Save now, unless this step is saved.
+
+        Raises:
+            InputError: The folder has gone, the disk is full, or a weight is not a number any more.
+        """
+        step = trainer.global_step
+        if step == self._saved_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        began = time.perf_counter()
+        if trainer.is_global_zero and not self._folder.is_dir():
+            raise InputError(f"the folder {self._folder} has gone: step {step} cannot be saved")
+        parameters = trainer.lightning_module.named_parameters()
+        wrong = next((name for name, parameter in parameters if not local(parameter).isfinite().all()), None)
+        if trainer.strategy.reduce_boolean_decision(wrong is not None, all=False):  # a shard may be on another device
+            raise InputError(
+                f"{wrong or 'a weight on another device'} is not finite at step {step}: it is not saved, the "
+                "checkpoint before it is good"
+            )
+        self.io.then = partial(self._tidy, checkpoint_path(self.run, step), self.best_step)
+        trainer.save_checkpoint(checkpoint_path(self.run, step))
+        self.seconds += time.perf_counter() - began
+        self._saved_step = step
+
+    def _tidy(self, newest: Path, best_step: int) -> None:
+        """Point to the best checkpoint, delete those that are too old. The newest one is on the disk."""
+        best = checkpoint_path(self.run, best_step)
+        if best_step >= 0 and best.is_file():
+            link = best.with_name(".best.partial")
+            with suppress(OSError):  # some file systems have no links; the checkpoint itself is kept all the same
+                link.unlink(missing_ok=True)
+                link.symlink_to(best.name)
+                link.replace(best_path(self.run))
+        if self.keep_last > 0:  # what has a higher number is damaged, or not of this timeline
+            for path in [path for path in checkpoints(self.run) if path <= newest][: -self.keep_last]:
+                if path != best:
+                    remove(path)

@@ -1,0 +1,174 @@
+"""The progress bar, and the summary at the start of a fit."""
+
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.rule import Rule
+from rich.text import Text
+
+from gptlit.data.datamodule import TokenDataModule
+from gptlit.training.callbacks.checkpoint import StepCheckpoint
+from gptlit.training.callbacks.validation import SampleText
+from gptlit.training.estimate import Work, describe, make_plan, warnings
+from gptlit.training.module import GPTModule
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+
+class StepProgress(ProgressBar):
+    """One bar over the optimizer steps with the last logged figures; plain lines where there is no terminal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.console = Console(stderr=True)
+        self._enabled = True
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._shown_step = -1
+
+    def disable(self) -> None:
+        """Lightning calls this on every device but the first."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Show progress here."""
+        self._enabled = True
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print above the bar."""
+        if self._enabled:
+            (self._progress.console if self._progress else self.console).print(*args, **kwargs)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say what is about to happen, then show the bar."""
+        self._began, self._first_step = time.monotonic(), trainer.global_step
+        for line in _summary(trainer, pl_module):
+            self.print(line, highlight=False, markup=False, soft_wrap=True)
+        if self._enabled and self.console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("[dim]{task.fields[figures]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+                refresh_per_second=4,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task(
+                "training", total=trainer.max_steps, completed=trainer.global_step, figures=""
+            )
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Advance by optimizer steps; the figures change only where something was logged."""
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=trainer.global_step, figures=_figures(trainer))
+        elif self._enabled and trainer._logger_connector.should_update_logs:
+            self._line(trainer)
+
+    def _line(self, trainer: pl.Trainer) -> None:
+        step = trainer.global_step
+        if step == self._shown_step or step == self._first_step:
+            return
+        self._shown_step = step
+        rate = (time.monotonic() - self._began) / (step - self._first_step)
+        left = timedelta(seconds=int(rate * (trainer.max_steps - step)))
+        self.print(
+            f"step {step}/{trainer.max_steps}  {_figures(trainer)}  {left} left", highlight=False, soft_wrap=True
+        )
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Say in the bar that a validation is going on."""
+        if self._progress is not None and self._task is not None:
+            total = sum(trainer.num_val_batches)
+            self._progress.update(self._task, description=f"validating {batch_idx + 1}/{total}")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print a line a validation, and the sample under it."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description="training", figures=_figures(trainer))
+        step = trainer.global_step
+        metrics = trainer.callback_metrics
+        if "val/loss" in metrics:
+            loss, perplexity = float(metrics["val/loss"]), float(metrics["val/perplexity"])
+            self.print(f"step {step}: val/loss {loss:.4f}, perplexity {perplexity:.1f}", highlight=False)
+        sample = next((c.text for c in trainer.callbacks if isinstance(c, SampleText)), "")  # type: ignore[attr-defined]
+        if sample:
+            self.print(Rule("sample", style="dim"), Text(sample, style="italic"), Rule(style="dim"))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave the terminal as it was."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the terminal as it was."""
+        self.teardown(trainer, pl_module, "fit")
+
+
+def _figures(trainer: pl.Trainer) -> str:
+    """Return the figures that were logged last, from memory: nothing is read off the device for it."""
+    metrics = trainer.logged_metrics
+    names = {
+        "train/loss": ("loss", ".3f"),
+        "val/loss": ("val", ".3f"),
+        "perf/tokens_per_second": ("tokens/s", ",.0f"),
+    }
+    known = {**{k: v for k, v in trainer.callback_metrics.items() if k == "val/loss"}, **metrics}
+    return "  ".join(f"{label} {float(known[key]):{form}}" for key, (label, form) in names.items() if key in known)
+
+
+def _summary(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
+    """Describe model, data and run in a few lines; what looks wrong comes last."""
+    assert isinstance(pl_module, GPTModule)
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(datamodule, TokenDataModule):
+        return []
+    work = work_of(trainer, pl_module, datamodule)
+    plan = make_plan(work)
+    lines = describe(work, plan)
+    source = datamodule.source if isinstance(datamodule.source, str) else f"{len(datamodule.sources)} corpora"
+    mix = [f"        {line}" for line in datamodule.describe_mix()]
+    return [f"corpus  {source}", *mix, *lines, *(f"warning: {line}" for line in warnings(work, plan))]
+
+
+def work_of(trainer: pl.Trainer, module: GPTModule, datamodule: TokenDataModule) -> Work:
+    """Return what a run that is about to begin will do."""
+    saver = next((c for c in trainer.checkpoint_callbacks if isinstance(c, StepCheckpoint)), None)
+    keep = saver.keep_last if saver is not None else 0
+    return Work(
+        config=module.config,
+        optimizer=module.optimizer_name,
+        precision=str(trainer.precision),
+        device=trainer.strategy.root_device.type,
+        devices=trainer.world_size,
+        nodes=trainer.num_nodes,
+        shards=module.device_mesh is not None,
+        recompute=module.activation_checkpointing,
+        compile=module.compile_model,
+        batch_size=datamodule.batch_size,
+        micro_batch_size=datamodule.micro_batch_size_used,
+        steps=trainer.max_steps,
+        lr=module.schedule.peak,
+        warmup_steps=module.schedule.warmup_steps,
+        is_pretrained=module.init_from is not None,
+        windows=len(datamodule.windows["train"]),
+        val_windows=len(datamodule.windows["val"]),
+        train_tokens=datamodule.data.tokens("train"),
+        saves=None if keep == -1 else keep + (saver is not None and saver.keep_best),
+        folder=saver.run if saver is not None else Path("."),
+    )

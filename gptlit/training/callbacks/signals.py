@@ -1,0 +1,158 @@
+"""How a fit ends before its end: signals, steps that are not finite, and other processes of the run that have gone."""
+
+import os
+import shlex
+import signal
+import subprocess
+import threading
+import time
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer, WeightAveraging
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from torch.distributed.distributed_c10d import _get_default_store
+
+from gptlit.errors import note
+from gptlit.training.callbacks.checkpoint import StepCheckpoint
+from gptlit.training.module import GPTModule
+
+
+class GracefulStop(Callback):
+    """SIGTERM, SIGINT, SIGHUP and SLURM's SIGUSR1 save and end a fit between two steps; a second one ends at once.
+
+    A signal handler only sets a flag. With several devices the process that was signalled chooses the step to stop
+    before, and the others read it from the process group's store (see `_agreed`). The exit status is 128 + the signal.
+    A hang-up that is ignored when the fit begins (`nohup`) stays so.
+
+    Args:
+        checkpoint: Saves; None where nothing is to be saved.
+    """
+
+    SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+    ECHO = 2.0  # seconds in which a signal may come twice: to the process group, and passed on by torchrun or `timeout`
+    fits = 0  # of this process: a name for each in the store
+
+    def __init__(self, checkpoint: StepCheckpoint | None) -> None:
+        self.checkpoint = checkpoint
+        self.signal: signal.Signals | None = None
+        self._signalled = 0.0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Lightning's own handling of SIGTERM is left out: it synchronises all devices in every batch, and can hang."""
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Install the handlers."""
+        GracefulStop.fits += 1
+        self._key = f"gptlit/stop/{GracefulStop.fits}"
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for name in self.SIGNALS:
+            number = getattr(signal, name, None)  # Windows has neither SIGUSR1 nor SIGHUP
+            if number and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
+                self._before[number] = signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _: Any) -> None:
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._signalled = signal.Signals(number), now
+            again = f"a second one, after {self.ECHO:.0f} s, ends at once"
+            note(f"{self.signal.name}: saving and ending after this step ({again})")
+        elif now - self._signalled > self.ECHO:
+            os._exit(128 + number)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Put the handlers back that were there before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Lightning tears nothing down then."""
+        self.teardown(trainer, pl_module, "")
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, _: int) -> None:
+        """Stop between two steps."""
+        assert isinstance(pl_module, GPTModule)
+        if not pl_module.is_between_steps:
+            return
+        if trainer.world_size > 1:
+            stop, number = self._agreed(trainer)
+            if trainer.global_step == stop:
+                self._stop(trainer, number)
+        elif self.signal is not None:
+            self._stop(trainer, self.signal)
+
+    def _agreed(self, trainer: pl.Trainer) -> tuple[int, signal.Signals]:
+        """Return before which step all devices stop, and by which signal; -1 where there was none.
+
+        Hosts are not in step: they may run ahead of their devices. Each one publishes its step and looks for a signal
+        after that. One that has seen none has therefore published before the signal was, so that the process that was
+        signalled, which reads all steps after that, chooses a later step than any host has passed.
+        """
+        store: Any = _get_default_store()
+        store.set(f"{self._key}/step/{trainer.global_rank}", str(trainer.global_step))
+        if self.signal is not None:
+            own = f"{trainer.global_rank} {int(self.signal)}"
+            store.compare_set(f"{self._key}/signal", "", own)
+            if store.get(f"{self._key}/signal") == own.encode() and not store.check([self._key]):
+                steps = [int(store.get(f"{self._key}/step/{rank}")) for rank in range(trainer.world_size)]
+                store.set(self._key, str(max(steps) + 1))
+        if not store.check([f"{self._key}/signal"]):
+            return -1, signal.SIGTERM
+        number = int(store.get(f"{self._key}/signal").split()[1])
+        return int(store.get(self._key)), signal.Signals(number)  # waits for the choice
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop before a validation rather than after it: the resumed run makes it. All devices are here at once."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            number = torch.tensor(int(self.signal or 0), device=pl_module.device)
+            number = trainer.strategy.reduce(number, reduce_op="max") if trainer.world_size > 1 else number
+            if int(number):
+                self._stop(trainer, signal.Signals(int(number)))
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Alone, stop in the midst of one."""
+        if trainer.state.fn == "fit" and trainer.world_size == 1 and self.signal is not None:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, WeightAveraging):
+                    callback.on_validation_epoch_end(trainer, pl_module)  # the model holds the average until then
+            self._stop(trainer, self.signal)
+
+    def _stop(self, trainer: pl.Trainer, number: signal.Signals) -> NoReturn:
+        """Save and leave, with the status that a shell gives to this signal."""
+        if self.checkpoint is not None:
+            self.checkpoint.save(trainer)
+            self.checkpoint.io.wait()
+        for process in children(trainer):
+            process.wait(timeout=60)
+        next_ = "nothing is saved"
+        if self.checkpoint is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            next_ = f"--ckpt_path {shlex.quote(str(self.checkpoint.run))} goes on there"
+        note(f"stopped by {number.name} after step {trainer.global_step}; {next_}")
+        if number.name == "SIGUSR1" and trainer.is_global_zero and (job := os.environ.get("SLURM_JOB_ID")):
+            subprocess.run(["scontrol", "requeue", job], check=False)
+        raise SystemExit(128 + number)
+
+
+def early_end(trainer: pl.Trainer) -> str | None:
+    """Return why a fit has ended before its last step; None where it has not."""
+    if trainer.global_step >= trainer.max_steps:
+        return None
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        left = callback.time_remaining() if isinstance(callback, Timer) else None
+        if left is not None and left <= 0:
+            return "the time of trainer.max_time is over"
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
+            return f"EarlyStopping: {callback.stopping_reason_message}"
+    return "a callback set trainer.should_stop"
+
+
+def children(trainer: pl.Trainer) -> "list[subprocess.Popen[bytes]]":
+    """Return the processes that Lightning has started for the other devices; none under torchrun or SLURM."""
+    launcher = trainer.strategy.launcher
+    return launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []

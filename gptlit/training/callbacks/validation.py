@@ -1,0 +1,88 @@
+"""Validation after the last step, and a sample after each validation."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from gptlit.generation.generate import generate
+from gptlit.training.module import GPTModule
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+
+class FinalValidation(Callback):
+    """Validates after the last step too, wherever the interval falls; and when a run is resumed at a step whose
+    validation was not made, since the run was stopped before it.
+    """
+
+    def __init__(self, every_n_steps: int) -> None:
+        self.every_n_steps = every_n_steps
+        self.last_step = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Keep which validation was the last."""
+        return {"last_step": self.last_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See whether the one of this step was made."""
+        self.last_step = state_dict["last_step"]
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make up for it."""
+        step = trainer.global_step
+        if step > 0 and step % self.every_n_steps == 0 and self.last_step < step:
+            loop = trainer.fit_loop.epoch_loop
+            loop._batches_that_stepped -= 1  # as in the step itself: its point in the curve is that of the step
+            trainer.validating = True
+            loop.val_loop.run()
+            trainer.training = True
+            loop._batches_that_stepped += 1
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.last_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Lightning validates once more when it is told to stop."""
+        if trainer.global_step >= trainer.max_steps > 0:
+            trainer.should_stop = True
+
+
+class SampleText(Callback):
+    """Continues a prompt after each validation: in TensorBoard's text tab and on the terminal.
+
+    Args:
+        prompt: Text to continue.
+        max_new_tokens: Length of the continuation.
+        seed: The draw is the same each time, so that only the model changes.
+    """
+
+    def __init__(self, prompt: str, max_new_tokens: int = 48, seed: int = 0) -> None:
+        self.prompt = prompt
+        self.max_new_tokens = max_new_tokens
+        self.seed = seed
+        self.text = ""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Every device samples (a sharded model needs them all), the first one shows it."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        assert isinstance(pl_module, GPTModule)
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        tokenizer = datamodule.tokenizer
+        prompt = torch.tensor([tokenizer.encode_ordinary(self.prompt)], device=pl_module.device)
+        generator = torch.Generator(pl_module.device).manual_seed(self.seed)
+        with trainer.precision_plugin.forward_context():
+            ids = generate(pl_module.model, prompt, self.max_new_tokens, temperature=0.8, top_k=50, generator=generator)
+        self.text = tokenizer.decode(ids[0].tolist())
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                markdown = "\n".join("    " + line for line in self.text.splitlines())
+                logger.experiment.add_text("samples", markdown, trainer.global_step)

@@ -1,0 +1,370 @@
+"""What a run will cost, before its first step: parameters, memory, steps, tokens, disk, and what looks wrong."""
+
+import math
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptlit.config import GPTConfig
+from gptlit.model.gpt import GPTModel, TransformerBlock
+from gptlit.model.loss import ROWS, head_loss, softmax_, softmax_by_parts_
+from gptlit.training.module import keep_little
+from gptlit.training.optimizer import make_optimizer
+
+CHINCHILLA = 20  # tokens a parameter. Source: Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models"
+
+
+PROGRAM = 0.7e9  # bytes that Python, torch and Lightning take in main memory
+
+
+COMPILER = 0.25e9  # and torch.compile
+
+
+# 10^12 dense bf16 operations a second, by a part of the device's name. Source: NVIDIA's datasheets.
+DATASHEET_PEAKS = {
+    "B200": 2250,
+    "GH200": 989,
+    "H200": 989,
+    "H100": 989,
+    "H100 PCIe": 756,
+    "A100": 312,
+    "L40S": 362,
+    "L4": 121,
+    "A10G": 70,
+    "RTX 3090": 71,
+    "RTX 4090": 165,
+    "RTX 5090": 209,
+}
+
+
+# Bytes that a token leaves in a block for the way back, over emb_dim, by the size of an activation.
+SAVED = {2: 42, 4: 68, 8: 136}
+
+
+# The same where the compiler recomputes cheap operations in backward. On CUDA, 2 is measured, the others are estimated.
+SAVED_COMPILED = {"cpu": {2: 24, 4: 44, 8: 88}, "cuda": {2: 30, 4: 60, 8: 120}}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a plan is made for. None: not known.
+
+    Args:
+        config: The architecture.
+        optimizer: "adamw" or "muon".
+        precision: Lightning's name, "bf16-mixed" for example.
+        device: "cpu", "cuda" or "mps".
+        devices: How many, over all nodes.
+        nodes: Machines.
+        shards: Whether weights, gradients and moments are split over them.
+        recompute: Whether blocks are computed again on the way back.
+        compile: Whether blocks are compiled.
+        batch_size: Windows in an optimizer step, over all devices.
+        micro_batch_size: Windows that a device takes at once.
+        steps: Optimizer steps of the run.
+        epochs: Passes over the training windows, where they limit the run.
+        lr: The peak of the learning rate.
+        warmup_steps: Steps until it is reached.
+        is_pretrained: Whether the weights come from somewhere.
+        windows: Of the training part.
+        val_windows: Of the validation part; 0 where none is wanted.
+        train_tokens: Of the training part.
+        saves: Checkpoints that are kept; None keeps all.
+        folder: Where they go.
+    """
+
+    config: GPTConfig
+    optimizer: str = "adamw"
+    precision: str = "32-true"
+    device: str = "cpu"
+    devices: int = 1
+    nodes: int = 1
+    shards: bool = False
+    recompute: bool = False
+    compile: bool = False
+    batch_size: int = 16
+    micro_batch_size: int = 16
+    steps: int | None = None
+    epochs: int | None = None
+    lr: float = 6e-4
+    warmup_steps: int = 0
+    is_pretrained: bool = False
+    windows: int | None = None
+    val_windows: int | None = None
+    train_tokens: int | None = None
+    saves: int | None = 3
+    folder: Path = Path("runs")
+
+
+def make_plan(work: Work) -> dict[str, Any]:
+    """Return the plan as nested values: bytes, tokens, steps, seconds; None for what is not known."""
+    parameters = count_parameters(work.config)
+    steps, per_epoch = work.steps, None
+    if work.windows is not None:
+        per_epoch = math.ceil(work.windows / work.batch_size)
+        if work.epochs is not None:
+            limit = math.ceil(work.epochs * work.windows / work.batch_size)
+            steps = limit if steps is None else min(steps, limit)
+    tokens_a_step = work.batch_size * work.config.context_length
+    tokens = None if steps is None else steps * tokens_a_step
+    size = word(work.precision) * parameters["total"] + optimizer_bytes(work)
+    return {
+        "parameters": parameters,
+        "memory": memory(work, parameters["total"]),
+        "step": {
+            "windows": work.batch_size,
+            "tokens": tokens_a_step,
+            "devices": work.devices,
+            "micro_batch_size": work.micro_batch_size,
+            "accumulation": accumulation(work),
+        },
+        "data": {
+            "train_tokens": work.train_tokens,
+            "train_windows": work.windows,
+            "val_windows": work.val_windows,
+            "steps_per_epoch": per_epoch,
+            "epochs": None if tokens is None or not work.windows else steps * work.batch_size / work.windows,  # type: ignore[operator]
+        },
+        "run": {
+            "steps": steps,
+            "tokens": tokens,
+            "tokens_per_parameter": None if tokens is None else tokens / parameters["total"],
+            "operations": None if tokens is None else tokens * operations(work.config, parameters),
+        },
+        "checkpoint": {
+            "bytes": size,
+            "bytes_kept": None if work.saves is None else size * work.saves,
+            "free": shutil.disk_usage(_existing(work.folder)).free,
+        },
+        "time": {"seconds_a_step": None, "seconds": None, "tokens_per_second": None, "end": None},
+    }
+
+
+def count_parameters(config: GPTConfig) -> dict[str, int]:
+    """Return the exact number of parameters by part, and in all; a tied head has none of its own."""
+    with torch.device("meta"):
+        model = GPTModel(config)
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    parts["out_head"] = 0 if config.tie_weights else parts["out_head"]
+    return {**{name: count for name, count in parts.items() if name != "drop_emb"}, "total": sum(parts.values())}
+
+
+def operations(config: GPTConfig, parameters: dict[str, int]) -> int:
+    """Return the floating-point operations of training on one token. Source: Chowdhery et al. 2022, appendix B."""
+    multiplied = parameters["total"] - parameters["pos_emb"] - (0 if config.tie_weights else parameters["tok_emb"])
+    return 6 * multiplied + 12 * config.n_layers * config.emb_dim * config.context_length
+
+
+def datasheet_peak(device_name: str, precision: str) -> float | None:
+    """Return the operations a second of a GPU's datasheet, in 16-bit precision; None where they are not known here."""
+    known = [name for name in DATASHEET_PEAKS if name in device_name]
+    if not known or not precision.startswith(("bf16", "16")):
+        return None
+    return DATASHEET_PEAKS[max(known, key=len)] * 1e12
+
+
+def accumulation(work: Work) -> int:
+    """Return the micro-batches of a step on each device."""
+    return math.ceil(work.batch_size / (work.micro_batch_size * work.devices))
+
+
+def word(precision: str) -> int:
+    """Return the bytes of a weight, of its gradient and of each of its moments."""
+    return {"64-true": 8, "bf16-true": 2, "16-true": 2}.get(precision, 4)
+
+
+def optimizer_bytes(work: Work) -> int:
+    """Return the bytes of the moments: two a parameter, one for what Muon moves."""
+    total = 2 * count_parameters(work.config)["total"]
+    if work.optimizer == "muon":
+        total -= 12 * work.config.n_layers * work.config.emb_dim**2
+    return word(work.precision) * total
+
+
+def memory(work: Work, total: int) -> dict[str, int | None]:
+    """Return what one device needs at its peak, in bytes by part, and what it has.
+
+    The activations are reckoned: what a block keeps of a token for the way back, as in docs/scaling.md. Gradients grow
+    while activations go, and are gone when the next ones come, but for other micro-batches and other devices: only
+    then they need room of their own. Sharded ones are whole on each device from one micro-batch of a step to the next.
+    """
+    config = work.config
+    width, layers, vocabulary = config.emb_dim, config.n_layers, config.vocab_size
+    tokens = work.micro_batch_size * config.context_length
+    size = {"64": 8, "32": 4}.get(work.precision.split("-")[0], 2)
+    kept = (SAVED_COMPILED.get(work.device, SAVED) if work.compile else SAVED)[size]
+    n = work.devices if work.shards else 1
+    saved = kept * (layers + 2)  # and what one block takes on its way back
+    if config.drop_rate:
+        saved += 2 * layers  # masks behind attention and feed-forward
+        if work.device == "cpu":  # torch's attention keeps its probabilities where it drops some
+            saved += layers * config.n_heads * config.context_length * (2 * size + 1) // width
+    activations = tokens * width * (4 * layers + 2 * kept if work.recompute else saved)
+    casts = 2 * 12 * width**2 * layers if "mixed" in work.precision and not work.compile else 0
+    rows = min(tokens, ROWS.get(work.device, 1024))
+    parts: dict[str, int] = {
+        "weights": word(work.precision) * total // n,
+        "gradients": word(work.precision) * total // (n if accumulation(work) == 1 else 1),
+        "optimizer": optimizer_bytes(work) // n,
+        "activations": activations + casts,
+        "logits": (6 if size == 2 else 4) * vocabulary * width + size * vocabulary * rows,
+        "program": int(PROGRAM + COMPILER * work.compile) if work.device == "cpu" else 0,
+    }
+    if config.tie_weights:
+        parts["gradients"] += 4 * vocabulary * width  # the embedding's own, before it is added to the head's
+    if work.devices == accumulation(work) == 1:
+        parts["gradients"] = max(0, parts["gradients"] - parts["activations"])
+    if n > 1:
+        parts["weights"] += 8 * (vocabulary * width + 12 * width**2)  # the embedding and a block, gathered
+    return {**parts, "total": sum(parts.values()), "available": available_memory(work)}
+
+
+def available_memory(work: Work) -> int | None:
+    """Return the bytes that a device has; None where it is not here. Processes on CPUs share those of their machine."""
+    if work.device == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * work.nodes // work.devices
+    if work.device == "cuda" and torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return None
+
+
+def usual_lr(parameters: int) -> float:
+    """Return the learning rate that is usual for a model trained with AdamW from scratch.
+
+    Source: Kaplan et al. 2020, "Scaling Laws for Neural Language Models", equation D.1.
+    """
+    return max(1e-4, 0.003239 - 0.0001395 * math.log(parameters))
+
+
+def warnings(work: Work, plan: dict[str, Any]) -> list[str]:
+    """Say in words what looks wrong."""
+    found = []
+    need, have = plan["memory"]["total"], plan["memory"]["available"]
+    if have is not None and need > have:
+        found.append(
+            f"{gigabytes(need)} are needed and the device has {gigabytes(have)}: lower data.micro_batch_size (now "
+            f"{work.micro_batch_size}), or set model.activation_checkpointing"
+        )
+    if work.val_windows is not None and 0 < work.val_windows < 20:
+        found.append(f"val/loss comes from {work.val_windows} windows only: a larger data.val_fraction is less noisy")
+    per_epoch, steps = plan["data"]["steps_per_epoch"], plan["run"]["steps"]
+    if per_epoch is not None and per_epoch < work.warmup_steps:
+        found.append(f"the warm-up of {work.warmup_steps} steps is longer than an epoch of {per_epoch}")
+    if steps is not None and work.warmup_steps >= steps:
+        found.append(f"the warm-up of {work.warmup_steps} steps is no shorter than the run of {steps}")
+    usual = usual_lr(plan["parameters"]["total"] - plan["parameters"]["tok_emb"] - plan["parameters"]["pos_emb"])
+    if work.lr > 5 * usual or (work.lr < usual / 10 and not work.is_pretrained):
+        found.append(f"model.lr {work.lr:g} is far from the usual {usual:.1g} for a model of this size")
+    kept, free = plan["checkpoint"]["bytes_kept"], plan["checkpoint"]["free"]
+    if kept and kept + plan["checkpoint"]["bytes"] > free:  # a new one is there before the oldest goes
+        need = gigabytes(kept + plan["checkpoint"]["bytes"])
+        found.append(f"the checkpoints need {need} and {work.folder} has {gigabytes(free)} left")
+    return found
+
+
+def describe(work: Work, plan: dict[str, Any]) -> list[str]:
+    """Return the plan as lines to read."""
+    parameters = plan["parameters"]
+    counted = {"embeddings": parameters["tok_emb"] + parameters["pos_emb"], "blocks": parameters["trf_blocks"]}
+    counted["head"] = parameters["out_head"]
+    parts = ", ".join(f"{name} {count:,}" for name, count in counted.items() if count)
+    lines = [
+        f"model   {parameters['total']:,} parameters: {work.config.summary}; "
+        f"{work.precision} on {work.devices} x {work.device}",
+        f"        {parts}{', head tied' if work.config.tie_weights else ''}",
+        _memory_line(work, plan["memory"]),
+    ]
+    step, run, data, saved = plan["step"], plan["run"], plan["data"], plan["checkpoint"]
+    line = f"step    {step['windows']} windows = {step['tokens']:,} tokens"
+    if step["devices"] > 1 or step["accumulation"] > 1:
+        line += f": {step['micro_batch_size']} at once on {step['devices']} x {work.device}"
+        line += f", accumulated over {step['accumulation']} micro-batches" * (step["accumulation"] > 1)
+    lines.append(line)
+    if data["train_windows"] is not None:
+        val = f", {data['val_windows']:,} to validate" if data["val_windows"] is not None else ""
+        epoch = f"an epoch is {data['steps_per_epoch']:,} steps"
+        lines.append(f"data    {data['train_tokens']:,} tokens, {data['train_windows']:,} windows{val}; {epoch}")
+    else:
+        lines.append("data    no corpus yet: `fit` or `gptlit prepare` makes it; windows and epochs are known then")
+    if run["steps"] is not None:
+        epochs = f", {data['epochs']:.2g} epochs" if data["epochs"] is not None else ""
+        lines.append(
+            f"run     {run['steps']:,} steps, {run['tokens']:,} tokens{epochs}: {run['tokens_per_parameter']:.2g} a "
+            f"parameter (Chinchilla: {CHINCHILLA})"
+        )
+    if work.saves == 0:
+        return [*lines, "disk    no checkpoints"]
+    kept = "all are kept" if saved["bytes_kept"] is None else f"at most {gigabytes(saved['bytes_kept'])} kept"
+    lines.append(f"disk    {gigabytes(saved['bytes'])} a checkpoint, {kept}; {gigabytes(saved['free'])} free")
+    return lines
+
+
+def _memory_line(work: Work, memory: dict[str, int | None]) -> str:
+    parts = [f"{name} {gigabytes(n)}" for name, n in memory.items() if n and name not in ("total", "available")]
+    have = "" if memory["available"] is None else f" of {gigabytes(memory['available'])}"
+    name = {"cpu": "CPU", "cuda": "GPU"}.get(work.device, work.device)
+    where = f"each {name}" if work.devices > 1 else f"the {name}"
+    return f"memory  {gigabytes(memory['total'] or 0)}{have} on {where}, about: {', '.join(parts)}"
+
+
+def gigabytes(size: float) -> str:
+    """Write bytes with two or three digits."""
+    if size < 0.1e9:
+        return f"{size / 1e6:.0f} MB"
+    return f"{size / 1e9:.2g} GB" if size < 9.95e9 else f"{size / 1e9:,.0f} GB"
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def measure(work: Work) -> float:
+    """Return the seconds of an optimizer step, from micro-batches of random ids run here, on one device."""
+    device = torch.device(work.device)
+    model = GPTModel(work.config).to(device)
+    if work.compile:
+        keep_little(device)
+    for block in model.trf_blocks:
+        assert isinstance(block, TransformerBlock)
+        block.recompute = work.recompute
+        if work.compile:
+            block.compile()
+    values: Any = {"weight_decay": 0.1, "decay_all": False, "betas": (0.9, 0.95)}
+    optimizer = make_optimizer(model, work.optimizer, lr=work.lr, **values)  # type: ignore[arg-type]
+    length = work.config.context_length
+    ids = torch.randint(work.config.vocab_size, (work.micro_batch_size, length + 1), device=device)
+    softmax = torch.compile(softmax_, dynamic=False) if work.compile else softmax_by_parts_
+    dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(work.precision.split("-")[0])
+    times: dict[str, list[float]] = {"micro": [], "step": []}
+
+    wait = getattr(torch, device.type).synchronize
+
+    def timed(name: str, action: Any) -> None:
+        wait()
+        began = time.perf_counter()
+        action()
+        wait()
+        times[name].append(time.perf_counter() - began)
+
+    def micro() -> None:
+        with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            hidden = model.hidden(ids[:, :-1])
+            loss = head_loss(hidden, model.out_head.weight, ids[:, 1:], softmax=softmax)
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(5):
+        timed("micro", micro)
+        timed("step", step)
+    best = {name: sorted(values[2:])[1] for name, values in times.items()}
+    return accumulation(work) * best["micro"] + best["step"]

@@ -1,0 +1,95 @@
+"""The `run` group of a configuration, and what is saved of it."""
+
+import math
+import platform
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+
+from gptlit import __version__
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives and how often it looks up. Steps are optimizer steps, over all devices.
+
+    Args:
+        name: Runs live in <trainer.default_root_dir>/<name>/version_<n>.
+        val_every_n_steps: Steps from one validation to the next.
+        save_every_n_steps: Steps from one checkpoint to the next; the end of a fit is saved in any case.
+        keep_last: Newest checkpoints to keep; -1 keeps all.
+        keep_best: Keep the checkpoint with the lowest val/loss too, and let best.ckpt point to it.
+        async_save: Write checkpoints while training goes on, from a copy in memory; None: where a GPU trains, for on a
+            CPU the writing takes from the training what it saves in waiting.
+        max_nonfinite_steps: So many steps in a row whose gradient is not finite end the run.
+        sample_prompt: Text to continue after each validation; empty: no sample.
+        peak_tflops: Of one device, for perf/mfu; None: measured at the start.
+    """
+
+    name: str = "gpt"
+    val_every_n_steps: int = 100
+    save_every_n_steps: int = 100
+    keep_last: int = 3
+    keep_best: bool = True
+    async_save: bool | None = None
+    max_nonfinite_steps: int = 5
+    sample_prompt: str = "The"
+    peak_tflops: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
+            raise ValueError(f"run.name must be a plain folder name, got {self.name!r}")
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise ValueError(f"run.peak_tflops must be a positive number, got {self.peak_tflops}")
+        for key in ("val_every_n_steps", "save_every_n_steps", "max_nonfinite_steps"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"run.{key} must be a positive integer, got {getattr(self, key)}")
+        if self.keep_last < 1 and self.keep_last != -1:
+            raise ValueError(f"run.keep_last must be a positive integer, or -1 to keep all, got {self.keep_last}")
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes the complete configuration into the run's folder: config.yaml, then config_1.yaml at the first resume."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, run: Path) -> None:
+        super().__init__(parser, config, save_to_log_dir=False)
+        self.run = run
+        self._origin: dict[str, Any] | None = None
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write it on the first device, for a fit."""
+        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        self.run.mkdir(parents=True, exist_ok=True)
+        names = chain(["config.yaml"], (f"config_{n}.yaml" for n in count(1)))
+        path = next(path for name in names if not (path := self.run / name).exists())
+        self.parser.save(self.config, path, skip_unset=False, overwrite=False, multifile=False)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """A checkpoint says what made it: the configuration, the versions, the revision of the code."""
+        if self._origin is None:
+            packages = ("torch", "lightning", "tiktoken", "numpy")
+            versions = {"gptlit": __version__, "python": platform.python_version()}
+            versions |= {package: version(package) for package in packages}
+            config = self.parser.dump(self.config, skip_unset=False)
+            self._origin = {"config": config, "versions": versions, "revision": _revision()}
+        checkpoint["origin"] = self._origin
+
+
+def _revision() -> str | None:
+    """Return the git revision of the code, with "-dirty" after it where it was changed; None where there is no git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        root = Path(__file__).parent
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
