@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_prepare import corpus_of
 
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, one_parser
 from gptlit.checkpoint.io import DurableCheckpointIO, checksum_path, read_checkpoint
 from gptlit.config import GPTConfig
 from gptlit.data.prepare import Split, prepare
@@ -164,7 +164,7 @@ def read_all(data: TokenData) -> None:
         windows[torch.tensor([index]).numpy()]
 
 
-@pytest.mark.parametrize("examples", [6, pytest.param(1000, marks=pytest.mark.slow)], ids=["few", "many"])
+@pytest.mark.parametrize("examples", [6, pytest.param(400, marks=pytest.mark.slow)], ids=["few", "many"])
 def test_mutated_configurations(
     tmp_path: Path, text_file: Path, examples: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -175,6 +175,7 @@ def test_mutated_configurations(
     values["data"]["source"] = str(text_file)
     content = yaml.safe_dump(values).encode()
     monkeypatch.setattr(training.TrainingCLI, "_run_subcommand", lambda *_: None)
+    one_parser(monkeypatch, "fit")
     files = sorted(tmp_path.rglob("*"))
 
     @settings(max_examples=examples, **QUIET)
