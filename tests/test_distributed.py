@@ -114,7 +114,7 @@ def test_a_run_moves_from_any_devices_to_any_others(
 @pytest.mark.slow
 def test_a_device_that_fails_ends_the_other(text_file: Path, tmp_path: Path) -> None:
     Path("fails.py").write_text(
-        "from gptlit.module import GPTModule\nfrom gptlit.training import main\n"
+        "from gptlit.training.cli import main\nfrom gptlit.training.module import GPTModule\n"
         "step = GPTModule.training_step\n"
         "def fail(self, batch, batch_idx):\n"
         "    assert not (self.global_rank == 1 and self.global_step == 3), 'a bug'\n"
