@@ -170,12 +170,13 @@ def test_a_signal_is_said_and_what_to_do_next(fit: Fit, at: Any, capsys: pytest.
 
 
 def test_a_second_signal_ends_at_once_unless_it_is_an_echo_of_the_first(text_file: Path) -> None:
-    code = "import time; from gptlit.module import GPTModule as G; from gptlit.stopping import GracefulStop as S\n"
+    code = "import time; from gptlit.training.module import GPTModule as G\n"
+    code += "from gptlit.training.callbacks.signals import GracefulStop as S\n"
     code += "G.training_step = lambda *_: (print('in', flush=True), [time.sleep(0.1) for _ in range(600)])\n"
     code += "handle = S._handle\n"
     code += "def said(self, *rest): handle(self, *rest); self._signalled -= self.ECHO * 0.6; print('got', flush=True)\n"
     code += "S._handle = said\n"
-    code += "from gptlit.training import main; main()"
+    code += "from gptlit.training.cli import main; main()"
     command = [sys.executable, "-c", code, "fit", *TINY, f"--data.source={text_file}", "--trainer.max_steps=5"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
