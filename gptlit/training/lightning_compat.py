@@ -1,0 +1,120 @@
+"""The only place that touches private attributes of Lightning and torch.
+
+Each function says why no public API serves. tests/test_lightning_compat.py checks what each one relies on, and fails
+when a new release changes it.
+"""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch._dynamo.config
+import torch._functorch.config
+from jsonargparse import ArgumentParser
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.utils.tensorboard import SummaryWriter
+
+# --- public, but awkward ------------------------------------------------------------------------------------------
+
+
+def attached_trainer(module: pl.LightningModule) -> pl.Trainer | None:
+    """Return the module's Trainer; None where it has none: the public property raises then."""
+    try:
+        return module.trainer
+    except RuntimeError:
+        return None
+
+
+def is_log_step(trainer: pl.Trainer, step: int) -> bool:
+    """Whether Lightning writes to the loggers after the 1-based optimizer step `step`.
+
+    In `on_train_batch_end` that is `trainer.global_step`, in hooks before the optimizer step one more.
+    """
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return every > 0 and (step % every == 0 or trainer.should_stop)
+
+
+# --- the Trainer --------------------------------------------------------------------------------------------------
+
+
+def set_global_step(trainer: pl.Trainer, step: int) -> None:
+    """Let a fit continue from `step` optimizer steps: the public `global_step` is read-only.
+
+    Only Lightning's totals are set. Its own restart state counts micro-batches of one device, which is wrong once the
+    number of devices or the accumulation changes.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    micro_batches = step * trainer.accumulate_grad_batches
+    for counter in ("ready", "started", "processed", "completed"):
+        setattr(loop.batch_progress.total, counter, micro_batches)
+    progress = loop.automatic_optimization.optim_progress.optimizer.step.total
+    progress.ready = progress.completed = step
+    loop._batches_that_stepped = step
+
+
+def run_validation(trainer: pl.Trainer) -> None:
+    """Validate before the first step of a fit, logged at the step that has just been made: `trainer.validate` cannot
+    be called inside `trainer.fit`.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    loop._batches_that_stepped -= 1  # Lightning counts a step after its validation
+    trainer.validating = True
+    loop.val_loop.run()
+    trainer.training = True
+    loop._batches_that_stepped += 1
+
+
+def disable_signal_handlers(trainer: pl.Trainer) -> None:
+    """Disable Lightning's SIGTERM handling, which synchronises all devices in every batch and can deadlock under DDP.
+    No public setting turns it off.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+def set_data_parallel_size(strategy: ModelParallelStrategy, size: int) -> None:
+    """Shard over `size` devices: the constructor takes a number only where it is known before the launcher is."""
+    strategy._data_parallel_size = size
+
+
+# --- the command line ---------------------------------------------------------------------------------------------
+
+
+def disable_path_values(parser: ArgumentParser, key: str) -> None:
+    """Take the value of `key` as text: jsonargparse would open the file of that name where a list is allowed too."""
+    action = next(action for action in parser._actions if action.dest == key)
+    action._enable_path = False  # type: ignore[attr-defined]
+
+
+# --- TensorBoard --------------------------------------------------------------------------------------------------
+
+
+def add_summary(writer: SummaryWriter, summary: Any) -> None:
+    """Write a summary protobuf: the public `add_hparams` opens an event file of its own for each call."""
+    writer._get_file_writer().add_summary(summary)  # type: ignore[no-untyped-call]
+
+
+# --- torch --------------------------------------------------------------------------------------------------------
+
+
+def cpu_has_native_bf16() -> bool:
+    """Whether the CPU multiplies bf16 natively: `torch.cpu` has no public query."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def configure_compiler(device: torch.device) -> None:
+    """Set what torch.compile of the blocks needs, and has no public option for."""
+    torch._dynamo.config.optimize_ddp = False  # DDP's optimiser would split each compiled block in two
+    recompute_cheap_ops(device)
+
+
+def recompute_cheap_ops(device: torch.device) -> None:
+    """Let torch.compile on a CPU recompute attention scores, GELU and norms in backward instead of saving them.
+
+    By default its common-subexpression elimination identifies the recomputed scores with those of the forward (twice
+    the activations), and its partitioner saves whatever a matrix product in backward reads. Recomputing them costs
+    about 1% of a step.
+    """
+    if device.type == "cpu":
+        torch._functorch.config.cse = False
+        torch._functorch.config.ban_recompute_materialized_backward = False
