@@ -45,14 +45,14 @@ def model_against_float64(device: str) -> dict[str, Any]:
     """Loss and gradients in float32 on the device; at most 1e-5 off."""
     import torch
 
-    from gptlit.model.loss import head_loss
+    from gptlit.model.loss import linear_cross_entropy
 
     ids = torch.randint(1000, (4, 129))
     found = {}
     for where, dtype in (("cpu", torch.float64), (device, torch.float32)):
         model = small_model().to(where, dtype)
         inputs, targets = ids[:, :-1].to(where), ids[:, 1:].to(where)
-        loss = head_loss(model.hidden(inputs), model.out_head.weight, targets)
+        loss = linear_cross_entropy(model.hidden(inputs), model.out_head.weight, targets)
         loss.backward()
         found[dtype] = [loss.detach(), *(p.grad for p in model.parameters())]
     errors = [relative(*pair) for pair in zip(found[torch.float32], found[torch.float64], strict=True)]
@@ -74,7 +74,7 @@ def loss_against_float64(device: str) -> dict[str, Any]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         values = [value.detach().to(device, dtype).clone().requires_grad_() for value in (hidden, weight)]
         exact = [value.detach().double().cpu().requires_grad_() for value in values]
-        loss = module.head_loss(*values, targets.to(device))
+        loss = module.linear_cross_entropy(*values, targets.to(device))
         plain = module.next_token_loss(exact[0] @ exact[1].T, targets)
         (loss * 4096).backward()
         (plain * 4096).backward()

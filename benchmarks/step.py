@@ -102,8 +102,8 @@ def contender(rung: int, batch_size: int, length: int) -> Any:
     from gptlit import GPTConfig, GPTModel
     from gptlit.model import attention
     from gptlit.model import gpt as architecture
-    from gptlit.model.loss import head_loss, next_token_loss, softmax_
-    from gptlit.training.module import keep_little
+    from gptlit.model.loss import linear_cross_entropy, next_token_loss, softmax_
+    from gptlit.training.lightning_compat import recompute_cheap_ops
 
     torch.manual_seed(0)
     batch = torch.randint(VOCABULARY, (batch_size, length + 1))
@@ -117,7 +117,7 @@ def contender(rung: int, batch_size: int, length: int) -> Any:
     if not on["attention in blocks"]:
         attention.torch.compiler.is_compiling = lambda: False  # type: ignore[assignment]
     else:
-        keep_little(torch.device("cpu"))
+        recompute_cheap_ops(torch.device("cpu"))
     if not on["GELU by one exponential"]:
         architecture.GELU.forward = lambda self, x: F.gelu(x, approximate="tanh")  # type: ignore[method-assign]
     model = GPTModel(GPTConfig(context_length=length, drop_rate=0.0, qkv_bias=True, tie_weights=True, init="gpt2"))
@@ -128,7 +128,7 @@ def contender(rung: int, batch_size: int, length: int) -> Any:
 
     def loss(model: Any, inputs: Any, targets: Any) -> Any:
         if on["loss with its head"]:
-            return head_loss(model.hidden(inputs), model.out_head.weight, targets, softmax=softmax)
+            return linear_cross_entropy(model.hidden(inputs), model.out_head.weight, targets, softmax=softmax)
         return next_token_loss(model(inputs), targets)
 
     return loop(model, loss, inputs, targets, on["bf16"], gate, fused=on["fused AdamW"], compiled=False)

@@ -61,7 +61,7 @@ def test_the_page_has_curves_charts_samples_and_settings(page: Any) -> None:
         page.get_by_text(group, exact=True).first.wait_for()
     tags = page.request.get("/data/plugin/scalars/tags").json()
     served = {tag for run in tags.values() for tag in run}
-    assert {"train/loss", "val/loss", "val/bits_per_byte", "perf/tokens_per_second", "share/data"} <= served
+    assert {"train/loss", "val/loss", "val/bits_per_byte", "perf/tokens_per_second", "time/data"} <= served
     if name := os.environ.get("SCREENSHOT"):
         time.sleep(5)
         page.screenshot(path=name)

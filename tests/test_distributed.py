@@ -32,13 +32,13 @@ from gptlit.data.tokenizer import load_tokenizer
 from gptlit.training.cli import main
 
 (dragon,) = load_tokenizer().encode_ordinary(" dragon")
-loss = module.head_loss
+loss = module.linear_cross_entropy
 
 def poisoned(hidden, weight, targets, reduction, *rest):
     found = loss(hidden, weight, targets, reduction, *rest)
     return found * float("nan") if reduction == "mean" and (targets == dragon).any() else found
 
-module.head_loss = poisoned
+module.linear_cross_entropy = poisoned
 main()
 """
 

@@ -94,7 +94,7 @@ def test_the_parts_of_a_step_add_up(fit: Fit, words_json: Path, monkeypatch: pyt
     fit("--trainer.max_steps=4", "--data.micro_batch_size=2", "--run.val_every_n_steps=2", "--run.save_every_n_steps=2")
     parts = ("data", "model", "optimizer", "validation", "checkpoint")
     for step, seconds in ((2, (0, 6, 5, 0, 0)), (3, (0, 6, 5, 7, 11)), (4, (0, 6, 5, 0, 0))):
-        found = [losses(RUN, f"share/{part}")[step] for part in parts]
+        found = [losses(RUN, f"time/{part}")[step] for part in parts]
         assert found == pytest.approx([second / sum(seconds) for second in seconds])
     assert losses(RUN, "perf/tokens_per_second")[3] == pytest.approx(64 / 11)
     vocab_size = load_tokenizer(str(words_json)).n_vocab

@@ -7,15 +7,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gptlit.model import loss as loss_module
-from gptlit.model.loss import head_loss, next_token_loss
+from gptlit.model.loss import linear_cross_entropy, next_token_loss
 
 
 def test_mean_and_sum_leave_out_what_has_no_target() -> None:
     torch.manual_seed(0)
     logits = torch.randn(2, 3, 7, dtype=torch.float64)
     targets = torch.tensor([[1, -100, 6], [0, 2, -100]])
-    chances = torch.log_softmax(logits, dim=-1)
-    expected = -sum(chances[b, t, targets[b, t]] for b, t in ((0, 0), (0, 2), (1, 0), (1, 1)))
+    log_probs = torch.log_softmax(logits, dim=-1)
+    expected = -sum(log_probs[b, t, targets[b, t]] for b, t in ((0, 0), (0, 2), (1, 0), (1, 1)))
     torch.testing.assert_close(next_token_loss(logits, targets, reduction="sum"), expected)
     torch.testing.assert_close(next_token_loss(logits, targets), expected / 4)
     half = logits.bfloat16()
@@ -55,7 +55,7 @@ def test_the_loss_with_the_head_is_that_of_the_textbook(
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(loss_module.ROWS, "cpu", at_once)
         patch.setattr(loss_module, "CACHED_ROWS", 3)
-        found = head_loss(hidden, weight, targets, reduction)  # type: ignore[arg-type]
+        found = linear_cross_entropy(hidden, weight, targets, reduction)  # type: ignore[arg-type]
         (found * 0.5).backward()
     largest = float((hidden.double() @ weight.double().T).abs().max().detach())
     bound = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 1e-2 + largest / 2**8}[dtype]
@@ -70,7 +70,7 @@ def test_small_gradients_survive_fp16() -> None:
     hidden = torch.randn(1, 4096, 8).half().requires_grad_()
     weight = (torch.randn(2000, 8) / 10).half().requires_grad_()
     targets = torch.zeros(1, 4096, dtype=torch.int64)
-    (head_loss(hidden, weight, targets) * 4096.0).backward()
+    (linear_cross_entropy(hidden, weight, targets) * 4096.0).backward()
     exact = plain(hidden, weight, targets, "mean")
     for ours, theirs in ((hidden.grad, exact[1]), (weight.grad, exact[2])):
         assert ours is not None
@@ -81,14 +81,14 @@ def test_without_gradients_only_the_loss_is_made() -> None:
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(2, 3, 4), torch.randn(9, 4, requires_grad=True), torch.randint(9, (2, 3))
     with torch.no_grad():
-        found = head_loss(hidden, weight, targets)
+        found = linear_cross_entropy(hidden, weight, targets)
     assert not found.requires_grad
     torch.testing.assert_close(found, next_token_loss(hidden @ weight.T, targets).detach())
 
 
 def test_its_gradients_are_given_once() -> None:
     hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
-    loss = head_loss(hidden, weight, torch.zeros(2, 3, dtype=torch.int64))
+    loss = linear_cross_entropy(hidden, weight, torch.zeros(2, 3, dtype=torch.int64))
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="there is no second"):
         loss.backward()
@@ -104,10 +104,10 @@ def test_only_the_gradients_that_are_wanted_are_computed(
     monkeypatch.setattr(loss_module, "accumulate_product", lambda *a: computed.append(1) or original(*a))
     hidden, weight = torch.randn(2, 3, 8, requires_grad=wants[0]), torch.randn(11, 8, requires_grad=wants[1])
     targets = torch.randint(11, (2, 3))
-    loss = head_loss(hidden, weight, targets)
+    loss = linear_cross_entropy(hidden, weight, targets)
     assert bool(computed) is wants[1]
     assert loss.requires_grad is any(wants)
     computed.clear()
     with torch.no_grad():
-        torch.testing.assert_close(head_loss(hidden, weight, targets), loss)
+        torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets), loss)
     assert not computed

@@ -10,7 +10,7 @@ from llms_from_scratch.ch04 import GPTModel as BookModel
 from gptlit.config import GPT_CONFIG_124M, PRESETS, GPTConfig
 from gptlit.model.gpt import GELU, GPTModel
 from gptlit.model.loss import next_token_loss
-from gptlit.training.module import keep_little
+from gptlit.training.lightning_compat import recompute_cheap_ops
 
 SMALL = GPTConfig(vocab_size=101, context_length=12, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.0)
 
@@ -171,7 +171,7 @@ def test_the_compiled_gelu_is_torchs(dtype: torch.dtype, bound: float) -> None:
 def test_a_compiled_block_keeps_little_for_the_way_back() -> None:
     """Its input and its first half in float32, qkv, attention's output, and what GELU reads; no scores, no norms."""
     model = GPTModel(GPTConfig(context_length=256, emb_dim=256, n_heads=4, n_layers=1, drop_rate=0.0))
-    keep_little(torch.device("cpu"))
+    recompute_cheap_ops(torch.device("cpu"))
     block = model.trf_blocks[0]
     block.compile()
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

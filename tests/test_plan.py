@@ -14,7 +14,7 @@ from conftest import ROOT, TINY, run_script
 from gptlit.commands.main import main
 from gptlit.config import PRESETS, GPTConfig
 from gptlit.model.gpt import GPTModel
-from gptlit.training.estimate import Work, count_parameters, describe, make_plan, operations, usual_lr, warnings
+from gptlit.training.estimate import RunSpec, count_parameters, describe, flops_per_token, make_plan, usual_lr, warnings
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -130,19 +130,19 @@ def test_bad_input_is_one_line(flags: list[str], words: str, capsys: pytest.Capt
 
 # --- the plan itself ---------------------------------------------------------------------------------------------
 
-SMALL = Work(GPTConfig(tie_weights=True, qkv_bias=True), micro_batch_size=1, steps=1000)
+SMALL = RunSpec(GPTConfig(tie_weights=True, qkv_bias=True), micro_batch_size=1, steps=1000)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("tie_weights", [False, True])
-def test_operations_are_those_of_the_paper(preset: str, tie_weights: bool) -> None:
+def test_flops_are_those_of_the_paper(preset: str, tie_weights: bool) -> None:
     config = replace(PRESETS[preset], tie_weights=tie_weights)
     with torch.device("meta"):
         model = GPTModel(config)
     products = sum(p.numel() for p in model.trf_blocks.parameters()) + model.out_head.weight.numel()
     norm = sum(p.numel() for p in model.final_norm.parameters())
     expected = 6 * (products + norm) + 12 * config.n_layers * config.emb_dim * config.context_length
-    assert operations(config, count_parameters(config)) == expected
+    assert flops_per_token(config, count_parameters(config)) == expected
 
 
 @pytest.mark.parametrize(
@@ -159,15 +159,15 @@ def test_operations_are_those_of_the_paper(preset: str, tie_weights: bool) -> No
 )
 def test_what_looks_wrong_is_said(changes: dict[str, Any], words: str) -> None:
     assert warnings(SMALL, make_plan(SMALL)) == []
-    work = replace(SMALL, **changes)
-    found = warnings(work, make_plan(work))
+    spec = replace(SMALL, **changes)
+    found = warnings(spec, make_plan(spec))
     assert len(found) == 1
     assert words in found[0]
 
 
 def test_a_small_rate_is_usual_for_trained_weights() -> None:
-    work = replace(SMALL, lr=3e-5, is_pretrained=True)
-    assert warnings(work, make_plan(work)) == []
+    spec = replace(SMALL, lr=3e-5, is_pretrained=True)
+    assert warnings(spec, make_plan(spec)) == []
     assert usual_lr(10**7) > usual_lr(10**8) > usual_lr(10**10)
 
 
@@ -193,9 +193,11 @@ def test_gradients_need_room_only_beside_activations() -> None:
 
 
 def test_sharded_gradients_are_whole_between_the_micro_batches_of_a_step() -> None:
-    work = Work(replace(PRESETS["gpt2-xl"], qkv_bias=True), device="cuda", devices=8, shards=True, micro_batch_size=8)
-    whole, shards = (make_plan(replace(work, batch_size=size))["memory"]["gradients"] for size in (512, 64))
-    total = count_parameters(work.config)["total"]
+    spec = RunSpec(
+        replace(PRESETS["gpt2-xl"], qkv_bias=True), device="cuda", devices=8, shards=True, micro_batch_size=8
+    )
+    whole, shards = (make_plan(replace(spec, batch_size=size))["memory"]["gradients"] for size in (512, 64))
+    total = count_parameters(spec.config)["total"]
     assert (whole, shards) == (4 * total, 4 * total // 8)
 
 
@@ -219,9 +221,9 @@ def test_the_table_of_activations_is_what_a_plan_says(preset: str) -> None:
     text = (ROOT / "docs" / "scaling.md").read_text()
     cells = re.findall(rf"^\| {preset} (?:\| [\d.]+ )+\|$", text, re.MULTILINE)[0].split("|")[-3:-1]
     config = replace(PRESETS[preset], tie_weights=True, qkv_bias=True, drop_rate=0.0)
-    work = Work(config, precision="bf16-mixed", device="cuda", devices=8, compile=True, micro_batch_size=8)
+    spec = RunSpec(config, precision="bf16-mixed", device="cuda", devices=8, compile=True, micro_batch_size=8)
     for cell, recompute in zip(cells, (False, True), strict=True):
-        found = make_plan(replace(work, recompute=recompute))["memory"]
+        found = make_plan(replace(spec, recompute=recompute))["memory"]
         assert f"{(found['activations'] + found['logits']) / 1e9:.1f}" == cell.strip()
 
 
@@ -231,14 +233,14 @@ def test_an_unknown_corpus_is_said() -> None:
 
 
 def test_one_layer_is_not_layers() -> None:
-    work = replace(SMALL, config=replace(SMALL.config, n_layers=1, n_heads=1))
-    assert "parameters: 1 layer, 1 head, 768 wide, context 1024;" in describe(work, make_plan(work))[0]
+    spec = replace(SMALL, config=replace(SMALL.config, n_layers=1, n_heads=1))
+    assert "parameters: 1 layer, 1 head, 768 wide, context 1024;" in describe(spec, make_plan(spec))[0]
 
 
 def test_the_lines_say_it_all() -> None:
-    work = replace(SMALL, windows=1600, val_windows=80, train_tokens=1600 * 1024 + 1, batch_size=64, devices=2)
-    work = replace(work, micro_batch_size=16)
-    text = "\n".join(describe(work, make_plan(work)))
+    spec = replace(SMALL, windows=1600, val_windows=80, train_tokens=1600 * 1024 + 1, batch_size=64, devices=2)
+    spec = replace(spec, micro_batch_size=16)
+    text = "\n".join(describe(spec, make_plan(spec)))
     for words in (
         "124,439,808 parameters: 12 layers, 12 heads, 768 wide, context 1024; 32-true on 2 x cpu",
         "blocks 85,054,464, head tied",

@@ -311,13 +311,13 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, text_file: Path, words_json: Path)
     from gptlit.data.tokenizer import load_tokenizer
 
     (dragon,) = load_tokenizer(str(words_json)).encode_ordinary(" dragon")
-    loss = module.head_loss
+    loss = module.linear_cross_entropy
 
     def poison(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str, *rest: Any) -> Tensor:
         found = loss(hidden, weight, targets, reduction, *rest)
         return found * float("nan") if (targets == dragon).any() and reduction == "mean" else found
 
-    monkeypatch.setattr(module, "head_loss", poison)
+    monkeypatch.setattr(module, "linear_cross_entropy", poison)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -347,8 +347,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
 def test_too_many_in_a_row_end_the_run_with_their_windows(
     fit: Fit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    loss = module.head_loss
-    monkeypatch.setattr(module, "head_loss", lambda *a, **k: loss(*a, **k) * float("nan"))
+    loss = module.linear_cross_entropy
+    monkeypatch.setattr(module, "linear_cross_entropy", lambda *a, **k: loss(*a, **k) * float("nan"))
     with pytest.raises(SystemExit) as exit_:
         fit("--trainer.max_steps=9", "--run.max_nonfinite_steps=3")
     assert exit_.value.code == 1

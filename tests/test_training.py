@@ -431,7 +431,7 @@ def test_a_bug_keeps_its_traceback(fit: Fit, monkeypatch: pytest.MonkeyPatch) ->
     def broken(*_: object, **__: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr(module, "head_loss", broken)
+    monkeypatch.setattr(module, "linear_cross_entropy", broken)
     with pytest.raises(ValueError, match="a bug"):
         fit("--trainer.max_steps=1")
 

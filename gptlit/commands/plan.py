@@ -16,7 +16,7 @@ from gptlit.config import PRESETS, GPTConfig
 from gptlit.data.datamodule import TokenDataModule, check_division, micro_batch_size
 from gptlit.errors import InputError, fail
 from gptlit.training.cli import TrainingCLI, command_line
-from gptlit.training.estimate import Work, describe, gigabytes, make_plan, measure, warnings
+from gptlit.training.estimate import RunSpec, describe, gigabytes, make_plan, measure, warnings
 from gptlit.training.module import GPTModule
 
 HUB_NAMES = {"gpt2": "small", "gpt2-medium": "medium", "gpt2-large": "large", "gpt2-xl": "xl"}
@@ -66,14 +66,14 @@ def run(args: list[str], with_measure: bool, as_json: bool) -> None:
     assert isinstance(cli, PlanCLI)
     try:
         config = cli.config["fit"]
-        work = work_of(config, cli.run)
-        plan = make_plan(work)
-        found = [*cli.open, *warnings(work, plan)]
+        spec = run_spec(config, cli.run)
+        plan = make_plan(spec)
+        found = [*cli.open, *warnings(spec, plan)]
         if not as_json:
-            print("\n".join(describe(work, plan)), flush=True)
+            print("\n".join(describe(spec, plan)), flush=True)
         if with_measure:
             done = read_checkpoint(Path(config.ckpt_path))["global_step"] if config.ckpt_path is not None else 0
-            plan["time"] = time_of(work, plan, done)
+            plan["time"] = time_of(spec, plan, done)
     except (ValueError, TypeError, RuntimeError) as error:
         fail(error, status=2)
     if as_json:
@@ -87,7 +87,7 @@ def run(args: list[str], with_measure: bool, as_json: bool) -> None:
         print(f"warning: {line}")
 
 
-def work_of(config: Any, run: Path) -> Work:
+def run_spec(config: Any, run: Path) -> RunSpec:
     """Return what is to be planned, from a parsed configuration of `fit`."""
     model, data, trainer = config.model, config.data, config.trainer
     values = model.as_dict()
@@ -105,7 +105,7 @@ def work_of(config: Any, run: Path) -> Work:
         windows, val_windows = (len(datamodule.windows[name]) for name in ("train", "val"))
         tokens = datamodule.data.tokens("train")
     saves = 0 if trainer.enable_checkpointing is False else config.run.keep_last
-    return Work(
+    return RunSpec(
         config=module.config,
         optimizer=model.optimizer,
         precision=str(trainer.precision),
@@ -162,7 +162,7 @@ def count_devices(devices: Any, device: str) -> int:
     return int(text) if text.isdigit() else len([part for part in text.split(",") if part])
 
 
-def time_of(work: Work, plan: dict[str, Any], done: int) -> dict[str, Any]:
+def time_of(spec: RunSpec, plan: dict[str, Any], done: int) -> dict[str, Any]:
     """Return what the run would take from step `done` on, if all devices were like the one here.
 
     Raises:
@@ -171,10 +171,10 @@ def time_of(work: Work, plan: dict[str, Any], done: int) -> dict[str, Any]:
     need, have = plan["memory"]["total"], plan["memory"]["available"]
     if have is not None and need > have:
         raise InputError(f"--measure: {gigabytes(need)} are needed and the device has {gigabytes(have)}")
-    if work.device == "cuda" and not torch.cuda.is_available():
+    if spec.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--measure: there is no GPU here; add --trainer.accelerator cpu to measure the CPU")
     print("measuring: a few micro-batches and steps with random weights", file=sys.stderr)
-    seconds = measure(work)
+    seconds = measure(spec)
     steps = plan["run"]["steps"]
     total = None if steps is None else seconds * max(0, steps - done)
     end = None if total is None else (datetime.now() + timedelta(seconds=total)).isoformat(timespec="seconds")

@@ -31,8 +31,8 @@ class BlockedAttention(torch.autograd.Function):
         for first in range(0, query.shape[1], BLOCK):
             scores = _scores(query, key, first)
             log_sum = scores.logsumexp(-1, keepdim=True)
-            chances = (scores - log_sum).exp().to(value.dtype)
-            outputs.append(chances @ value[:, : chances.shape[-1]])
+            probs = (scores - log_sum).exp().to(value.dtype)
+            outputs.append(probs @ value[:, : probs.shape[-1]])
             sums.append(log_sum)
         output, log_sums = torch.cat(outputs, dim=1), torch.cat(sums, dim=1)
         ctx.save_for_backward(query, key, value, output, log_sums)
@@ -46,12 +46,12 @@ class BlockedAttention(torch.autograd.Function):
         keys = values = gradient.new_zeros(())  # sums over the queries so far, of tokens that earlier ones see too
         for first in reversed(range(0, query.shape[1], BLOCK)):
             rows, columns = slice(first, first + BLOCK), slice(0, first + BLOCK)
-            chances = (_scores(query, key, first) - log_sums[:, rows]).exp()
-            to_chances = (gradient[:, rows] @ value[:, columns].transpose(1, 2)).float()
-            to_scores = (chances * (to_chances - shared[:, rows]) * query.shape[-1] ** -0.5).to(query.dtype)
+            probs = (_scores(query, key, first) - log_sums[:, rows]).exp()
+            grad_probs = (gradient[:, rows] @ value[:, columns].transpose(1, 2)).float()
+            to_scores = (probs * (grad_probs - shared[:, rows]) * query.shape[-1] ** -0.5).to(query.dtype)
             to_query.append(to_scores @ key[:, columns])
             keys = keys + (to_scores.transpose(1, 2) @ query[:, rows]).float()
-            values = values + (chances.to(value.dtype).transpose(1, 2) @ gradient[:, rows]).float()
+            values = values + (probs.to(value.dtype).transpose(1, 2) @ gradient[:, rows]).float()
             to_key.append(keys[:, first:].to(key.dtype))
             to_value.append(values[:, first:].to(value.dtype))
             keys, values = keys[:, :first], values[:, :first]

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch._functorch.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -117,7 +116,7 @@ class GPTModel(nn.Module):
             self.out_head.weight = self.tok_emb.weight
         self._draw_as_gpt2(_plain)  # what torch draws, the layers have drawn
 
-    def draw_weights(self, whole: LayerContext = _plain) -> None:
+    def init_weights(self, whole: LayerContext = _plain) -> None:
         """Draw all weights anew, as the constructor does: the same seed gives the same ones.
 
         Args:

@@ -1,7 +1,6 @@
 """Keys and values of the tokens that were read, for generation."""
 
 import torch
-import torch._functorch.config
 from torch import Tensor
 
 from gptlit.config import GPTConfig

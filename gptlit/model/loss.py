@@ -41,7 +41,7 @@ def softmax_(logits: Tensor, scale: Tensor) -> Tensor:
     return log_sum
 
 
-def softmax_by_parts_(logits: Tensor, scale: Tensor) -> Tensor:
+def chunked_softmax_(logits: Tensor, scale: Tensor) -> Tensor:
     """As `softmax_`; on a CPU a few rows at a time, so that intermediate values stay in the cache."""
     if logits.device.type != "cpu":
         return softmax_(logits, scale)
@@ -49,12 +49,12 @@ def softmax_by_parts_(logits: Tensor, scale: Tensor) -> Tensor:
     return torch.cat([softmax_(*part) for part in parts])
 
 
-def head_loss(
+def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     reduction: Literal["mean", "sum"] = "mean",
-    softmax: Callable[[Tensor, Tensor], Tensor] = softmax_by_parts_,
+    softmax: Callable[[Tensor, Tensor], Tensor] = chunked_softmax_,
 ) -> Tensor:
     """Return `next_token_loss(hidden @ weight.T, targets)` in a fraction of its memory, and faster.
 
@@ -139,7 +139,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
-            raise RuntimeError("head_loss frees its gradients in the first backward: there is no second")
+            raise RuntimeError("linear_cross_entropy frees its gradients in the first backward: there is no second")
         grads, ctx.grads = ctx.grads, None
         scaled = [None if grad is None else grad.to(dtype).mul_(gradient) for grad, dtype in grads]
         return *scaled, None, None, None, None, None

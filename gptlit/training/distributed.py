@@ -37,7 +37,7 @@ def sharded_model(config: GPTConfig, mesh: DeviceMesh, device: torch.device) -> 
     model.to_empty(device=device)
     if config.tie_weights:
         model.out_head.weight = model.tok_emb.weight
-    model.draw_weights(_whole)
+    model.init_weights(_whole)
     return model
 
 

@@ -12,8 +12,8 @@ import torch
 
 from gptlit.config import GPTConfig
 from gptlit.model.gpt import GPTModel, TransformerBlock
-from gptlit.model.loss import ROWS, head_loss, softmax_, softmax_by_parts_
-from gptlit.training.module import keep_little
+from gptlit.model.loss import ROWS, chunked_softmax_, linear_cross_entropy, softmax_
+from gptlit.training.lightning_compat import recompute_cheap_ops
 from gptlit.training.optimizer import make_optimizer
 
 CHINCHILLA = 20  # tokens a parameter. Source: Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models"
@@ -51,7 +51,7 @@ SAVED_COMPILED = {"cpu": {2: 24, 4: 44, 8: 88}, "cuda": {2: 30, 4: 60, 8: 120}}
 
 
 @dataclass(frozen=True)
-class Work:
+class RunSpec:
     """What a plan is made for. None: not known.
 
     Args:
@@ -101,45 +101,45 @@ class Work:
     folder: Path = Path("runs")
 
 
-def make_plan(work: Work) -> dict[str, Any]:
+def make_plan(spec: RunSpec) -> dict[str, Any]:
     """Return the plan as nested values: bytes, tokens, steps, seconds; None for what is not known."""
-    parameters = count_parameters(work.config)
-    steps, per_epoch = work.steps, None
-    if work.windows is not None:
-        per_epoch = math.ceil(work.windows / work.batch_size)
-        if work.epochs is not None:
-            limit = math.ceil(work.epochs * work.windows / work.batch_size)
+    parameters = count_parameters(spec.config)
+    steps, per_epoch = spec.steps, None
+    if spec.windows is not None:
+        per_epoch = math.ceil(spec.windows / spec.batch_size)
+        if spec.epochs is not None:
+            limit = math.ceil(spec.epochs * spec.windows / spec.batch_size)
             steps = limit if steps is None else min(steps, limit)
-    tokens_a_step = work.batch_size * work.config.context_length
+    tokens_a_step = spec.batch_size * spec.config.context_length
     tokens = None if steps is None else steps * tokens_a_step
-    size = word(work.precision) * parameters["total"] + optimizer_bytes(work)
+    size = bytes_per_param(spec.precision) * parameters["total"] + optimizer_bytes(spec)
     return {
         "parameters": parameters,
-        "memory": memory(work, parameters["total"]),
+        "memory": memory(spec, parameters["total"]),
         "step": {
-            "windows": work.batch_size,
+            "windows": spec.batch_size,
             "tokens": tokens_a_step,
-            "devices": work.devices,
-            "micro_batch_size": work.micro_batch_size,
-            "accumulation": accumulation(work),
+            "devices": spec.devices,
+            "micro_batch_size": spec.micro_batch_size,
+            "accumulation": accumulation(spec),
         },
         "data": {
-            "train_tokens": work.train_tokens,
-            "train_windows": work.windows,
-            "val_windows": work.val_windows,
+            "train_tokens": spec.train_tokens,
+            "train_windows": spec.windows,
+            "val_windows": spec.val_windows,
             "steps_per_epoch": per_epoch,
-            "epochs": None if tokens is None or not work.windows else steps * work.batch_size / work.windows,  # type: ignore[operator]
+            "epochs": None if tokens is None or not spec.windows else steps * spec.batch_size / spec.windows,  # type: ignore[operator]
         },
         "run": {
             "steps": steps,
             "tokens": tokens,
             "tokens_per_parameter": None if tokens is None else tokens / parameters["total"],
-            "operations": None if tokens is None else tokens * operations(work.config, parameters),
+            "flops": None if tokens is None else tokens * flops_per_token(spec.config, parameters),
         },
         "checkpoint": {
             "bytes": size,
-            "bytes_kept": None if work.saves is None else size * work.saves,
-            "free": shutil.disk_usage(_existing(work.folder)).free,
+            "bytes_kept": None if spec.saves is None else size * spec.saves,
+            "free": shutil.disk_usage(_existing(spec.folder)).free,
         },
         "time": {"seconds_a_step": None, "seconds": None, "tokens_per_second": None, "end": None},
     }
@@ -154,7 +154,7 @@ def count_parameters(config: GPTConfig) -> dict[str, int]:
     return {**{name: count for name, count in parts.items() if name != "drop_emb"}, "total": sum(parts.values())}
 
 
-def operations(config: GPTConfig, parameters: dict[str, int]) -> int:
+def flops_per_token(config: GPTConfig, parameters: dict[str, int]) -> int:
     """Return the floating-point operations of training on one token. Source: Chowdhery et al. 2022, appendix B."""
     multiplied = parameters["total"] - parameters["pos_emb"] - (0 if config.tie_weights else parameters["tok_emb"])
     return 6 * multiplied + 12 * config.n_layers * config.emb_dim * config.context_length
@@ -168,67 +168,67 @@ def datasheet_peak(device_name: str, precision: str) -> float | None:
     return DATASHEET_PEAKS[max(known, key=len)] * 1e12
 
 
-def accumulation(work: Work) -> int:
+def accumulation(spec: RunSpec) -> int:
     """Return the micro-batches of a step on each device."""
-    return math.ceil(work.batch_size / (work.micro_batch_size * work.devices))
+    return math.ceil(spec.batch_size / (spec.micro_batch_size * spec.devices))
 
 
-def word(precision: str) -> int:
+def bytes_per_param(precision: str) -> int:
     """Return the bytes of a weight, of its gradient and of each of its moments."""
     return {"64-true": 8, "bf16-true": 2, "16-true": 2}.get(precision, 4)
 
 
-def optimizer_bytes(work: Work) -> int:
+def optimizer_bytes(spec: RunSpec) -> int:
     """Return the bytes of the moments: two a parameter, one for what Muon moves."""
-    total = 2 * count_parameters(work.config)["total"]
-    if work.optimizer == "muon":
-        total -= 12 * work.config.n_layers * work.config.emb_dim**2
-    return word(work.precision) * total
+    total = 2 * count_parameters(spec.config)["total"]
+    if spec.optimizer == "muon":
+        total -= 12 * spec.config.n_layers * spec.config.emb_dim**2
+    return bytes_per_param(spec.precision) * total
 
 
-def memory(work: Work, total: int) -> dict[str, int | None]:
+def memory(spec: RunSpec, total: int) -> dict[str, int | None]:
     """Return what one device needs at its peak, in bytes by part, and what it has.
 
     The activations are reckoned: what a block keeps of a token for the way back, as in docs/scaling.md. Gradients grow
     while activations go, and are gone when the next ones come, but for other micro-batches and other devices: only
     then they need room of their own. Sharded ones are whole on each device from one micro-batch of a step to the next.
     """
-    config = work.config
+    config = spec.config
     width, layers, vocabulary = config.emb_dim, config.n_layers, config.vocab_size
-    tokens = work.micro_batch_size * config.context_length
-    size = {"64": 8, "32": 4}.get(work.precision.split("-")[0], 2)
-    kept = (SAVED_COMPILED.get(work.device, SAVED) if work.compile else SAVED)[size]
-    n = work.devices if work.shards else 1
+    tokens = spec.micro_batch_size * config.context_length
+    size = {"64": 8, "32": 4}.get(spec.precision.split("-")[0], 2)
+    kept = (SAVED_COMPILED.get(spec.device, SAVED) if spec.compile else SAVED)[size]
+    n = spec.devices if spec.shards else 1
     saved = kept * (layers + 2)  # and what one block takes on its way back
     if config.drop_rate:
         saved += 2 * layers  # masks behind attention and feed-forward
-        if work.device == "cpu":  # torch's attention keeps its probabilities where it drops some
+        if spec.device == "cpu":  # torch's attention keeps its probabilities where it drops some
             saved += layers * config.n_heads * config.context_length * (2 * size + 1) // width
-    activations = tokens * width * (4 * layers + 2 * kept if work.recompute else saved)
-    casts = 2 * 12 * width**2 * layers if "mixed" in work.precision and not work.compile else 0
-    rows = min(tokens, ROWS.get(work.device, 1024))
+    activations = tokens * width * (4 * layers + 2 * kept if spec.recompute else saved)
+    casts = 2 * 12 * width**2 * layers if "mixed" in spec.precision and not spec.compile else 0
+    rows = min(tokens, ROWS.get(spec.device, 1024))
     parts: dict[str, int] = {
-        "weights": word(work.precision) * total // n,
-        "gradients": word(work.precision) * total // (n if accumulation(work) == 1 else 1),
-        "optimizer": optimizer_bytes(work) // n,
+        "weights": bytes_per_param(spec.precision) * total // n,
+        "gradients": bytes_per_param(spec.precision) * total // (n if accumulation(spec) == 1 else 1),
+        "optimizer": optimizer_bytes(spec) // n,
         "activations": activations + casts,
         "logits": (6 if size == 2 else 4) * vocabulary * width + size * vocabulary * rows,
-        "program": int(PROGRAM + COMPILER * work.compile) if work.device == "cpu" else 0,
+        "program": int(PROGRAM + COMPILER * spec.compile) if spec.device == "cpu" else 0,
     }
     if config.tie_weights:
         parts["gradients"] += 4 * vocabulary * width  # the embedding's own, before it is added to the head's
-    if work.devices == accumulation(work) == 1:
+    if spec.devices == accumulation(spec) == 1:
         parts["gradients"] = max(0, parts["gradients"] - parts["activations"])
     if n > 1:
         parts["weights"] += 8 * (vocabulary * width + 12 * width**2)  # the embedding and a block, gathered
-    return {**parts, "total": sum(parts.values()), "available": available_memory(work)}
+    return {**parts, "total": sum(parts.values()), "available": available_memory(spec)}
 
 
-def available_memory(work: Work) -> int | None:
+def available_memory(spec: RunSpec) -> int | None:
     """Return the bytes that a device has; None where it is not here. Processes on CPUs share those of their machine."""
-    if work.device == "cpu" and hasattr(os, "sysconf"):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * work.nodes // work.devices
-    if work.device == "cuda" and torch.cuda.is_available():
+    if spec.device == "cpu" and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * spec.nodes // spec.devices
+    if spec.device == "cuda" and torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(0).total_memory)
     return None
 
@@ -241,48 +241,48 @@ def usual_lr(parameters: int) -> float:
     return max(1e-4, 0.003239 - 0.0001395 * math.log(parameters))
 
 
-def warnings(work: Work, plan: dict[str, Any]) -> list[str]:
+def warnings(spec: RunSpec, plan: dict[str, Any]) -> list[str]:
     """Say in words what looks wrong."""
     found = []
     need, have = plan["memory"]["total"], plan["memory"]["available"]
     if have is not None and need > have:
         found.append(
             f"{gigabytes(need)} are needed and the device has {gigabytes(have)}: lower data.micro_batch_size (now "
-            f"{work.micro_batch_size}), or set model.activation_checkpointing"
+            f"{spec.micro_batch_size}), or set model.activation_checkpointing"
         )
-    if work.val_windows is not None and 0 < work.val_windows < 20:
-        found.append(f"val/loss comes from {work.val_windows} windows only: a larger data.val_fraction is less noisy")
+    if spec.val_windows is not None and 0 < spec.val_windows < 20:
+        found.append(f"val/loss comes from {spec.val_windows} windows only: a larger data.val_fraction is less noisy")
     per_epoch, steps = plan["data"]["steps_per_epoch"], plan["run"]["steps"]
-    if per_epoch is not None and per_epoch < work.warmup_steps:
-        found.append(f"the warm-up of {work.warmup_steps} steps is longer than an epoch of {per_epoch}")
-    if steps is not None and work.warmup_steps >= steps:
-        found.append(f"the warm-up of {work.warmup_steps} steps is no shorter than the run of {steps}")
+    if per_epoch is not None and per_epoch < spec.warmup_steps:
+        found.append(f"the warm-up of {spec.warmup_steps} steps is longer than an epoch of {per_epoch}")
+    if steps is not None and spec.warmup_steps >= steps:
+        found.append(f"the warm-up of {spec.warmup_steps} steps is no shorter than the run of {steps}")
     usual = usual_lr(plan["parameters"]["total"] - plan["parameters"]["tok_emb"] - plan["parameters"]["pos_emb"])
-    if work.lr > 5 * usual or (work.lr < usual / 10 and not work.is_pretrained):
-        found.append(f"model.lr {work.lr:g} is far from the usual {usual:.1g} for a model of this size")
+    if spec.lr > 5 * usual or (spec.lr < usual / 10 and not spec.is_pretrained):
+        found.append(f"model.lr {spec.lr:g} is far from the usual {usual:.1g} for a model of this size")
     kept, free = plan["checkpoint"]["bytes_kept"], plan["checkpoint"]["free"]
     if kept and kept + plan["checkpoint"]["bytes"] > free:  # a new one is there before the oldest goes
         need = gigabytes(kept + plan["checkpoint"]["bytes"])
-        found.append(f"the checkpoints need {need} and {work.folder} has {gigabytes(free)} left")
+        found.append(f"the checkpoints need {need} and {spec.folder} has {gigabytes(free)} left")
     return found
 
 
-def describe(work: Work, plan: dict[str, Any]) -> list[str]:
+def describe(spec: RunSpec, plan: dict[str, Any]) -> list[str]:
     """Return the plan as lines to read."""
     parameters = plan["parameters"]
     counted = {"embeddings": parameters["tok_emb"] + parameters["pos_emb"], "blocks": parameters["trf_blocks"]}
     counted["head"] = parameters["out_head"]
     parts = ", ".join(f"{name} {count:,}" for name, count in counted.items() if count)
     lines = [
-        f"model   {parameters['total']:,} parameters: {work.config.summary}; "
-        f"{work.precision} on {work.devices} x {work.device}",
-        f"        {parts}{', head tied' if work.config.tie_weights else ''}",
-        _memory_line(work, plan["memory"]),
+        f"model   {parameters['total']:,} parameters: {spec.config.summary}; "
+        f"{spec.precision} on {spec.devices} x {spec.device}",
+        f"        {parts}{', head tied' if spec.config.tie_weights else ''}",
+        _memory_line(spec, plan["memory"]),
     ]
     step, run, data, saved = plan["step"], plan["run"], plan["data"], plan["checkpoint"]
     line = f"step    {step['windows']} windows = {step['tokens']:,} tokens"
     if step["devices"] > 1 or step["accumulation"] > 1:
-        line += f": {step['micro_batch_size']} at once on {step['devices']} x {work.device}"
+        line += f": {step['micro_batch_size']} at once on {step['devices']} x {spec.device}"
         line += f", accumulated over {step['accumulation']} micro-batches" * (step["accumulation"] > 1)
     lines.append(line)
     if data["train_windows"] is not None:
@@ -297,18 +297,18 @@ def describe(work: Work, plan: dict[str, Any]) -> list[str]:
             f"run     {run['steps']:,} steps, {run['tokens']:,} tokens{epochs}: {run['tokens_per_parameter']:.2g} a "
             f"parameter (Chinchilla: {CHINCHILLA})"
         )
-    if work.saves == 0:
+    if spec.saves == 0:
         return [*lines, "disk    no checkpoints"]
     kept = "all are kept" if saved["bytes_kept"] is None else f"at most {gigabytes(saved['bytes_kept'])} kept"
     lines.append(f"disk    {gigabytes(saved['bytes'])} a checkpoint, {kept}; {gigabytes(saved['free'])} free")
     return lines
 
 
-def _memory_line(work: Work, memory: dict[str, int | None]) -> str:
+def _memory_line(spec: RunSpec, memory: dict[str, int | None]) -> str:
     parts = [f"{name} {gigabytes(n)}" for name, n in memory.items() if n and name not in ("total", "available")]
     have = "" if memory["available"] is None else f" of {gigabytes(memory['available'])}"
-    name = {"cpu": "CPU", "cuda": "GPU"}.get(work.device, work.device)
-    where = f"each {name}" if work.devices > 1 else f"the {name}"
+    name = {"cpu": "CPU", "cuda": "GPU"}.get(spec.device, spec.device)
+    where = f"each {name}" if spec.devices > 1 else f"the {name}"
     return f"memory  {gigabytes(memory['total'] or 0)}{have} on {where}, about: {', '.join(parts)}"
 
 
@@ -324,23 +324,23 @@ def _existing(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
-def measure(work: Work) -> float:
+def measure(spec: RunSpec) -> float:
     """Return the seconds of an optimizer step, from micro-batches of random ids run here, on one device."""
-    device = torch.device(work.device)
-    model = GPTModel(work.config).to(device)
-    if work.compile:
-        keep_little(device)
+    device = torch.device(spec.device)
+    model = GPTModel(spec.config).to(device)
+    if spec.compile:
+        recompute_cheap_ops(device)
     for block in model.trf_blocks:
         assert isinstance(block, TransformerBlock)
-        block.recompute = work.recompute
-        if work.compile:
+        block.recompute = spec.recompute
+        if spec.compile:
             block.compile()
     values: Any = {"weight_decay": 0.1, "decay_all": False, "betas": (0.9, 0.95)}
-    optimizer = make_optimizer(model, work.optimizer, lr=work.lr, **values)  # type: ignore[arg-type]
-    length = work.config.context_length
-    ids = torch.randint(work.config.vocab_size, (work.micro_batch_size, length + 1), device=device)
-    softmax = torch.compile(softmax_, dynamic=False) if work.compile else softmax_by_parts_
-    dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(work.precision.split("-")[0])
+    optimizer = make_optimizer(model, spec.optimizer, lr=spec.lr, **values)  # type: ignore[arg-type]
+    length = spec.config.context_length
+    ids = torch.randint(spec.config.vocab_size, (spec.micro_batch_size, length + 1), device=device)
+    softmax = torch.compile(softmax_, dynamic=False) if spec.compile else chunked_softmax_
+    dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(spec.precision.split("-")[0])
     times: dict[str, list[float]] = {"micro": [], "step": []}
 
     wait = getattr(torch, device.type).synchronize
@@ -355,7 +355,7 @@ def measure(work: Work) -> float:
     def micro() -> None:
         with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             hidden = model.hidden(ids[:, :-1])
-            loss = head_loss(hidden, model.out_head.weight, ids[:, 1:], softmax=softmax)
+            loss = linear_cross_entropy(hidden, model.out_head.weight, ids[:, 1:], softmax=softmax)
         loss.backward()  # type: ignore[no-untyped-call]
 
     def step() -> None:
@@ -367,4 +367,4 @@ def measure(work: Work) -> float:
         timed("micro", micro)
         timed("step", step)
     best = {name: sorted(values[2:])[1] for name, values in times.items()}
-    return accumulation(work) * best["micro"] + best["step"]
+    return accumulation(spec) * best["micro"] + best["step"]

@@ -8,8 +8,6 @@ from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
-import torch._dynamo
-import torch._functorch.config
 from lightning.pytorch.callbacks import Timer
 from torch import Tensor
 from torch.optim import AdamW
@@ -18,21 +16,11 @@ from gptlit.checkpoint.pretrained import check_tokenizer, copy_weights, read_sou
 from gptlit.config import GPTConfig
 from gptlit.errors import InputError, note
 from gptlit.model.gpt import GPTModel, TransformerBlock
-from gptlit.model.loss import head_loss, softmax_, softmax_by_parts_
+from gptlit.model.loss import chunked_softmax_, linear_cross_entropy, softmax_
 from gptlit.training.distributed import gradient_norm, sharded_model
+from gptlit.training.lightning_compat import configure_compiler
 from gptlit.training.optimizer import OptimizerName, Schedule, ScheduleName, make_optimizer, set_values
 from gptlit.training.supported import check_trainer, is_averaging
-
-
-def keep_little(device: torch.device) -> None:
-    """Let torch.compile, on a CPU, make attention's scores, GELU and norms again on the way back, not keep them.
-
-    It would notice that the scores there are those of the way here (twice the activations), and keep whatever a product
-    on the way back reads. Made again they cost a hundredth of a step.
-    """
-    if device.type == "cpu":
-        torch._functorch.config.cse = False
-        torch._functorch.config.ban_recompute_materialized_backward = False
 
 
 class GPTModule(pl.LightningModule):
@@ -106,7 +94,7 @@ class GPTModule(pl.LightningModule):
         self.optimizer_name = optimizer
         self._values: Any = {"weight_decay": weight_decay, "decay_all": decay_all, "betas": (beta1, beta2)}
         self.compile_model = compile
-        self._softmax = torch.compile(softmax_, dynamic=False) if compile else softmax_by_parts_
+        self._softmax = torch.compile(softmax_, dynamic=False) if compile else chunked_softmax_
         self.activation_checkpointing = activation_checkpointing
         self.init_from = init_from
         self.tokens = 0  # of the optimizer steps since the run began, all devices
@@ -157,8 +145,7 @@ class GPTModule(pl.LightningModule):
                 check_tokenizer(source, data.tokenizer)
             copy_weights(self.model, source)
         if self.compile_model:
-            keep_little(device)
-            torch._dynamo.config.optimize_ddp = False  # it would cut each compiled block in two
+            configure_compiler(device)
         for block in self.model.trf_blocks:
             assert isinstance(block, TransformerBlock)
             block.recompute = self.activation_checkpointing
@@ -183,7 +170,7 @@ class GPTModule(pl.LightningModule):
 
     def _loss(self, inputs: Tensor, targets: Tensor, reduction: Literal["mean", "sum"]) -> Tensor:
         hidden = self.model.hidden(inputs)  # first: it gathers a sharded head
-        return head_loss(hidden, self.model.out_head.weight, targets, reduction, self._softmax)
+        return linear_cross_entropy(hidden, self.model.out_head.weight, targets, reduction, self._softmax)
 
     def _micro_batch_seed(self) -> int:
         """Return a number that follows from the run's seed, the step, the micro-batch in it, and the device."""
@@ -227,7 +214,7 @@ class GPTModule(pl.LightningModule):
         found = (~norm.isfinite()).float()
         self._skipped += found
         self._in_a_row = (self._in_a_row + 1) * found
-        if self._is_told(optimizer):
+        if self._supports_fused_unscale(optimizer):
             optimizer.found_inf = found  # type: ignore[attr-defined]
         elif found.item():
             optimizer.zero_grad(set_to_none=True)
@@ -258,13 +245,13 @@ class GPTModule(pl.LightningModule):
         norm = gradient_norm(parameters)
         if limit and algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, limit)
-        elif limit and self._is_told(optimizer):
+        elif limit and self._supports_fused_unscale(optimizer):
             optimizer.grad_scale = ((norm + 1e-6) / limit).clamp(min=1.0)  # type: ignore[attr-defined]
         elif limit:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return norm
 
-    def _is_told(self, optimizer: torch.optim.Optimizer) -> bool:
+    def _supports_fused_unscale(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the optimizer takes a scale and a sign that the gradient is not finite on the device."""
         return isinstance(optimizer, AdamW) and bool(optimizer.defaults.get("fused"))
 

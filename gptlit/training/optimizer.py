@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch._dynamo
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 

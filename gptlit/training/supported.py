@@ -47,7 +47,7 @@ METRICS = (
 )
 
 
-METRIC_GROUPS = ("perf/", "share/", "time/", "data/")
+METRIC_GROUPS = ("perf/", "time/", "data/")
 
 
 def check_trainer(trainer: pl.Trainer) -> None:

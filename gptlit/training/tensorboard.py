@@ -18,7 +18,7 @@ LAYOUT = {
         "by step": ["Multiline", ["^train/loss$", "^val/loss$"]],
         "by tokens": ["Multiline", ["loss_by_tokens/.*"]],
     },
-    "speed": {"tokens per second": ["Multiline", ["perf/tokens_per_second"]], "time": ["Multiline", ["share/.*"]]},
+    "speed": {"tokens per second": ["Multiline", ["perf/tokens_per_second"]], "time": ["Multiline", ["time/.*"]]},
 }
 
 

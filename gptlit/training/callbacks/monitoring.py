@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from gptlit.training.callbacks.checkpoint import StepCheckpoint
-from gptlit.training.estimate import count_parameters, datasheet_peak, operations
+from gptlit.training.estimate import count_parameters, datasheet_peak, flops_per_token
 from gptlit.training.module import GPTModule
 from gptlit.training.tensorboard import CsvLogger, StepLogger
 
@@ -23,7 +23,7 @@ except ImportError:  # Windows
 class Throughput(Callback):
     """Logs the speed between two log points: perf/tokens_per_second of all devices, without validations and
     checkpoints; perf/mfu, the share of the device's matrix peak; perf/memory_gb, its most so far; and what part of the
-    wall clock went where (share/data, model, optimizer, validation, checkpoint).
+    wall clock went where (time/data, model, optimizer, validation, checkpoint).
 
     It is the wall clock that counts: a GPU works on after each call has returned, but not from one log point to the
     next. (So with a GPU the shares say where the host waited.) Must come after the callbacks that work at the end of a
@@ -48,7 +48,7 @@ class Throughput(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the peak, start the clock."""
         assert isinstance(pl_module, GPTModule)
-        self._operations = operations(pl_module.config, count_parameters(pl_module.config))
+        self._flops_per_token = flops_per_token(pl_module.config, count_parameters(pl_module.config))
         device, precision = trainer.strategy.root_device, str(trainer.precision)
         if self.peak is None and device.type == "cuda":
             self.peak = datasheet_peak(torch.cuda.get_device_name(device), precision)
@@ -107,9 +107,9 @@ class Throughput(Callback):
         pl_module.log_dict(
             {
                 "perf/tokens_per_second": rate,
-                "perf/mfu": rate * self._operations / (self.peak * trainer.world_size),
+                "perf/mfu": rate * self._flops_per_token / (self.peak * trainer.world_size),
                 "perf/memory_gb": memory_peak(trainer.strategy.root_device) / 1e9,
-                **{f"share/{part}": seconds / wall for part, seconds in spent.items()},
+                **{f"time/{part}": seconds / wall for part, seconds in spent.items()},
             }
         )
 

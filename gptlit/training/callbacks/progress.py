@@ -15,7 +15,7 @@ from rich.text import Text
 from gptlit.data.datamodule import TokenDataModule
 from gptlit.training.callbacks.checkpoint import StepCheckpoint
 from gptlit.training.callbacks.validation import SampleText
-from gptlit.training.estimate import Work, describe, make_plan, warnings
+from gptlit.training.estimate import RunSpec, describe, make_plan, warnings
 from gptlit.training.module import GPTModule
 
 try:
@@ -138,19 +138,19 @@ def _summary(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(datamodule, TokenDataModule):
         return []
-    work = work_of(trainer, pl_module, datamodule)
-    plan = make_plan(work)
-    lines = describe(work, plan)
+    spec = run_spec(trainer, pl_module, datamodule)
+    plan = make_plan(spec)
+    lines = describe(spec, plan)
     source = datamodule.source if isinstance(datamodule.source, str) else f"{len(datamodule.sources)} corpora"
     mix = [f"        {line}" for line in datamodule.describe_mix()]
-    return [f"corpus  {source}", *mix, *lines, *(f"warning: {line}" for line in warnings(work, plan))]
+    return [f"corpus  {source}", *mix, *lines, *(f"warning: {line}" for line in warnings(spec, plan))]
 
 
-def work_of(trainer: pl.Trainer, module: GPTModule, datamodule: TokenDataModule) -> Work:
+def run_spec(trainer: pl.Trainer, module: GPTModule, datamodule: TokenDataModule) -> RunSpec:
     """Return what a run that is about to begin will do."""
     saver = next((c for c in trainer.checkpoint_callbacks if isinstance(c, StepCheckpoint)), None)
     keep = saver.keep_last if saver is not None else 0
-    return Work(
+    return RunSpec(
         config=module.config,
         optimizer=module.optimizer_name,
         precision=str(trainer.precision),
