@@ -1,4 +1,4 @@
-# `make train` and `make test` set everything up in .venv; the second time they only run.
+# `make train` and `make test` create .venv and install everything on first use.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -19,7 +19,7 @@ test-slow: .venv/test.ok
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
 
-# One shell function for every step of the set-up that can fail: what went wrong, and what to do.
+# A shell function for setup steps that can fail: prints the error with its remedy and exits.
 STOP = stop() { echo "error: $$*" >&2; exit 1; }
 
 .venv/python.ok:
@@ -29,20 +29,20 @@ STOP = stop() { echo "error: $$*" >&2; exit 1; }
 		|| stop "$$($(PYTHON) --version) is too old: gptlit needs 3.11 or newer; name one: make PYTHON=python3.12"; \
 	$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
 		|| stop "$(PYTHON) has no venv module: install it (Debian and Ubuntu: apt install python3-venv)"; \
-	$(PYTHON) -m venv --clear .venv || stop "no virtual environment could be made in .venv"
+	$(PYTHON) -m venv --clear .venv || stop "cannot create a virtual environment in .venv"
 	touch $@
 
 .venv/train.ok: .venv/python.ok pyproject.toml constraints.txt
-	$(STOP); echo "installing gptlit and what it needs into .venv (once; this takes a few minutes)"; \
+	$(STOP); echo "installing gptlit and its dependencies into .venv (once; takes a few minutes)"; \
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch \
 		&& $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline]' \
-		|| stop "the installation failed (see above): check the network and the free disk space, then type make again"
+		|| stop "the installation failed (see above): check the network and the free disk space, then run make again"
 	touch $@
 
-# The book's own package is a reference in the tests. Its other requirements are not wanted here.
+# The book's package is the reference implementation in the tests; its other dependencies are not needed (--no-deps).
 .venv/test.ok: .venv/train.ok
 	$(STOP); echo "installing the test tools into .venv"; \
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' \
 		&& $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llms-from-scratch \
-		|| stop "the installation failed (see above): check the network and the free disk space, then type make again"
+		|| stop "the installation failed (see above): check the network and the free disk space, then run make again"
 	touch $@
