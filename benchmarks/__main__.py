@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME [options]` runs one of the comparisons."""
+"""`python -m benchmarks NAME [options]` runs one of the benchmarks."""
 
 from jsonargparse import auto_cli
 

@@ -1,4 +1,4 @@
-"""What counting gives: unigram and interpolated bigram models of the tokens that a config trains on."""
+"""Baselines: unigram and interpolated bigram models of the tokens that a config trains on."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from gptlit.data.tokenizer import load_tokenizer
 
 
 def run(source: str = "python-docs", val_fraction: float = 0.05, cache_dir: str = "data") -> None:
-    """Print the validation loss, in nats a token, of models counted on the training tokens.
+    """Print the validation loss, in nats per token, of models counted on the training tokens.
 
     Args:
         source: As `data.source`.
@@ -30,31 +30,31 @@ def tokens(data: TokenData, split: str) -> np.ndarray:
 
 
 def losses(train: np.ndarray, val: np.ndarray, vocab_size: int) -> dict[str, float]:
-    """Return each model's loss on `val`. The weights of the first bigram are the best for `val` itself, to its favour.
+    """Return each model's loss on `val`. Interpolation weights are chosen on `val` itself, which favours the baselines.
 
-    Source: Jelinek and Mercer 1980 (interpolation); Witten and Bell 1991 (a weight from the number of followers).
+    Source: Jelinek and Mercer 1980 (interpolation); Witten and Bell 1991 (weight from the number of followers).
     """
     pairs, pair_counts = np.unique(train[:-1] * vocab_size + train[1:], return_counts=True)
-    wanted = val[:-1] * vocab_size + val[1:]
-    found = np.searchsorted(pairs, wanted).clip(max=len(pairs) - 1)
-    together = np.where(pairs[found] == wanted, pair_counts[found], 0)
-    before = np.bincount(train[:-1], minlength=vocab_size)[val[:-1]]
+    val_pairs = val[:-1] * vocab_size + val[1:]
+    found = np.searchsorted(pairs, val_pairs).clip(max=len(pairs) - 1)
+    bigram_counts = np.where(pairs[found] == val_pairs, pair_counts[found], 0)
+    context_counts = np.bincount(train[:-1], minlength=vocab_size)[val[:-1]]
     followers = np.bincount(pairs // vocab_size, minlength=vocab_size)[val[:-1]]
-    share = np.bincount(train, minlength=vocab_size)[val[1:]] / len(train)
+    unigram_probs = np.bincount(train, minlength=vocab_size)[val[1:]] / len(train)
 
     def unigram(uniform: float) -> np.ndarray:
-        return (1 - uniform) * share + uniform / vocab_size
+        return (1 - uniform) * unigram_probs + uniform / vocab_size
 
     def jelinek_mercer(weight: float, uniform: float) -> float:
-        seen = np.where(before > 0, together / before.clip(min=1), 0)
+        seen = np.where(context_counts > 0, bigram_counts / context_counts.clip(min=1), 0)
         return loss((1 - weight) * seen + weight * unigram(uniform))
 
     def witten_bell(uniform: float) -> float:
-        smoothed = (together + followers * unigram(uniform)) / (before + followers).clip(min=1)
-        return loss(np.where(before > 0, smoothed, unigram(uniform)))
+        smoothed = (bigram_counts + followers * unigram(uniform)) / (context_counts + followers).clip(min=1)
+        return loss(np.where(context_counts > 0, smoothed, unigram(uniform)))
 
-    def loss(chances: np.ndarray) -> float:
-        return float(-np.log(chances).mean())
+    def loss(probs: np.ndarray) -> float:
+        return float(-np.log(probs).mean())
 
     uniforms = (0.001, 0.003, 0.01, 0.03, 0.1, 0.2)
     return {

@@ -1,4 +1,4 @@
-"""Fair comparisons: a process for each contender, only one active at a time, interleaved rounds, paired ratios."""
+"""Paired comparisons: one process per contender, one active at a time, interleaved rounds, ratios within a round."""
 
 import json
 import os
@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-Contender = tuple[str, dict[str, Any]]  # a module with a function `contender`, and that function's arguments
+Contender = tuple[str, dict[str, Any]]  # a module that defines `contender`, and the arguments of that function
 PACKAGES = ("torch", "lightning", "transformers")
 
 
 class Process:
-    """A contender in a process of its own: it prepares and warms up once, then measures when it is asked to."""
+    """A contender in a separate process: it is set up and warmed up once, then measures on request."""
 
     def __init__(self, contender: Contender, python: str = sys.executable) -> None:
         module, arguments = contender
@@ -34,7 +34,7 @@ class Process:
         )
 
     def wait_until_ready(self) -> "Process":
-        """Wait until it is warm."""
+        """Wait for the end of the warm-up."""
         self._read()
         return self
 
@@ -43,28 +43,28 @@ class Process:
         for line in self._process.stdout:
             if line.startswith("{"):
                 return dict(json.loads(line))
-        raise RuntimeError("the contender ended without a result; what it printed is above")
+        raise RuntimeError("the contender exited without a result; see its output above")
 
     def measure(self) -> dict[str, float]:
-        """Let it run once."""
+        """Run one measurement."""
         assert self._process.stdin is not None
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
         return self._read()
 
     def close(self) -> None:
-        """End it."""
+        """Stop the process."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
 
 
-class Gate:
-    """For a contender that runs a training loop: lets `steps` steps pass at a time, and measures them.
+class StepTimer:
+    """Times the steps of a training loop, `steps` per measurement, and pauses it between two measurements.
 
     Args:
         warm: Steps before the first measurement.
-        steps: In one measurement.
+        steps: Steps per measurement.
     """
 
     def __init__(self, warm: int, steps: int) -> None:
@@ -72,14 +72,14 @@ class Gate:
         self.count = 0
 
     def step(self) -> None:
-        """Tell that a step is done."""
+        """Call after each step."""
         self.count += 1
         if self.count < self.warm or (self.count - self.warm) % self.steps:
             return
         synchronize()
         found = {}
         if self.count > self.warm:
-            found = {"seconds": (time.perf_counter() - self._began) / self.steps, "peak GB": memory_peak()}
+            found = {"seconds": (time.perf_counter() - self._began) / self.steps, "peak GB": peak_gigabytes()}
         print(json.dumps(found), flush=True)
         if not sys.stdin.readline():
             os._exit(0)
@@ -87,14 +87,14 @@ class Gate:
 
 
 def synchronize() -> None:
-    """Wait for the GPU, where this process uses one."""
+    """Synchronize with the GPU, if this process uses one."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
-def memory_peak() -> float:
-    """Return the most memory, in GB, that this process has held: on the GPU where it uses one."""
+def peak_gigabytes() -> float:
+    """Return the peak memory of this process in GB: of the GPU if it uses one, else of the host."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return float(torch.cuda.max_memory_allocated() / 1e9)
@@ -102,10 +102,10 @@ def memory_peak() -> float:
 
 
 def serve(module: str, arguments: dict[str, Any]) -> None:
-    """Be a contender: warm up twice, then measure once for each line on standard input."""
+    """Run a contender: warm up twice, then measure once per line on stdin."""
     from importlib import import_module
 
-    once = import_module(module).contender(**arguments)  # one that trains goes through its gate, and never returns
+    once = import_module(module).contender(**arguments)  # a training loop calls its timer and never returns
     for _ in range(2):
         once()
     print("{}", flush=True)
@@ -117,31 +117,31 @@ def compare(
     title: str,
     contenders: dict[str, Contender],
     pairs: Sequence[tuple[str, str]],
-    figure: str,
+    metric: str,
     out: Path,
     rounds: int,
     pythons: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Measure all contenders in interleaved rounds; print and write each one's figures and the paired ratios.
+    """Measure all contenders in interleaved rounds; print and write their results and the paired ratios.
 
-    They are written as JSON, and beside it as a Markdown table (.md) and a picture (.png).
+    Written as JSON, as a Markdown table (.md) and as a plot (.png).
 
     Args:
         title: What is measured.
-        contenders: By name.
-        pairs: Which to divide by which.
-        figure: The key that is divided.
+        contenders: Contenders by name.
+        pairs: (numerator, denominator) of each ratio.
+        metric: Key of the results whose ratio is taken.
         out: JSON file.
-        rounds: How often each is measured; every other round goes backwards.
-        pythons: The Python of those that need an environment of their own.
+        rounds: Measurements of each contender; every other round runs in reverse order.
+        pythons: Python executables of contenders that need a separate environment.
     """
     processes = {
         name: Process(contender, pythons.get(name, sys.executable)).wait_until_ready()
         for name, contender in track(contenders.items(), "preparing")
     }
-    results = measure_in_turn(processes, rounds)
+    results = measure_interleaved(processes, rounds)
     ratios = {
-        f"{ours} / {theirs}": [a[figure] / b[figure] for a, b in zip(results[ours], results[theirs], strict=True)]
+        f"{ours} / {theirs}": [a[metric] / b[metric] for a, b in zip(results[ours], results[theirs], strict=True)]
         for ours, theirs in pairs
     }
     _print(title, results, ratios)
@@ -151,8 +151,8 @@ def compare(
     _draw(title, ratios, out.with_suffix(".png"))
 
 
-def measure_in_turn(processes: Mapping[str, Process], rounds: int) -> dict[str, list[dict[str, float]]]:
-    """Measure each process once a round, every other round in reverse order; end the processes."""
+def measure_interleaved(processes: Mapping[str, Process], rounds: int) -> dict[str, list[dict[str, float]]]:
+    """Measure each process once per round, every other round in reverse order; then stop all processes."""
     results: dict[str, list[dict[str, float]]] = {name: [] for name in processes}
     try:
         for number in track(range(rounds), "measuring"):
@@ -190,7 +190,7 @@ def _markdown(title: str, results: dict[str, list[dict[str, float]]], ratios: di
 
 
 def _draw(title: str, ratios: dict[str, list[float]], path: Path) -> None:
-    """Draw the ratios: a bar from 1 to the median, and every round's as a point."""
+    """Plot the ratios: a bar from 1 to the median, and a point for each round."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 0.6 + 0.5 * len(ratios)), layout="constrained")
@@ -207,7 +207,7 @@ def _draw(title: str, ratios: dict[str, list[float]], path: Path) -> None:
 
 
 def machine() -> dict[str, str]:
-    """Describe what the figures were measured on."""
+    """Describe the machine and the package versions."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

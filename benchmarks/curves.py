@@ -1,4 +1,4 @@
-"""Curves, not speed alone: how soon a loss is reached, and whether the optimisations change the losses."""
+"""Training curves: the time to a given loss, and whether the optimizations change the losses."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from benchmarks.contenders import machine
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
-WIDTH, HEADS, LAYERS, LENGTH, BATCH = 128, 4, 6, 128, 16  # the quickstart's
+WIDTH, HEADS, LAYERS, LENGTH, BATCH = 128, 4, 6, 128, 16  # as in the quickstart
 
 
 # --- time to a loss ---------------------------------------------------------------------------------------------------
@@ -29,24 +29,23 @@ WIDTH, HEADS, LAYERS, LENGTH, BATCH = 128, 4, 6, 128, 16  # the quickstart's
 def time_to_loss(
     nanogpt: str, steps: int = 800, our_steps: int = 500, seeds: int = 3, out: str = "time_to_loss.json"
 ) -> None:
-    """Compare the time of nanoGPT's recipe with the time in which the quickstart's reaches its last validation loss.
+    """Compare the time of nanoGPT's recipe with the time that the quickstart's needs for the same validation loss.
 
-    Same corpus, model, tokens a step and validation part; bf16, compiled, fused AdamW on both sides. The recipe is that
-    of nanoGPT's small models (AdamW, betas 0.9 and 0.99, 100 steps of warm-up, a cosine down to a tenth), at the better
-    one of two learning rates. The time is that of the steps; the first one, which compiles, and validations are left
-    out on both sides.
+    Same corpus, model, tokens per step and validation split; both bf16 and compiled. nanoGPT's recipe is that of its
+    small models (fused AdamW, betas 0.9 and 0.99, 100 warmup steps, cosine decay to a tenth), at the better one of two
+    learning rates. Only training steps are timed, without the first one, which compiles.
 
     Args:
         nanogpt: Folder of a clone of nanoGPT.
-        steps: Of nanoGPT's run.
-        our_steps: Of ours.
-        seeds: Runs of each; the median of the paired ratios is shown.
-        out: JSON file for the figures.
+        steps: Steps of nanoGPT's run.
+        our_steps: Steps of gptlit's run.
+        seeds: Runs of each; the median of the paired ratios is printed.
+        out: JSON file for the results.
     """
     rates = {lr: train("nanogpt", folder=nanogpt, steps=steps, lr=lr, seed=0) for lr in (1e-3, 3e-3)}
     lr = min(rates, key=lambda rate: rates[rate][-1][1])
     runs = []
-    table = Table("seed", "nanoGPT's last loss", "its seconds", "seconds to it here", "ratio", "last loss here")
+    table = Table("seed", "nanoGPT's last loss", "its seconds", "seconds to the same loss", "ratio", "last loss")
     for seed in track(range(seeds), "seeds"):
         *_, (theirs, target) = train("nanogpt", folder=nanogpt, steps=steps, lr=lr, seed=seed)
         points = train("gptlit", steps=our_steps, seed=seed)
@@ -65,35 +64,35 @@ def time_to_loss(
 
 
 def train(name: str, **options: Any) -> list[tuple[float, float]]:
-    """Train in a process of its own; return the seconds and the loss of each validation."""
+    """Train in a separate process; return the seconds and the loss of each validation."""
     command = [sys.executable, "-m", "benchmarks.curves", name, json.dumps(options)]
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT).stdout
     return [tuple(json.loads(line)) for line in output.splitlines() if line.startswith("[")]
 
 
 class Clock(pl.Callback):
-    """Prints the seconds since the first step, validations left out, and val/loss after each validation."""
+    """Prints the training seconds since the first step, and val/loss, after each validation."""
 
     def __init__(self) -> None:
         self.seconds, self.began = 0.0, math.inf
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Let the clock go when the first step, which compiles, is done."""
+        """Start after the first step, which compiles."""
         if trainer.global_step == 1:
             self.began = time.perf_counter()
 
     def on_validation_start(self, *_: Any) -> None:
-        """Stop it."""
+        """Pause."""
         self.seconds += time.perf_counter() - self.began
 
     def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Print, and let it go again."""
+        """Print and continue."""
         print(json.dumps([self.seconds, float(trainer.callback_metrics["val/loss"])]), flush=True)
         self.began = time.perf_counter()
 
 
 def train_gptlit(steps: int, seed: int) -> None:
-    """Train the quickstart, compiled, without its samples and checkpoints."""
+    """Train the quickstart, compiled, without text samples and checkpoints."""
     from gptlit.training.cli import main
 
     flags = [
@@ -113,7 +112,7 @@ def train_gptlit(steps: int, seed: int) -> None:
 
 
 def train_nanogpt(folder: str, steps: int, lr: float, seed: int) -> None:
-    """Train nanoGPT's model by its recipe, windows drawn with replacement as there."""
+    """Train nanoGPT's model with its recipe, sampling windows with replacement."""
     import torch
 
     from benchmarks.allocator import keep_freed_memory
@@ -124,14 +123,14 @@ def train_nanogpt(folder: str, steps: int, lr: float, seed: int) -> None:
     sys.path.insert(0, folder)
     from model import GPT, GPTConfig  # type: ignore[import-not-found]
 
-    from benchmarks.peers import PADDED
+    from benchmarks.peers import PADDED_VOCAB_SIZE
 
     datamodule = TokenDataModule("python-docs", batch_size=BATCH, val_fraction=0.05)
     datamodule.context_length = LENGTH
     datamodule.load("fit")
     ids = torch.from_numpy(np.concatenate([s.ids for s in datamodule.data.shards("train")]).astype(np.int64))
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(LENGTH, PADDED, LAYERS, HEADS, WIDTH, dropout=0.0, bias=True))
+    model = GPT(GPTConfig(LENGTH, PADDED_VOCAB_SIZE, LAYERS, HEADS, WIDTH, dropout=0.0, bias=True))
     optimizer = model.configure_optimizers(0.1, lr, (0.9, 0.99), "cuda" if torch.cuda.is_available() else "cpu")
     for group in optimizer.param_groups:
         group["fused"], group["foreach"] = True, False
@@ -156,7 +155,7 @@ def train_nanogpt(folder: str, steps: int, lr: float, seed: int) -> None:
 
 
 def mean_loss(model: Any, batches: Any) -> float:
-    """Return nanoGPT's loss a token over all validation windows."""
+    """Return nanoGPT's mean loss per token over all validation windows."""
     import torch
     import torch.nn.functional as F
 
@@ -169,9 +168,9 @@ def mean_loss(model: Any, batches: Any) -> float:
     return total / count
 
 
-# --- the same losses? ------------------------------------------------------------------------------------------------
+# --- numerical agreement ---------------------------------------------------------------------------------------------
 
-# The run without any optimisation: float32, nothing compiled, torch's cross-entropy on all logits.
+# Without optimizations: float32, not compiled, torch's cross-entropy on the full logits.
 PLAIN = """
 from gptlit.model.loss import next_token_loss
 from gptlit.training import cli
@@ -180,35 +179,37 @@ from gptlit.training.module import GPTModule
 GPTModule._loss = lambda self, inputs, targets, reduction: next_token_loss(self.model(inputs), targets, reduction)
 cli.main()
 """
-OPTIMISED = "from gptlit.training.cli import main; main()"
+OPTIMIZED = "from gptlit.training.cli import main; main()"
 
 
 def numerics(steps: int = 200, out: str = "numerics.json") -> None:
-    """Compare the losses of a run with every optimisation (bf16, compiled) with plain float32: same seed, same data.
+    """Compare the losses with all optimizations (bf16, compiled) and in plain float32, for the same seed and data.
 
     Args:
-        steps: Of both runs: 6 layers, 384 wide, 4 x 256 tokens of Python's documentation, AdamW.
+        steps: Steps of both runs: 6 layers, width 384, 4 x 256 tokens of Python's documentation, AdamW.
         out: JSON file for the curves.
     """
     curves = {}
     plain = ["--trainer.precision=32-true", "--model.compile=false"]
-    optimised = ["--trainer.precision=bf16-mixed", "--model.compile=true"]
-    for name, script, flags in (("plain", PLAIN, plain), ("optimised", OPTIMISED, optimised)):
+    optimized = ["--trainer.precision=bf16-mixed", "--model.compile=true"]
+    for name, script, flags in (("plain", PLAIN, plain), ("optimized", OPTIMIZED, optimized)):
         curves[name] = losses(script, steps, flags)
-    both = list(zip(curves["plain"], curves["optimised"], strict=True))
-    off = [abs(b / a - 1) for a, b in both]
+    both = list(zip(curves["plain"], curves["optimized"], strict=True))
+    differences = [abs(b / a - 1) for a, b in both]
     last = [statistics.mean(curve[-20:]) for curve in curves.values()]
     table = Table("step", *curves, "difference")
     for step in sorted({1, steps // 4, steps // 2, 3 * steps // 4, steps}):
-        table.add_row(f"{step}", *(f"{curve[step - 1]:.4f}" for curve in curves.values()), f"{off[step - 1]:.3%}")
+        table.add_row(
+            f"{step}", *(f"{curve[step - 1]:.4f}" for curve in curves.values()), f"{differences[step - 1]:.3%}"
+        )
     table.add_row("mean of the last 20", *(f"{loss:.4f}" for loss in last), f"{abs(last[1] / last[0] - 1):.3%}")
-    table.add_row("largest", "", "", f"{max(off):.3%}")
+    table.add_row("largest", "", "", f"{max(differences):.3%}")
     Console().print(table)
     Path(out).write_text(json.dumps({"machine": machine(), "curves": curves}, indent=1) + "\n")
 
 
 def losses(script: str, steps: int, flags: list[str]) -> list[float]:
-    """Return train/loss of every step."""
+    """Return train/loss of each step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     shape = {"emb_dim": 384, "n_heads": 6, "n_layers": 6, "context_length": 256}

@@ -1,4 +1,4 @@
-"""The same run on one device, several, in shards, on two nodes, and moved from one to another; and what each holds."""
+"""The same run on one and several devices, DDP and FSDP2, two nodes, and resumed on others: losses and peak memory."""
 
 import json
 import os
@@ -38,7 +38,7 @@ DEVICES = {
     "FSDP2 x 4": ["--trainer.devices=4", "--trainer.strategy=fsdp2"],
 }
 NODES = "2 nodes x 1, DDP"
-MOVES = [
+RESUMES = [
     ("DDP x 2", "1 device"),
     ("DDP x 2", "DDP x 4"),
     ("DDP x 2", "FSDP2 x 2"),
@@ -49,18 +49,18 @@ MOVES = [
 
 
 def run(steps: int = 50, out: str = "devices.json") -> None:
-    """Train the same steps on several kinds of devices; print how far their losses are from those of one device.
+    """Train the same steps on different devices; print the differences of their losses from those of one device.
 
     Args:
-        steps: Of each run; half of them before a move.
-        out: JSON file for the figures.
+        steps: Steps of each run; half of them before the resume on other devices.
+        out: JSON file for the results.
     """
     with tempfile.TemporaryDirectory() as folder:
         bench = Devices(Path(folder), steps)
         for name, flags in DEVICES.items():
             bench.train(name, flags, steps)
         bench.train_on_two_nodes(NODES)
-        for before, after in MOVES:
+        for before, after in RESUMES:
             name = f"{before} -> {after}"
             bench.train(name, DEVICES[before], steps // 2)
             bench.train(name, [*DEVICES[after], "--ckpt_path=last"], steps)
@@ -73,7 +73,7 @@ def run(steps: int = 50, out: str = "devices.json") -> None:
 
 
 class Devices:
-    """Runs of the same steps, in a folder."""
+    """Runs of the same steps in a folder."""
 
     def __init__(self, folder: Path, steps: int) -> None:
         self.folder, self.steps = folder, steps
@@ -81,18 +81,18 @@ class Devices:
         write_words(folder / "words.txt")
 
     def command(self, name: str, flags: Sequence[str], steps: int) -> list[str]:
-        """Return the words after `python`."""
+        """Return the arguments of `python`."""
         path = name.replace(" ", "").replace("->", "-")
         return [str(ROOT / "train.py"), *TRAIN, *flags, f"--run.name={path}", f"--trainer.max_steps={steps}"]
 
     def train(self, name: str, flags: Sequence[str], steps: int) -> None:
-        """Train, and keep the curves."""
+        """Train and read the curves."""
         command = [sys.executable, *self.command(name, flags, steps)]
         subprocess.run(command, cwd=self.folder, env=ENV, check=True, capture_output=True)
-        self._keep(name)
+        self._read_curves(name)
 
     def train_on_two_nodes(self, name: str) -> None:
-        """Train in two processes that each believe to be a machine of their own."""
+        """Train on two torchrun agents with different addresses, as on two nodes."""
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -105,11 +105,11 @@ class Devices:
             nodes.append(
                 subprocess.Popen(command, cwd=self.folder, env=environment, stdout=subprocess.DEVNULL, stderr=PIPE)
             )
-        said = [node.communicate()[1].decode() for node in nodes]
-        assert [node.returncode for node in nodes] == [0, 0], said
-        self._keep(name)
+        errors = [node.communicate()[1].decode() for node in nodes]
+        assert [node.returncode for node in nodes] == [0, 0], errors
+        self._read_curves(name)
 
-    def _keep(self, name: str) -> None:
+    def _read_curves(self, name: str) -> None:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
         path = name.replace(" ", "").replace("->", "-")
@@ -119,44 +119,44 @@ class Devices:
         self.curves[name] = curves[0], curves[1]
 
     def compare(self, name: str) -> tuple[float, float, float, float]:
-        """Return the last losses, and the largest differences to one device over all steps."""
-        off = []
+        """Return the last losses, and the largest differences from one device over all steps."""
+        differences = []
         for ours, one in zip(self.curves[name], self.curves["1 device"], strict=True):
             assert ours.keys() == one.keys(), f"{name}: steps {ours.keys() ^ one.keys()} are missing"
-            off.append(max(abs(ours[step] - one[step]) for step in one))
+            differences.append(max(abs(ours[step] - one[step]) for step in one))
         train, val = (curve[self.steps] for curve in self.curves[name])
-        return train, val, off[0], off[1]
+        return train, val, differences[0], differences[1]
 
 
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-# Prints the most memory that each process has held: once the data is open, and at the end.
+# Prints the peak memory of each process: before the model is built, and at the end.
 PEAK = """
 import os, resource
 from gptlit.training import cli as training
 from gptlit.training.module import GPTModule
 
-def say(what):
+def report(what):
     os.write(1, f"{what} {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}\\n".encode())
 
 start = GPTModule.configure_model
 def begin(self):
     if not hasattr(self, "model"):
-        say("before")
+        report("before")
     start(self)
 GPTModule.configure_model = begin
-training.keep_freed_memory = lambda: None  # what is needed, not what is kept for later
+training.keep_freed_memory = lambda: None  # the allocator would count freed memory
 training.main()
-say("peak")
+report("peak")
 """
 
 
 def memory(steps: int = 2, rounds: int = 2, out: str = "memory.json") -> None:
-    """Print the peak memory a process of GPT-2 small, DDP and FSDP2 on two devices, 2 x 1024 tokens on each.
+    """Print the peak memory per process of GPT-2 small with DDP and FSDP2 on two devices, 2 x 1024 tokens on each.
 
     Args:
-        steps: Of each run.
-        rounds: Runs of each kind; the median is shown.
-        out: JSON file for the figures.
+        steps: Steps of each run.
+        rounds: Runs of each kind; the median is printed.
+        out: JSON file for the results.
     """
     results: dict[str, list[float]] = {}
     flags = [f"--trainer.max_steps={steps}", "--data.source=words.txt", "--data.batch_size=4", "--run.sample_prompt="]
@@ -168,16 +168,16 @@ def memory(steps: int = 2, rounds: int = 2, out: str = "memory.json") -> None:
         script.write_text(PEAK)
         for _ in range(rounds):
             for strategy in ("ddp", "fsdp2"):
-                for again in ("false", "true"):
-                    options = [f"--trainer.strategy={strategy}", f"--model.activation_checkpointing={again}"]
+                for checkpointing in ("false", "true"):
+                    options = [f"--trainer.strategy={strategy}", f"--model.activation_checkpointing={checkpointing}"]
                     command = [sys.executable, str(script), "fit", *flags, *options]
                     output = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True, check=True)
                     found = [line.split() for line in output.stdout.splitlines()]
                     before = [int(words[1]) for words in found if words[:1] == ["before"]]
                     peaks = [int(words[1]) for words in found if words[:1] == ["peak"]]
-                    name = f"{strategy}, {'blocks computed again' if again == 'true' else 'all activations'}"
+                    name = f"{strategy}, {'activation checkpointing' if checkpointing == 'true' else 'all activations'}"
                     results.setdefault(name, []).append((max(peaks) - min(before)) * 1024 / 1e9)
-    table = Table("strategy, activations", "peak a process above its start, GB")
+    table = Table("strategy, activations", "peak per process above its start, GB")
     for name, values in results.items():
         table.add_row(name, f"{statistics.median(values):.2f}")
     Console().print(table)

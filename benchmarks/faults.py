@@ -1,4 +1,4 @@
-"""The long form of the tests in tests/test_reliability.py: real processes, killed, signalled and damaged at random."""
+"""Randomized long version of tests/test_reliability.py: real processes with kills, signals and damaged files."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ TRAIN = [
     *("--trainer.accelerator=cpu", "--trainer.precision=32-true", f"--trainer.max_steps={STEPS}"),
     *("--run.save_every_n_steps=2", "--run.val_every_n_steps=7", "--run.sample_prompt=", "--ckpt_path=last"),
 ]
-# The same train.py, but each write of a checkpoint takes a while longer: kills fall inside many of them.
+# train.py with slowed-down checkpoint writes, so that many kills happen during a write.
 SLOW = """
 import sys, time, torch
 sys.path.insert(0, sys.argv.pop(1))
@@ -44,23 +44,23 @@ def slow(checkpoint, file):
     file.flush()
     time.sleep(0.15)
 torch.save = slow
-from gptlit.training import main
+from gptlit.training.cli import main
 main()
 """
 
 
 def run(rounds: int = 100, out: str = "faults.json", seed: int = 0) -> None:
-    """Train again and again with faults; print how often weights differed, checkpoints were lost, processes hung.
+    """Train with injected faults; count runs whose weights differ, lost checkpoints, hangs and wrong exit statuses.
 
     Args:
-        rounds: Kills with SIGKILL; the other faults are a fifth of it each.
-        out: JSON file for the figures.
-        seed: Of the random moments.
+        rounds: Number of SIGKILLs; of each other fault at most a fifth as many.
+        out: JSON file for the results.
+        seed: Seed of the random times.
     """
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     table: dict[str, Counter[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(Path(folder), draw)
+        bench = Bench(Path(folder), rng)
         for name, count, fault in (
             ("kill -9", rounds, bench.kill),
             ("SIGTERM to a random rank of 2", rounds // 5, bench.terminate),
@@ -69,8 +69,8 @@ def run(rounds: int = 100, out: str = "faults.json", seed: int = 0) -> None:
             ("full disk", max(1, rounds // 20), bench.fill),
         ):
             table[name] = bench.many(name, count, fault)
-            print(name, dict(table[name]), flush=True)  # the whole takes half an hour
-    columns = ("faults", "inside a write", "runs", "weights differ", "checkpoints lost", "hangs", "wrong status")
+            print(name, dict(table[name]), flush=True)  # all of it takes half an hour
+    columns = ("faults", "during a write", "runs", "weights differ", "checkpoints lost", "hangs", "wrong status")
     shown = Table("fault", *columns)
     for name, counts in table.items():
         shown.add_row(name, *(str(counts[column]) for column in columns))
@@ -79,27 +79,27 @@ def run(rounds: int = 100, out: str = "faults.json", seed: int = 0) -> None:
 
 
 def bitwise(steps: int = 200, kills: int = 5, seed: int = 0) -> None:
-    """Print the SHA-256 of the last weights of a run without faults and of one that is killed several times.
+    """Print the SHA-256 of the final weights of an uninterrupted run and of one that is killed several times.
 
-    With dropout, accumulation over four (two on two devices) micro-batches, validation every 30 steps.
+    With dropout, accumulation over four micro-batches (two on two devices), validation every 30 steps.
 
     Args:
-        steps: Of the run.
-        kills: With SIGKILL, each at a random moment after another checkpoint.
-        seed: Of the random moments.
+        steps: Steps of the run.
+        kills: Number of SIGKILLs, each at a random time after another checkpoint.
+        seed: Seed of the random times.
     """
     options = [f"--trainer.max_steps={steps}", "--run.val_every_n_steps=30", "--run.save_every_n_steps=10"]
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), random.Random(seed), options)
         for devices in (1, 2):
-            for name, count in (("whole", 0), ("killed", kills)):
+            for name, count in (("uninterrupted", 0), ("killed", kills)):
                 name, seen = f"{name}-{devices}", 0
                 for _ in range(count):
                     process = bench.start(name, devices)
                     bench.wait_for_a_checkpoint(name, process, seen)
-                    time.sleep(bench.draw.uniform(0, 1))
+                    time.sleep(bench.rng.uniform(0, 1))
                     if process.poll() is not None:
-                        raise RuntimeError("the run came to its end before it was killed: more steps are needed")
+                        raise RuntimeError("the run finished before it was killed: increase --steps")
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
                     seen = bench.newest(name)
@@ -109,13 +109,13 @@ def bitwise(steps: int = 200, kills: int = 5, seed: int = 0) -> None:
 
 
 def write_words(path: Path) -> None:
-    """Write a text of twenty thousand words."""
+    """Write a text of 20,000 words."""
     words = "the a model learns from data to write text about trees and rivers in winter , slowly .".split()
     path.write_text(" ".join(random.Random(0).choices(words, k=20_000)))
 
 
 def weights_sha256(path: Path) -> str:
-    """Return the digest of all weights of a checkpoint."""
+    """Return the SHA-256 of all weights of a checkpoint."""
     digest = hashlib.sha256()
     for name, value in sorted(read_checkpoint(path)["state_dict"].items()):
         digest.update(name.encode() + value.numpy().tobytes())
@@ -123,31 +123,31 @@ def weights_sha256(path: Path) -> str:
 
 
 class Bench:
-    """Runs with faults, in a folder."""
+    """Runs with injected faults in a folder."""
 
-    def __init__(self, folder: Path, draw: random.Random, options: Sequence[str] = ()) -> None:
-        self.folder, self.draw, self.options = folder, draw, options
+    def __init__(self, folder: Path, rng: random.Random, options: Sequence[str] = ()) -> None:
+        self.folder, self.rng, self.options = folder, rng, options
         write_words(folder / "words.txt")
-        self.wholes: dict[int, dict[str, torch.Tensor]] = {}
+        self.references: dict[int, dict[str, torch.Tensor]] = {}
         self.counts: Counter[str] = Counter()
 
     def many(self, name: str, count: int, fault: Callable[[str], None]) -> Counter[str]:
-        """Let runs go to their end with that many faults in all."""
+        """Inject a fault `count` times; return the counters."""
         self.counts = Counter()
         for _ in track(range(count), name):
             fault(name)
         return self.counts
 
     def start(self, name: str, devices: int = 1, limit: int | None = None) -> "subprocess.Popen[bytes]":
-        """Start the run, or go on with it."""
+        """Start or resume a run."""
         command = [sys.executable, "-c", SLOW, str(ROOT), *TRAIN, *self.options, f"--run.name={name}"]
         if devices > 1:
-            script = self.folder / "slow.py"  # the second rank is started with the first one's words
+            script = self.folder / "slow.py"  # rank 1 is started with rank 0's command
             script.write_text(SLOW.replace("sys.argv.pop(1)", repr(str(ROOT))))
             command = [sys.executable, str(script), *command[4:], f"--trainer.devices={devices}"]
             command.append("--trainer.strategy=ddp")
 
-        def before() -> None:
+        def preexec() -> None:
             os.setsid()
             if limit is not None:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -155,10 +155,10 @@ class Bench:
 
         log = (self.folder / "log").open("ab")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log, preexec_fn=before)
+        return subprocess.Popen(command, cwd=self.folder, env=environment, stdout=log, stderr=log, preexec_fn=preexec)
 
     def finish(self, process: "subprocess.Popen[bytes]", seconds: float = 180) -> int | None:
-        """Wait for the end; what does not end is counted and killed."""
+        """Wait for the process to exit; on a timeout count a hang and kill it."""
         try:
             return process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -168,19 +168,19 @@ class Bench:
             return None
 
     def newest(self, name: str) -> int:
-        """Return the step of the newest checkpoint; 0 without one."""
+        """Return the step of the newest checkpoint, or 0."""
         found = checkpoints(self.folder / "runs" / name / "version_0")
         return int(found[-1].stem.removeprefix("step-")) if found else 0
 
     def wait_for_a_checkpoint(self, name: str, process: "subprocess.Popen[bytes]", after: int = 0) -> bool:
-        """Wait until there is one, or one more; say whether the process is alive."""
+        """Wait for a checkpoint after the given step; return whether the process is alive."""
         limit = time.monotonic() + 120
         while self.newest(name) <= after and process.poll() is None and time.monotonic() < limit:
             time.sleep(0.005)
         return process.poll() is None
 
     def check_loads(self, name: str, since: int) -> None:
-        """Count a loss unless a checkpoint loads that is at most one interval older than the newest one seen."""
+        """Count a lost checkpoint unless one loads that is at most one save interval older than `since`."""
         for path in reversed(checkpoints(self.folder / "runs" / name / "version_0")):
             try:
                 step = read_checkpoint(path)["global_step"]
@@ -192,35 +192,37 @@ class Bench:
         self.counts["checkpoints lost"] += 1
 
     def compare(self, name: str, devices: int = 1) -> None:
-        """Count a run whose last weights are not those of a run without faults."""
-        if devices not in self.wholes:
-            whole = f"whole-{devices}"
-            assert self.finish(self.start(whole, devices)) == 0, (self.folder / "log").read_text()[-2000:]
-            path = checkpoint_path(self.folder / "runs" / whole / "version_0", STEPS)
-            self.wholes[devices] = {key: value.clone() for key, value in read_checkpoint(path)["state_dict"].items()}
+        """Compare the final weights with those of a run without faults."""
+        if devices not in self.references:
+            reference = f"reference-{devices}"
+            assert self.finish(self.start(reference, devices)) == 0, (self.folder / "log").read_text()[-2000:]
+            path = checkpoint_path(self.folder / "runs" / reference / "version_0", STEPS)
+            self.references[devices] = {
+                key: value.clone() for key, value in read_checkpoint(path)["state_dict"].items()
+            }
         self.counts["runs"] += 1
         path = checkpoint_path(self.folder / "runs" / name / "version_0", STEPS)
         found = read_checkpoint(path)["state_dict"] if path.is_file() else {}
-        equal = all(key in found and torch.equal(found[key], value) for key, value in self.wholes[devices].items())
+        equal = all(key in found and torch.equal(found[key], value) for key, value in self.references[devices].items())
         self.counts["weights differ"] += not equal
         shutil.rmtree(self.folder / "runs" / name, ignore_errors=True)
 
     def end(self, name: str, devices: int = 1) -> None:
-        """Let the run go to its end without a fault."""
+        """Run to the end without a fault, and compare."""
         status = self.finish(self.start(name, devices))
         self.counts["wrong status"] += status not in (0, None)
         self.compare(name, devices)
 
     def kill(self, name: str) -> None:
-        """SIGKILL at a random moment after the first checkpoint of this process; a run bears five of them."""
+        """SIGKILL at a random time after the first checkpoint of this process; five per run."""
         name = name.replace(" ", "")
         before = self.newest(name)
         process = self.start(name)
         if not self.wait_for_a_checkpoint(name, process, before):
             self.counts["wrong status"] += process.returncode != 0
-            self.compare(name)  # it came to its end
+            self.compare(name)  # it finished before the kill
             return self.kill(name)
-        time.sleep(self.draw.uniform(0, 0.6))
+        time.sleep(self.rng.uniform(0, 0.6))
         seen = self.newest(name)
         if process.poll() is not None:
             self.compare(name)
@@ -229,21 +231,21 @@ class Bench:
         process.wait()
         self.counts["faults"] += 1
         folder = self.folder / "runs" / name / "version_0" / "checkpoints"
-        self.counts["inside a write"] += any(folder.glob(".*.partial"))
+        self.counts["during a write"] += any(folder.glob(".*.partial"))
         self.check_loads(name, seen)
         if self.counts["faults"] % 5 == 0:
             self.end(name)
         return None
 
     def terminate(self, name: str) -> None:
-        """SIGTERM to one rank of two; both save, end with 143, and the run goes on."""
+        """SIGTERM to one of two ranks: both save and exit with status 143, and the run resumes."""
         name = "term"
         process = self.start(name, devices=2)
         self.wait_for_a_checkpoint(name, process)
-        time.sleep(self.draw.uniform(0, 0.5))
+        time.sleep(self.rng.uniform(0, 0.5))
         ranks = [process.pid, *children(process.pid)]
         if process.poll() is None:
-            os.kill(self.draw.choice(ranks), signal.SIGTERM)
+            os.kill(self.rng.choice(ranks), signal.SIGTERM)
             self.counts["faults"] += 1
             status = self.finish(process, 60)
             if status not in (143, 0):
@@ -267,20 +269,20 @@ class Bench:
         self.end(name)
 
     def truncate(self, name: str) -> None:
-        """Cut the newest checkpoint short."""
-        self._damage("truncate", lambda content: bytes(content[: self.draw.randrange(len(content))]))
+        """Truncate the newest checkpoint."""
+        self._damage("truncate", lambda content: bytes(content[: self.rng.randrange(len(content))]))
 
     def flip(self, name: str) -> None:
         """Flip a bit of the newest checkpoint."""
 
         def damage(content: bytearray) -> bytes:
-            content[self.draw.randrange(len(content))] ^= 1 << self.draw.randrange(8)
+            content[self.rng.randrange(len(content))] ^= 1 << self.rng.randrange(8)
             return bytes(content)
 
         self._damage("flip", damage)
 
     def fill(self, name: str) -> None:
-        """Let the disk be full from some moment on: a file may not grow to its full size any more."""
+        """Simulate a full disk: limit the file size to less than that of a checkpoint."""
         name = "full"
         process = self.start(name)
         self.wait_for_a_checkpoint(name, process, 2)
@@ -288,15 +290,15 @@ class Bench:
         process.wait()
         size = checkpoints(self.folder / "runs" / name / "version_0")[-1].stat().st_size
         seen = self.newest(name)
-        status = self.finish(self.start(name, limit=self.draw.randrange(size // 2, size)))
+        status = self.finish(self.start(name, limit=self.rng.randrange(size // 2, size)))
         self.counts["faults"] += 1
-        self.counts["inside a write"] += 1
+        self.counts["during a write"] += 1
         self.counts["wrong status"] += status != 1
         self.check_loads(name, seen)
         self.end(name)
 
 
 def children(pid: int) -> list[int]:
-    """Return the processes that a process started (Linux)."""
+    """Return the child processes of a process (Linux)."""
     files = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
     return [int(word) for text in files for word in text.split()]

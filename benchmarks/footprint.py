@@ -1,4 +1,4 @@
-"""Memory of a training step of GPT-2 small: its peak, and the largest batch that fits."""
+"""Peak memory of a training step of GPT-2 small, and the largest batch that fits."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from rich.table import Table
 from benchmarks.contenders import Process, machine
 from benchmarks.peers import make
 
-STATE = 16 * 124_439_808 / 1e9  # GB: weights, gradients and AdamW's two moments in float32
+STATE = 16 * 124_439_808 / 1e9  # GB: parameters, gradients and AdamW state in float32
 
 
 def run(
@@ -21,19 +21,19 @@ def run(
     nanogpt: str | None = None,
     out: str = "footprint.json",
 ) -> None:
-    """Print each contender's peak at a batch size, and the largest one whose peak stays under a limit.
+    """Print each contender's peak memory at a batch size, and the largest batch size within a limit.
 
     Args:
-        peers: Some of nanogpt, transformers, trainer, book, with ", tuned" or ", shipped"; "gptlit, recompute" makes
-            blocks again on the way back.
-        batch_size: Windows in a step.
-        length: Tokens in a window.
-        limit: In GB, of the whole process.
+        peers: Some of nanogpt, transformers, trainer, book, with ", tuned" or ", shipped"; "gptlit, recompute" uses
+            activation checkpointing.
+        batch_size: Windows per step.
+        length: Tokens per window.
+        limit: Peak memory of the process in GB.
         nanogpt: Folder of a clone of nanoGPT.
-        out: JSON file for the figures.
+        out: JSON file for the results.
     """
     table = Table(
-        "contender", f"peak GB at {batch_size} x {length}", "above 16 bytes a parameter", f"fits {limit:g} GB"
+        "contender", f"peak GB at {batch_size} x {length}", "above 16 bytes per parameter", f"fits {limit:g} GB"
     )
     found: dict[str, dict[str, float]] = {}
     for name in ("gptlit", *peers):
@@ -47,7 +47,7 @@ def run(
 
 
 class Peaks:
-    """The peak memory, in GB, of two steps of a contender, by batch size; each is measured once."""
+    """Peak memory in GB of two steps of a contender, by batch size; each is measured once."""
 
     def __init__(self, name: str, length: int, options: dict[str, Any]) -> None:
         self.name, self.length, self.options = name, length, options
@@ -63,12 +63,12 @@ class Peaks:
         return self._known[batch_size]
 
     def largest(self, limit: float) -> int:
-        """Return the largest batch size under a limit: doubled until it is over, then sought along straight lines."""
+        """Return the largest batch size within a limit: double until it is exceeded, then interpolate linearly."""
         fits, over = 0, 1
         while self[over] <= limit:
             fits, over = over, 2 * over
         while over - fits > 1:
-            share = (limit - self[fits]) / (self[over] - self[fits])
-            size = min(max(fits + int(share * (over - fits)), fits + 1), over - 1)
+            fraction = (limit - self[fits]) / (self[over] - self[fits])
+            size = min(max(fits + int(fraction * (over - fits)), fits + 1), over - 1)
             fits, over = (size, over) if self[size] <= limit else (fits, size)
         return fits

@@ -1,4 +1,4 @@
-"""Generation beside Transformers: the same weights, prompts and greedy tokens; one process a contender, interleaved."""
+"""Generation compared with Transformers: random weights of the same shape, same prompts, greedy decoding."""
 
 import time
 from pathlib import Path
@@ -13,13 +13,13 @@ def run(
     rounds: int = 4,
     batch_sizes: tuple[int, ...] = (1, 8),
 ) -> None:
-    """Compare tokens a second of the 124M model: fp32, bf16 and int8 here, fp32 and bf16 in Transformers.
+    """Compare tokens per second of the 124M model: fp32, bf16 and int8 in gptlit, fp32 and bf16 in Transformers.
 
     Args:
-        out: JSON file for the figures; a table is printed.
-        new_tokens: Length of a continuation.
-        rounds: Rounds over all contenders, in A B B A order.
-        batch_sizes: Prompts at once.
+        out: JSON file for the results; a table is printed.
+        new_tokens: Number of generated tokens.
+        rounds: Measurements of each contender, in A B B A order.
+        batch_sizes: Batch sizes.
     """
     from benchmarks.contenders import compare
 
@@ -33,18 +33,18 @@ def run(
         for size in batch_sizes
         for ours, theirs in (("fp32", "fp32"), ("bf16", "bf16"), ("int8", "bf16"))
     ]
-    compare("tokens a second", contenders, pairs, "steady", Path(out), rounds=rounds)
+    compare("tokens per second", contenders, pairs, "steady", Path(out), rounds=rounds)
 
 
 def contender(name: str, size: int, new_tokens: int, device: str = "cpu", toy: bool = False) -> Any:
-    """Return a function that generates once and returns its figures; called in the contender's own process."""
+    """Return a function that generates once and returns its measurements; called in the contender's process."""
     import torch
 
     torch.set_default_device(device)
 
     project, precision = name.split()
-    alone = size == 1  # then 8-bit weights are packed and compiled, with activations in fp32
-    dtype = torch.float32 if precision == "fp32" or (precision == "int8" and alone) else torch.bfloat16
+    single = size == 1  # int8 weights are then packed and compiled, with activations in fp32
+    dtype = torch.float32 if precision == "fp32" or (precision == "int8" and single) else torch.bfloat16
     torch.manual_seed(0)
     prompts = torch.randint(0, 50257, (size, PROMPT))
     if project == "transformers":

@@ -1,7 +1,7 @@
-"""The check of a GPU: what the card can do, whether gptlit is right on it, how fast it trains, saves and generates.
+"""Benchmark of a GPU: peak throughput, correctness, and the speed of training, checkpoints and generation.
 
-Each phase is a process of its own with a time limit; every figure is one line of JSON, on the disk as soon as it is
-measured, so that a machine that goes away takes nothing with it. `--device cpu` rehearses all of it at tiny sizes.
+Each phase is a separate process with a time limit. Each result is a line of JSON, synced to disk as soon as it is
+measured, so that nothing is lost with the machine. `--device cpu` is a dry run of all phases at tiny sizes.
 """
 
 import json
@@ -17,14 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.contenders import Contender, Process, machine, measure_in_turn
+from benchmarks.contenders import Contender, Process, machine, measure_interleaved
 from benchmarks.gpu_checks import correctness, reliability
-from benchmarks.gpu_gates import gate_lines
-from benchmarks.peers import make, operations
+from benchmarks.gpu_probes import probe_lines
+from benchmarks.peers import make, step_flops
 
 ROOT = Path(__file__).parent.parent
 Lines = Iterator[dict[str, Any]]
-LIMITS = {  # seconds that a phase may take
+LIMITS = {  # time limits of the phases, in seconds
     "ceilings": 60,
     "step": 240,
     "kernels": 90,
@@ -45,19 +45,19 @@ def run(
     device: Literal["cuda", "cpu"] = "cuda",
     phases: tuple[str, ...] = tuple(LIMITS),
 ) -> None:
-    """Run the phases in order until the budget is spent; write DIR/gpu.jsonl line by line and print it.
+    """Run the phases in order within a time budget; append each result to OUT/gpu.jsonl and print it.
 
     Args:
-        out: Folder for the figures.
-        nanogpt: Folder of a clone of nanoGPT, to be measured beside gptlit.
-        budget: Seconds; a phase does not begin after them, and is ended with them.
-        device: "cpu" rehearses at tiny sizes.
-        phases: Which to run.
+        out: Folder for the results.
+        nanogpt: Folder of a clone of nanoGPT, to be measured too.
+        budget: Time budget in seconds; phases are not started after it, and are killed at its end.
+        device: "cpu" is a dry run at tiny sizes.
+        phases: Phases to run.
     """
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("error: no GPU is visible to torch: use --device cpu to rehearse, or install a CUDA build")
+        raise SystemExit("error: no GPU is visible to torch: use --device cpu for a dry run, or install a CUDA build")
     if nanogpt is not None and not Path(nanogpt, "model.py").is_file():
         raise SystemExit(f"error: --nanogpt {nanogpt} has no model.py: name the folder of a clone of nanoGPT")
     unknown = [phase for phase in phases if phase not in LIMITS]
@@ -72,13 +72,13 @@ def run(
         for phase in phases:
             left = budget - (time.monotonic() - began)
             if left < 10:
-                record(file, {"phase": phase, "skipped": "the budget is spent"})
+                record(file, {"phase": phase, "skipped": "out of budget"})
                 continue
             run_phase(phase, {"device": device, "nanogpt": nanogpt}, min(left, LIMITS[phase]), file)
 
 
 def record(file: Any, line: dict[str, Any]) -> None:
-    """Write a line to the disk and to the terminal."""
+    """Write a line to disk and to stdout."""
     text = json.dumps(line)
     file.write(text + "\n")
     file.flush()
@@ -87,7 +87,7 @@ def record(file: Any, line: dict[str, Any]) -> None:
 
 
 def card(device: str) -> dict[str, str]:
-    """Describe the GPU; its clocks are read, never set."""
+    """Describe the GPU with nvidia-smi."""
     if device != "cuda":
         return {"device": "cpu"}
     query = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,power.limit"
@@ -97,7 +97,7 @@ def card(device: str) -> dict[str, str]:
 
 
 def run_phase(phase: str, options: dict[str, Any], limit: float, file: Any) -> None:
-    """Run a phase in a process group of its own, record its lines, and end it at its limit."""
+    """Run a phase in its own process group, record its lines, and kill it at its time limit."""
     command = [sys.executable, "-m", "benchmarks.gpu", phase, json.dumps(options)]
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     began = time.monotonic()
@@ -119,7 +119,7 @@ def run_phase(phase: str, options: dict[str, Any], limit: float, file: Any) -> N
 
 
 def timed(function: Callable[[], Any], device: str, repeats: int = 10) -> float:
-    """Return the median seconds of a call on the device, after three calls."""
+    """Return the median time of a call on the device in seconds, after three warm-up calls."""
     import torch
 
     wait = getattr(torch, device).synchronize
@@ -136,7 +136,7 @@ def timed(function: Callable[[], Any], device: str, repeats: int = 10) -> float:
 
 
 def gptlit(device: str, batch: int = 16, size: str = "124m", flags: Sequence[str] = (), patch: str = "") -> Contender:
-    """Return `train.py fit` as a contender; tiny and not compiled on a CPU."""
+    """Return `train.py fit` as a contender; on a CPU tiny and not compiled."""
     patches = [f"benchmarks.gpu:{patch}"] if patch else []
     if device == "cpu":
         flags = ["--model.compile=false", *flags, "--data.micro_batch_size=2"]
@@ -151,12 +151,12 @@ def peer(name: str, device: str, batch: int = 16, folder: str = "") -> Contender
     return make(name, "124m", batch, 1024, device=device, warm=8, steps=10, folder=folder)
 
 
-def figures(results: dict[str, list[dict[str, float]]], tokens: dict[str, int], size: str, device: str) -> Lines:
-    """Yield each contender's tokens a second, share of the peak, memory, and the ratio of its time to the first's."""
+def summaries(results: dict[str, list[dict[str, float]]], tokens: dict[str, int], size: str, device: str) -> Lines:
+    """Yield tokens per second, MFU, memory and the ratio to the first contender's time, for each contender."""
     first = next(iter(results.values()))
     for name, runs in results.items():
         rates = sorted(tokens[name] / found["seconds"] for found in runs)
-        flops = operations(size, 1, 1024) / 1024
+        flops = step_flops(size, 1, 1024) / 1024
         peak = datasheet(device)
         ratios = [found["seconds"] / base["seconds"] for found, base in zip(runs, first, strict=True)]
         yield {
@@ -171,7 +171,7 @@ def figures(results: dict[str, list[dict[str, float]]], tokens: dict[str, int], 
 
 
 def datasheet(device: str) -> float | None:
-    """Return the card's bf16 peak by its datasheet."""
+    """Return the peak bf16 FLOP/s of the card's datasheet."""
     import torch
 
     from gptlit.training.estimate import datasheet_peak
@@ -180,7 +180,7 @@ def datasheet(device: str) -> float | None:
 
 
 def compare(contenders: dict[str, Contender], tokens: dict[str, int], size: str, device: str, rounds: int = 3) -> Lines:
-    """Start all at once, then measure them in turn."""
+    """Start all contenders at once, then measure them in interleaved rounds."""
     began = time.monotonic()
     processes = {name: Process(contender) for name, contender in contenders.items()}
     ready = {}
@@ -191,14 +191,14 @@ def compare(contenders: dict[str, Contender], tokens: dict[str, int], size: str,
         except RuntimeError as error:
             yield {"contender": name, "error": str(error)}
     if ready:
-        yield from figures(measure_in_turn(ready, rounds), tokens, size, device)
+        yield from summaries(measure_interleaved(ready, rounds), tokens, size, device)
 
 
 # --- the phases ---------------------------------------------------------------------------------------------------
 
 
 def ceilings(device: str, nanogpt: str | None) -> Lines:
-    """Products, copies, the head at both widths, and the kernels of attention."""
+    """Matrix products, copies, the head at two vocabulary sizes, and attention kernels."""
     import torch
 
     is_gpu = device == "cuda"
@@ -236,7 +236,7 @@ def ceilings(device: str, nanogpt: str | None) -> Lines:
 
 
 def attention_kernels(device: str) -> Lines:
-    """Forward and backward of each kernel of causal attention."""
+    """Forward and backward of each causal attention kernel."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -257,29 +257,29 @@ def attention_kernels(device: str) -> Lines:
 
 
 def step(device: str, nanogpt: str | None) -> Lines:
-    """gptlit under its Trainer and nanoGPT; what is checked for correctness runs while they compile."""
+    """gptlit under its Trainer and nanoGPT; the correctness checks run while they compile."""
     contenders = {"gptlit": gptlit(device)}
     if nanogpt is not None:
         contenders["nanoGPT"] = peer("nanogpt", device, folder=nanogpt)
-    beside = subprocess.Popen(
+    checks = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.gpu", "correctness", json.dumps({"device": device, "nanogpt": nanogpt})]
     )
     tokens = dict.fromkeys(contenders, 16 * 1024 if device == "cuda" else 2 * 16)
     for line in compare(contenders, tokens, "124m", device):
         if "ready after" in line and line["contender"] == list(contenders)[-1]:
-            beside.wait()
+            checks.wait()
         yield line
-    beside.wait()
+    checks.wait()
 
 
 def transformers(device: str, nanogpt: str | None) -> Lines:
-    """Transformers' GPT-2, compiled, beside gptlit."""
+    """Transformers' GPT-2, compiled, and gptlit."""
     contenders = {"gptlit": gptlit(device), "Transformers": peer("transformers", device)}
     yield from compare(contenders, dict.fromkeys(contenders, 16 * 1024 if device == "cuda" else 2 * 16), "124m", device)
 
 
 def variants(device: str, nanogpt: str | None) -> Lines:
-    """What may be faster, beside what is, with micro-batches that fill the card."""
+    """Candidate optimizations, with micro-batches that fill the card."""
     batch, flags = 64, ["--data.micro_batch_size=64"]
     contenders = {"gptlit": gptlit(device, batch, flags=flags)}
     for name in ("bf16_residual", "one_graph"):
@@ -288,7 +288,7 @@ def variants(device: str, nanogpt: str | None) -> Lines:
 
 
 def batches(device: str, nanogpt: str | None) -> Lines:
-    """Larger micro-batches, beside nanoGPT; accumulation as in configs/gpt2-124m.yaml."""
+    """Larger micro-batches of gptlit and nanoGPT; accumulation as in configs/gpt2-124m.yaml."""
     many = ["--data.batch_size=512"] if device == "cuda" else ["--data.batch_size=8"]
     contenders, tokens = {}, {}
     for batch in (32, 64):
@@ -314,21 +314,21 @@ def larger(device: str, nanogpt: str | None) -> Lines:
 
 
 def kernels(device: str, nanogpt: str | None) -> Lines:
-    """The kernels that take longest in one step."""
-    yield from gate_lines("KernelGate", device)
+    """The slowest kernels of a step."""
+    yield from probe_lines("KernelProfiler", device)
 
 
 def syncs(device: str, nanogpt: str | None) -> Lines:
-    """Where the host waits for the device between two log points, and how long a save holds training up."""
-    yield from gate_lines("SyncGate", device)
-    yield from gate_lines("SaveGate", device)
+    """Host-device synchronizations between two log points, and the time for which a save blocks training."""
+    yield from probe_lines("SyncCounter", device)
+    yield from probe_lines("SaveTimer", device)
 
 
-# Variants: each changes gptlit in a process of its own.
+# Variants: patches of gptlit, each applied in a separate process.
 
 
 def after_configure_model(change: Callable[[Any], None]) -> None:
-    """Let a change follow `configure_model`."""
+    """Apply a change after `configure_model`."""
     from gptlit import GPTModule
 
     original = GPTModule.configure_model
@@ -343,7 +343,7 @@ def after_configure_model(change: Callable[[Any], None]) -> None:
 
 
 def one_graph() -> None:
-    """Compile embedding, blocks and last norm as one graph."""
+    """Compile embeddings, blocks and final norm as one graph."""
     import torch
 
     from gptlit.model.gpt import TransformerBlock
@@ -367,7 +367,7 @@ def bf16_residual() -> None:
 
 
 def generation(device: str, nanogpt: str | None) -> Lines:
-    """Tokens a second of the 124M model, 1 and 8 rows, beside Transformers."""
+    """Tokens per second of the 124M model with batch sizes 1 and 8, gptlit and Transformers."""
     size = {} if device == "cuda" else {"toy": True}
     processes = {
         f"{name}, {rows} rows": Process(
@@ -382,7 +382,7 @@ def generation(device: str, nanogpt: str | None) -> Lines:
             ready[name] = process.wait_until_ready()
         except RuntimeError as error:
             yield {"contender": name, "error": str(error)}
-    for name, runs in measure_in_turn(ready, 3).items():
+    for name, runs in measure_interleaved(ready, 3).items():
         yield {"contender": name, **{key: statistics.median(found[key] for found in runs) for key in runs[0]}}
 
 

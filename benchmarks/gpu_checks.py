@@ -1,4 +1,4 @@
-"""The checks of a GPU: numbers beside float64 on the CPU, and runs of train.py that stop, resume and shard."""
+"""Correctness checks on a GPU: agreement with float64 on the CPU; runs of train.py that stop, resume and shard."""
 
 import math
 import os
@@ -17,7 +17,7 @@ Lines = Iterator[dict[str, Any]]
 
 
 def correctness(device: str, nanogpt: str | None) -> Lines:
-    """Compare with float64 on the CPU: model, loss, clipping, a step that is not finite, generation."""
+    """Compare with float64 on the CPU: model, loss, clipping, non-finite gradients, generation."""
     for check in (model_against_float64, loss_against_float64, clipping_and_nan, greedy_text):
         try:
             yield {"check": check.__name__, **check(device)}
@@ -37,12 +37,12 @@ def small_model(**more: Any) -> Any:
 
 
 def relative(found: Any, expected: Any) -> float:
-    """Return the norm of the difference over the norm."""
+    """Return the relative error in the Euclidean norm."""
     return float((found.double().cpu() - expected).norm() / expected.norm())
 
 
 def model_against_float64(device: str) -> dict[str, Any]:
-    """Loss and gradients in float32 on the device; at most 1e-5 off."""
+    """Loss and gradients in float32 on the device agree with float64 to 1e-5."""
     import torch
 
     from gptlit.model.loss import linear_cross_entropy
@@ -60,7 +60,7 @@ def model_against_float64(device: str) -> dict[str, Any]:
 
 
 def loss_against_float64(device: str) -> dict[str, Any]:
-    """The fused loss in each type beside the plain one in float64; several chunks of rows."""
+    """The fused loss in each dtype, over several chunks of rows, agrees with the plain loss in float64."""
     import torch
 
     from gptlit.model import loss as module
@@ -85,7 +85,7 @@ def loss_against_float64(device: str) -> dict[str, Any]:
 
 
 def clipping_and_nan(device: str) -> dict[str, Any]:
-    """Clipping inside the fused AdamW equals torch's; a NaN gradient changes nothing."""
+    """Clipping inside fused AdamW equals torch's; a step with a NaN gradient leaves the weights unchanged."""
     from types import SimpleNamespace
 
     import torch
@@ -122,7 +122,7 @@ def clipping_and_nan(device: str) -> dict[str, Any]:
 
 
 def greedy_text(device: str) -> dict[str, Any]:
-    """Greedy ids: with cache, without, with the fast path, and on the CPU."""
+    """Greedy ids agree: with and without KV cache, with the fast path, and on the CPU."""
     import torch
 
     from gptlit.generation.fast_linear import for_generation
@@ -148,7 +148,7 @@ def greedy_text(device: str) -> dict[str, Any]:
 
 
 def reliability(device: str, nanogpt: str | None) -> Lines:
-    """Runs of train.py: resumed = uninterrupted, mixed fp16, FSDP2, a signal to the process group."""
+    """Runs of train.py: bitwise resume, fp16, FSDP2, a signal to the process group."""
     with tempfile.TemporaryDirectory() as folder:
         words = "the a model learns from data to write text about trees and rivers in winter , slowly .".split()
         Path(folder, "words.txt").write_text(" ".join(random.Random(0).choices(words, k=60_000)))
@@ -182,7 +182,7 @@ class Runs:
         return subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, cwd=ROOT, process_group=0)
 
     def fit(self, name: str, *more: str) -> str:
-        """Run to the end; return what it printed."""
+        """Run to the end; return the output."""
         process = self.start(name, *more)
         output, _ = process.communicate(timeout=100)
         if process.returncode:
@@ -190,7 +190,7 @@ class Runs:
         return output
 
     def weights(self, name: str, step: int) -> dict[str, Any]:
-        """Read a checkpoint's weights."""
+        """Read the weights of a checkpoint."""
         from gptlit.checkpoint.io import read_checkpoint
         from gptlit.checkpoint.runs import checkpoint_path
 
@@ -198,13 +198,13 @@ class Runs:
         return dict(read_checkpoint(path)["state_dict"])
 
     def quickstart(self) -> dict[str, Any]:
-        """60 steps: the last line of validation."""
+        """60 steps print their validation losses."""
         output = self.fit("quick", "--trainer.max_steps=60")
         found = [line for line in output.splitlines() if "val/loss" in line]
         return {"lines": found[:4], "passed": len(found) >= 3}
 
     def resumes(self) -> dict[str, Any]:
-        """40 steps in one go and in two: the same bits, with `trainer.deterministic` at least."""
+        """40 steps, uninterrupted and resumed, are bitwise equal with `trainer.deterministic`."""
         import torch
 
         same = {}
@@ -218,21 +218,21 @@ class Runs:
         return {"the same bits": same, "passed": same["deterministic"]}
 
     def half_precision(self) -> dict[str, Any]:
-        """Mixed fp16 learns."""
+        """16-mixed trains without NaN."""
         precision = "16-mixed" if self.device == "cuda" else "32-true"
         output = self.fit("half", f"--trainer.precision={precision}", "--trainer.max_steps=40")
         found = [line for line in output.splitlines() if "val/loss" in line]
         return {"lines": found[:3], "passed": "nan" not in output}
 
     def sharded(self) -> dict[str, Any]:
-        """FSDP2 on one device, saved and resumed."""
+        """FSDP2 on one device saves and resumes."""
         option = "--trainer.strategy=fsdp2"
         self.fit("sharded", option, "--trainer.max_steps=20")
         self.fit("sharded", option, "--trainer.max_steps=40", "--ckpt_path=last")
         return {"passed": bool(self.weights("sharded", 40))}
 
     def stops(self) -> dict[str, Any]:
-        """SIGTERM to the process group, with workers: saved, status 143."""
+        """SIGTERM to the process group, with DataLoader workers, saves and exits with status 143."""
         process = self.start("stopped", "--trainer.max_steps=100000", "--data.num_workers=2")
         assert process.stdout is not None
         for line in process.stdout:

@@ -1,4 +1,4 @@
-"""The loader on its own, beside nanoGPT's way of drawing a batch, and beside one training step."""
+"""Throughput of the DataLoader, compared with nanoGPT's sampling and with a training step."""
 
 import statistics
 import tempfile
@@ -21,21 +21,21 @@ BATCH = 8
 
 
 def run(tokens: int = 100_000_000, rounds: int = 7, steps: int = 5, out: str = "loader.json") -> None:
-    """Measure tokens a second of the loader, and what part of a training step of GPT-2 small it takes.
+    """Measure tokens per second of the DataLoader, and its fraction of a training step of GPT-2 small.
 
     Args:
-        tokens: In the file that is read.
-        rounds: Interleaved measurements of each.
-        steps: Training steps that are timed, of 1 x 1024 tokens in bf16.
-        out: JSON file for the figures.
+        tokens: Tokens in the file.
+        rounds: Interleaved measurements of each contender.
+        steps: Timed training steps of 1 x 1024 tokens in bf16.
+        out: JSON file for the results.
     """
     with tempfile.TemporaryDirectory() as folder:
         np.random.default_rng(0).integers(0, 50257, tokens, dtype=np.uint16).tofile(Path(folder, "train.bin"))
         contenders = {
-            name: ("benchmarks.loader", {"kind": name, "folder": folder}) for name in ("gptlit", "nanoGPT's way")
+            name: ("benchmarks.loader", {"kind": name, "folder": folder}) for name in ("gptlit", "nanoGPT's sampling")
         }
         title = f"batches of {BATCH} x {LENGTH} from {tokens:,} tokens"
-        compare(title, contenders, [("gptlit", "nanoGPT's way")], "tokens/s", Path(out), rounds)
+        compare(title, contenders, [("gptlit", "nanoGPT's sampling")], "tokens/s", Path(out), rounds)
         rate = statistics.median(contender("gptlit", folder)()["tokens/s"] for _ in range(rounds))
     step = step_seconds(steps)
     print(
@@ -45,13 +45,13 @@ def run(tokens: int = 100_000_000, rounds: int = 7, steps: int = 5, out: str = "
 
 
 def contender(kind: str, folder: str) -> Callable[[], dict[str, float]]:
-    """Return a function that draws batches for a while."""
-    draw = ours(folder) if kind == "gptlit" else nanogpts(folder)
+    """Return a function that times a number of batches."""
+    next_batch = ours(folder) if kind == "gptlit" else nanogpts(folder)
 
     def once(batches: int = 500) -> dict[str, float]:
         start = time.perf_counter()
         for _ in range(batches):
-            draw()
+            next_batch()
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "tokens/s": batches * BATCH * LENGTH / seconds}
 
@@ -59,7 +59,7 @@ def contender(kind: str, folder: str) -> Callable[[], dict[str, float]]:
 
 
 def ours(folder: str) -> Callable[[], object]:
-    """The order of windows, the windows, and the loader around them, as in a fit."""
+    """Sampler, windows and DataLoader as in `fit`."""
     windows = Windows(open_foreign(Path(folder)).shards("train"), LENGTH, LENGTH, 50257)
     order = TrainOrder(Mix([len(windows)], [1.0], 0), batch_size=BATCH, micro_batch_size=BATCH, steps=10**9)
     loader = torch.utils.data.DataLoader(windows, sampler=order, batch_size=None)
@@ -67,20 +67,20 @@ def ours(folder: str) -> Callable[[], object]:
 
 
 def nanogpts(folder: str) -> Callable[[], object]:
-    """With replacement, a new memory map and one tensor a row each time: what nanoGPT's get_batch does, re-stated."""
+    """Reimplements nanoGPT's get_batch: with replacement, a new memory map per batch, one tensor per window."""
 
-    def draw() -> object:
+    def next_batch() -> object:
         data = np.memmap(Path(folder, "train.bin"), dtype=np.uint16, mode="r")
         starts = torch.randint(len(data) - LENGTH, (BATCH,)).tolist()
         inputs = [torch.from_numpy(data[start : start + LENGTH].astype(np.int64)) for start in starts]
         targets = [torch.from_numpy(data[start + 1 : start + 1 + LENGTH].astype(np.int64)) for start in starts]
         return torch.stack(inputs), torch.stack(targets)
 
-    return draw
+    return next_batch
 
 
 def step_seconds(steps: int) -> float:
-    """Return the median time of forward, loss, backward and AdamW of GPT-2 small."""
+    """Return the median time of forward, loss, backward and AdamW of GPT-2 small in seconds."""
     keep_freed_memory()
     model = GPTModel(GPTConfig(**GPT_CONFIG_124M))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)

@@ -1,7 +1,7 @@
-"""The contenders of a training step: gptlit under `train.py`, its own parts in a bare loop, and other projects.
+"""Contenders of a training step: gptlit under `train.py`, gptlit in a bare loop, and other projects.
 
-"As shipped" is what each does by itself on a CPU: float32 (gptlit: bf16 where the CPU has it), no compilation. "Tuned"
-gives every one what helps: bf16, torch.compile, fused AdamW, and an allocator that keeps freed memory.
+"Shipped" is the default of each project on a CPU: float32 (gptlit: bf16 if the CPU supports it), not compiled. "Tuned"
+is bf16, torch.compile, fused AdamW, and an allocator that keeps freed memory.
 """
 
 import os
@@ -16,26 +16,29 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 
-from benchmarks.contenders import Contender, Gate
+from benchmarks.contenders import Contender, StepTimer
 
 # emb_dim, n_heads, n_layers
 SIZES = {"355m": (1024, 16, 24), "124m": (768, 12, 12), "small": (384, 6, 6), "toy": (16, 2, 1)}
-VOCABULARY = 50257
-PADDED = 50304  # to which nanoGPT and litgpt round it up
-WARM, STEPS = 5, 2  # steps before the first measurement, and in each
+VOCAB_SIZE = 50257
+PADDED_VOCAB_SIZE = 50304  # nanoGPT and litgpt round up to this
+WARM, STEPS = 5, 2  # steps before the first measurement, and per measurement
 
 
 def make(name: str, size: str, batch_size: int, length: int, **options: Any) -> Contender:
-    """Return what `contenders.compare` starts: a peer's name, perhaps with ", tuned" or ", shipped" behind it."""
+    """Return a contender for `contenders.compare`; `name` is a peer, optionally with ", tuned" or ", shipped"."""
     peer, _, kind = name.partition(", ")
     shape = {"size": size, "batch_size": batch_size, "length": length, "kind": kind or "tuned"}
     return __name__, {"name": peer, **shape, **options}
 
 
-def operations(size: str, batch_size: int, length: int) -> float:
-    """Return the floating-point operations of a step of the tied model (PaLM, appendix B)."""
+def step_flops(size: str, batch_size: int, length: int) -> float:
+    """Return the FLOPs of a step of the tied model.
+
+    Source: Chowdhery et al. 2022 (PaLM), appendix B.
+    """
     width, _, layers = SIZES[size]
-    multiplied = 12 * layers * width**2 + 13 * layers * width + VOCABULARY * width + 2 * width
+    multiplied = 12 * layers * width**2 + 13 * layers * width + VOCAB_SIZE * width + 2 * width
     return batch_size * length * (6 * multiplied + 12 * layers * width * length)
 
 
@@ -52,20 +55,20 @@ def contender(
     flags: Sequence[str] = (),
     patches: Sequence[str] = (),
 ) -> Any:
-    """Train one step after the other, through the gate; never returns. "matmul" returns what `compare` calls.
+    """Train and call the timer after each step; never returns. "matmul" returns a function to be measured.
 
     Args:
         name: One of the builders below, "gptlit", "bare", "trainer" or "matmul".
         size: A key of `SIZES`.
-        batch_size: Windows in a step.
-        length: Tokens in a window.
+        batch_size: Windows per step.
+        length: Tokens per window.
         kind: "tuned" or "shipped"; gptlit also "recompute".
-        folder: Of a clone, for a peer that needs one.
+        folder: Clone of the peer's repository, if it needs one.
         warm: Steps before the first measurement.
-        steps: In one measurement.
+        steps: Steps per measurement.
         device: "cpu" or "cuda".
-        flags: More flags of `train.py fit`, for gptlit.
-        patches: Functions without arguments, "module:name", to call before anything is built.
+        flags: Additional flags of `train.py fit`, for gptlit.
+        patches: Functions without arguments, as "module:name", called before anything is built.
     """
     import torch
 
@@ -79,25 +82,25 @@ def contender(
 
         keep_freed_memory()
     if name == "matmul":
-        return partial(time_at_peak, operations(size, batch_size, length))
-    gate = Gate(warm, steps)
+        return partial(seconds_at_peak, step_flops(size, batch_size, length))
+    timer = StepTimer(warm, steps)
     if name == "gptlit":
-        return train_gptlit(size, batch_size, length, kind, gate, device, flags)
-    batch = torch.randint(VOCABULARY, (batch_size, length + 1), device=device)
+        return train_gptlit(size, batch_size, length, kind, timer, device, flags)
+    batch = torch.randint(VOCAB_SIZE, (batch_size, length + 1), device=device)
     inputs, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
     if name == "bare":
-        return bare(*SIZES[size], inputs, targets, gate)
+        return bare(*SIZES[size], inputs, targets, timer)
     if name == "trainer":
-        return train_transformers(size, batch, kind == "tuned", gate)
+        return train_transformers(size, batch, kind == "tuned", timer)
     builders = {"nanogpt": nanogpt, "transformers": transformers, "litgpt": litgpt, "book": book}
     model, loss = builders[name](*SIZES[size], length, folder)
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # as nanoGPT and litgpt do
-    return loop(model.to(device), loss, inputs, targets, kind == "tuned", gate)
+    return loop(model.to(device), loss, inputs, targets, kind == "tuned", timer)
 
 
-def time_at_peak(work: float) -> dict[str, float]:
-    """Return the seconds that so many operations take at the peak: the best of 30 square products in bf16."""
+def seconds_at_peak(flops: float) -> dict[str, float]:
+    """Return the seconds for a number of FLOPs at peak throughput: the best of 30 square matrix products in bf16."""
     import torch
 
     side = 2048
@@ -107,7 +110,7 @@ def time_at_peak(work: float) -> dict[str, float]:
         began = time.perf_counter()
         matrix @ matrix
         best = min(best, time.perf_counter() - began)
-    return {"seconds": work * best / (2 * side**3), "peak GB": 0.0}
+    return {"seconds": flops * best / (2 * side**3), "peak GB": 0.0}
 
 
 def loop(
@@ -116,11 +119,11 @@ def loop(
     inputs: Any,
     targets: Any,
     tuned: bool,
-    gate: Gate,
+    timer: StepTimer,
     fused: bool | None = None,
     compiled: bool | None = None,
 ) -> None:
-    """Train in a plain loop: what each project's own does on one device."""
+    """Train in a plain loop, as each project's own does on one device."""
     import torch
 
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -135,11 +138,11 @@ def loop(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        gate.step()
+        timer.step()
 
 
-def bare(emb_dim: int, n_heads: int, n_layers: int, inputs: Any, targets: Any, gate: Gate) -> None:
-    """Train with gptlit's own step, without a Trainer around it."""
+def bare(emb_dim: int, n_heads: int, n_layers: int, inputs: Any, targets: Any, timer: StepTimer) -> None:
+    """Train with gptlit's training step, without a Trainer."""
     import torch
 
     from gptlit import GPTConfig, GPTModule
@@ -159,20 +162,20 @@ def bare(emb_dim: int, n_heads: int, n_layers: int, inputs: Any, targets: Any, g
         module._guard(optimizer, module._clip(optimizer, 1.0, "norm"))
         optimizer.step()
         optimizer.zero_grad()
-        gate.step()
+        timer.step()
 
 
-# --- the peers: (emb_dim, n_heads, n_layers, length, folder) -> (model, loss of a batch) -------------------------
+# --- peers: (emb_dim, n_heads, n_layers, length, folder) -> (model, loss function) -------------------------------
 
 
 def nanogpt(emb_dim: int, n_heads: int, n_layers: int, length: int, folder: str) -> Any:
-    """Build nanoGPT's model from a clone of it."""
+    """Build nanoGPT's model from a clone of its repository."""
     sys.path.insert(0, folder)
     from model import GPT, GPTConfig  # type: ignore[import-not-found]
 
     config = GPTConfig(
         block_size=length,
-        vocab_size=PADDED,
+        vocab_size=PADDED_VOCAB_SIZE,
         n_layer=n_layers,
         n_head=n_heads,
         n_embd=emb_dim,
@@ -198,7 +201,7 @@ def book(emb_dim: int, n_heads: int, n_layers: int, length: int, folder: str) ->
     from llms_from_scratch.ch04 import GPTModel  # type: ignore[import-not-found]
 
     config = {
-        "vocab_size": VOCABULARY,
+        "vocab_size": VOCAB_SIZE,
         "context_length": length,
         "emb_dim": emb_dim,
         "n_heads": n_heads,
@@ -214,14 +217,14 @@ def book(emb_dim: int, n_heads: int, n_layers: int, length: int, folder: str) ->
 
 
 def litgpt(emb_dim: int, n_heads: int, n_layers: int, length: int, folder: str) -> Any:
-    """Build a model of litgpt of the same size; it has no GPT-2: rotary positions, an untied head."""
+    """Build a litgpt model of the same size. litgpt has no GPT-2: rotary positions, untied head."""
     from litgpt.model import GPT, Config  # type: ignore[import-not-found]
     from litgpt.utils import chunked_cross_entropy  # type: ignore[import-not-found]
 
     config = Config(
         block_size=length,
-        vocab_size=VOCABULARY,
-        padded_vocab_size=PADDED,
+        vocab_size=VOCAB_SIZE,
+        padded_vocab_size=PADDED_VOCAB_SIZE,
         n_layer=n_layers,
         n_head=n_heads,
         n_embd=emb_dim,
@@ -237,7 +240,7 @@ def litgpt(emb_dim: int, n_heads: int, n_layers: int, length: int, folder: str) 
     return GPT(config), loss
 
 
-def train_transformers(size: str, batch: Any, tuned: bool, gate: Gate) -> None:
+def train_transformers(size: str, batch: Any, tuned: bool, timer: StepTimer) -> None:
     """Train under Transformers' Trainer."""
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -246,7 +249,7 @@ def train_transformers(size: str, batch: Any, tuned: bool, gate: Gate) -> None:
 
     class Step(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            gate.step()
+            timer.step()
 
     class Same(torch.utils.data.IterableDataset):  # type: ignore[type-arg]
         def __iter__(self) -> Any:
@@ -268,25 +271,25 @@ def train_transformers(size: str, batch: Any, tuned: bool, gate: Gate) -> None:
     Trainer(model, arguments, train_dataset=Same(), callbacks=[Step()]).train()
 
 
-class GateCallback(pl.Callback):
-    """Lets the gate count the steps of Lightning's Trainer."""
+class TimerCallback(pl.Callback):
+    """Calls the timer after each step of Lightning's Trainer."""
 
-    gate: Gate
+    timer: StepTimer
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Count."""
-        self.gate.step()
+        """Call the timer."""
+        self.timer.step()
 
 
 def train_gptlit(
-    size: str, batch_size: int, length: int, kind: str, gate: Any, device: str = "cpu", more: Sequence[str] = ()
+    size: str, batch_size: int, length: int, kind: str, timer: Any, device: str = "cpu", more: Sequence[str] = ()
 ) -> None:
-    """Train as a user does: `train.py fit`, with its own Trainer, callbacks and logger; "recompute" spares memory."""
+    """Run `train.py fit` with its own Trainer, callbacks and logger; "recompute" adds activation checkpointing."""
     from tempfile import mkdtemp
 
-    GateCallback.gate = gate
+    TimerCallback.timer = timer
     folder = mkdtemp()
-    ids = np.random.default_rng(0).integers(0, VOCABULARY, 2_000_000).astype("<u2")
+    ids = np.random.default_rng(0).integers(0, VOCAB_SIZE, 2_000_000).astype("<u2")
     ids.tofile(os.path.join(folder, "train.bin"))
     emb_dim, n_heads, n_layers = SIZES[size]
     from gptlit.training.cli import main
@@ -301,5 +304,5 @@ def train_gptlit(
     flags += [f"--trainer.accelerator={accelerator}", "--trainer.devices=1"]
     flags += ["--trainer.max_steps=100000", "--trainer.gradient_clip_val=1"]
     flags += [f"--trainer.default_root_dir={folder}", "--trainer.enable_progress_bar=false"]
-    flags += ["--run.save_every_n_steps=1000000", "--trainer.callbacks+=benchmarks.peers.GateCallback"]
+    flags += ["--run.save_every_n_steps=1000000", "--trainer.callbacks+=benchmarks.peers.TimerCallback"]
     main(["fit", *flags, *more])

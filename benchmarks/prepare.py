@@ -1,4 +1,4 @@
-"""`gptlit prepare` beside the tokenizer alone: speed on one file, and memory on files of two sizes."""
+"""`gptlit prepare` compared with the tokenizer alone: speed on one file, and peak memory on files of two sizes."""
 
 import ast
 import json
@@ -32,12 +32,12 @@ def run(
     """Compare `prepare` (reading, splitting, encoding, hashing, writing) with encoding the same documents in memory.
 
     Args:
-        megabytes: Size of the JSON lines that both take.
-        small: Size of the file on which memory is measured first, in MB.
-        large: Size of the file on which it is measured then.
-        rounds: Interleaved measurements of each.
-        out: JSON file for the figures.
-        folder: For the corpora; the default is a temporary one.
+        megabytes: Size of the JSON lines file in MB.
+        small: Size of the smaller file of the memory measurement in MB.
+        large: Size of the larger file of the memory measurement in MB.
+        rounds: Interleaved measurements of each contender.
+        out: JSON file for the results.
+        folder: Folder for the corpora; a temporary one by default.
     """
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         files = {size: Path(temporary, f"{size}.jsonl") for size in (megabytes, small, large)}
@@ -57,7 +57,7 @@ def run(
 
 
 def docstrings() -> list[str]:
-    """Return the documentation of the installed packages, a module a document."""
+    """Return the docstrings of the installed packages, one document per module."""
     found = []
     for path in sorted(Path(sysconfig.get_path("purelib")).rglob("*.py")):
         try:
@@ -72,15 +72,15 @@ def docstrings() -> list[str]:
 
 
 def write(path: Path, size: int, documents: list[str]) -> None:
-    """Write that much text: the documents again and again, with their paragraphs in another order each time."""
-    draw = random.Random(0)
+    """Write `size` characters of text by repeating the documents with shuffled paragraphs."""
+    rng = random.Random(0)
     written = copy = 0
     with path.open("w") as file:
         while written < size:
             for text in documents:
                 paragraphs = text.split("\n\n")
-                draw.shuffle(paragraphs)
-                document = f"{copy} {draw.random()}\n" + "\n\n".join(paragraphs)
+                rng.shuffle(paragraphs)
+                document = f"{copy} {rng.random()}\n" + "\n\n".join(paragraphs)
                 file.write(json.dumps({"text": document}) + "\n")
                 written += len(document)
                 if written >= size:
@@ -89,7 +89,7 @@ def write(path: Path, size: int, documents: list[str]) -> None:
 
 
 def contender(kind: str, source: str) -> Callable[[], dict[str, float]]:
-    """Return a function that does the work once and measures it."""
+    """Return a function that times one pass."""
     corpus, tokenizer = open_corpus(source), load_tokenizer()
     size = sum(len(text.encode()) for text in corpus.documents()) / 1e6
 
@@ -115,7 +115,7 @@ def contender(kind: str, source: str) -> Callable[[], dict[str, float]]:
 
 
 def peak_memory(source: Path) -> float:
-    """Return the largest memory of `gptlit prepare` and its workers together, in MB, looked at 20 times a second."""
+    """Return the peak memory in MB of `gptlit prepare` with its workers, sampled 20 times per second."""
     command = [sys.executable, "-m", "gptlit", "prepare", str(source), "--out", f"{source}-out", "--num_workers", "2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     peak = 0.0
@@ -123,12 +123,12 @@ def peak_memory(source: Path) -> float:
         peak = max(peak, sum(map(resident, [process.pid, *children(process.pid)])))
         time.sleep(0.05)
     if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with status {process.returncode}")
+        raise RuntimeError(f"{' '.join(command)} exited with status {process.returncode}")
     return peak
 
 
 def children(pid: int) -> list[int]:
-    """Return the processes that a process started (Linux)."""
+    """Return the child processes of a process (Linux)."""
     try:
         files = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
     except OSError:
@@ -137,7 +137,7 @@ def children(pid: int) -> list[int]:
 
 
 def resident(pid: int) -> float:
-    """Return the memory of a process in MB (Linux)."""
+    """Return the resident memory of a process in MB (Linux)."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

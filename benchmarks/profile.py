@@ -1,4 +1,4 @@
-"""Where the time of one training step goes, by part."""
+"""Profile of a training step, by part."""
 
 import json
 import os
@@ -11,54 +11,54 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.contenders import Process, machine
-from benchmarks.peers import operations, time_at_peak, train_gptlit
+from benchmarks.peers import seconds_at_peak, step_flops, train_gptlit
 
-PARTS = {  # the first pattern that is found in an operation's name says where it belongs
-    "products of layers and head": r"aten::(mm|addmm)$",
-    "products inside attention": r"aten::bmm",
-    "copies for these products": r"aten::(copy_|clone)",
+PARTS = {  # an operation belongs to the first part whose pattern matches its name
+    "matrix products of layers and head": r"aten::(mm|addmm)$",
+    "matrix products inside attention": r"aten::bmm",
+    "copies for the products inside attention": r"aten::(copy_|clone)",
     "AdamW": r"adamw|AdamW",
-    "norm of the gradient": r"linalg_vector_norm",
+    "gradient norm": r"linalg_vector_norm",
     "softmax of the loss": r"cpp_fused.*copy__.*logsumexp",
-    "GELU, with the norm behind it": r"cpp_fused.*(sigmoid|gelu)",
+    "GELU, fused with the following norm": r"cpp_fused.*(sigmoid|gelu)",
     "attention: masks, softmax, sums": r"cpp_fused.*(masked_fill|exp_|_mul_slice_sub)",
-    "norms, shortcuts, casts of weights": r"cpp_fused",
-    "gradients: sums, scaling, zeros": r"aten::(add_|mul_|fill_|zero_)",
+    "norms, residual connections, casts of weights": r"cpp_fused",
+    "gradients: accumulation, scaling, zeroing": r"aten::(add_|mul_|fill_|zero_)",
     "everything else": r"",
 }
 
 
 def run(size: str = "124m", batch_size: int = 1, length: int = 1024, out: str = "profile.json") -> None:
-    """Print the parts of a step under `train.py`, the products beside their peak.
+    """Print the time of each part of a step under `train.py`, and that of all matrix products at peak throughput.
 
     Args:
-        size: "124m", or "small" (6 layers, 384 wide).
-        batch_size: Windows in a step.
-        length: Tokens in a window.
-        out: JSON file for the figures.
+        size: "124m", or "small" (6 layers, width 384).
+        batch_size: Windows per step.
+        length: Tokens per window.
+        out: JSON file for the results.
     """
     process = Process((__name__, {"size": size, "batch_size": batch_size, "length": length})).wait_until_ready()
     parts = process.measure()
     process.close()
     total = parts.pop("total")
-    peak = time_at_peak(operations(size, batch_size, length))["seconds"]
-    table = Table("part", "ms", "share", title=f"a step of {batch_size} x {length} tokens: {1e3 * total:.0f} ms")
+    peak = seconds_at_peak(step_flops(size, batch_size, length))["seconds"]
+    table = Table("part", "ms", "fraction", title=f"a step of {batch_size} x {length} tokens: {1e3 * total:.0f} ms")
     for name, seconds in parts.items():
         table.add_row(name, f"{1e3 * seconds:.0f}", f"{seconds / total:.1%}")
-    table.add_row("all products at the peak of bf16", f"{1e3 * peak:.0f}", f"{peak / total:.1%}")
+    table.add_row("all matrix products at peak bf16 throughput", f"{1e3 * peak:.0f}", f"{peak / total:.1%}")
     Console().print(table)
     values = {"machine": machine(), "seconds": total, "parts": parts, "at the peak": peak}
     Path(out).write_text(json.dumps(values, indent=1) + "\n")
 
 
-class ProfilingGate:
-    """Lets steps pass, profiles one, and prints the seconds of its parts."""
+class StepProfiler:
+    """Profiles one step after a warm-up and prints the seconds of its parts."""
 
     def __init__(self, warm: int) -> None:
         self.left = warm
 
     def step(self) -> None:
-        """Tell that a step is done."""
+        """Call after each step."""
         from torch.profiler import profile
 
         self.left -= 1
@@ -75,7 +75,7 @@ class ProfilingGate:
 
 
 def by_part(events: Any, total: float) -> dict[str, float]:
-    """Add up the seconds of operations, those inside them left out, by part; "everything else" is what is missing."""
+    """Sum the self time of operations by part; "everything else" is the remainder."""
     seconds = dict.fromkeys(PARTS, 0.0)
     for event in events:
         part = next(name for name, pattern in PARTS.items() if re.search(pattern, event.key))
@@ -85,7 +85,7 @@ def by_part(events: Any, total: float) -> dict[str, float]:
 
 
 def contender(size: str, batch_size: int, length: int) -> None:
-    """Train under `train.py`, with kernels that have names, and profile a step; never returns."""
+    """Train under `train.py` with descriptive kernel names, and profile a step; never returns."""
     from torch._inductor import config
 
     from benchmarks.allocator import keep_freed_memory
@@ -93,4 +93,4 @@ def contender(size: str, batch_size: int, length: int) -> None:
     keep_freed_memory()
     config.cpp.enable_kernel_profile = True
     config.cpp.descriptive_names = "original_aten"
-    train_gptlit(size, batch_size, length, True, ProfilingGate(warm=8))
+    train_gptlit(size, batch_size, length, True, StepProfiler(warm=8))

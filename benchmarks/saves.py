@@ -1,4 +1,4 @@
-"""What a checkpoint costs a run of GPT-2 small: written in the background, and while training waits."""
+"""Cost of a checkpoint of GPT-2 small: asynchronous and synchronous writes."""
 
 import json
 import statistics
@@ -22,18 +22,18 @@ from gptlit.checkpoint.io import DurableCheckpointIO
 from gptlit.training.callbacks.checkpoint import StepCheckpoint
 from gptlit.training.environment import keep_freed_memory
 
-EVERY = 10  # steps between two saves; the first half of them is charged with the save
+EVERY = 10  # steps between two saves; the first half of them is attributed to the save
 
 
 def run(saves: int = 3, rounds: int = 2, batch_size: int = 4, length: int = 256, out: str = "saves.json") -> None:
-    """Measure the time that a save adds to the steps after it, in processes that take turns.
+    """Measure the time that a save adds to the following steps, in interleaved processes.
 
     Args:
-        saves: In each process.
+        saves: Saves per process.
         rounds: Processes of each kind.
-        batch_size: Windows in a step.
-        length: Tokens in a window.
-        out: JSON file for the figures.
+        batch_size: Windows per step.
+        length: Tokens per window.
+        out: JSON file for the results.
     """
     results: dict[str, list[dict[str, Any]]] = {"asynchronous": [], "synchronous": []}
     for _ in track(range(rounds), "measuring"):
@@ -41,7 +41,7 @@ def run(saves: int = 3, rounds: int = 2, batch_size: int = 4, length: int = 256,
             command = [sys.executable, "-m", "benchmarks.saves", name, str(saves), str(batch_size), str(length)]
             output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             found.append(json.loads(output.splitlines()[-1]))
-    table = Table("writing", "step, s", "training waits, s", "a save costs, s", "every 100 steps")
+    table = Table("writing", "step, s", "training blocked, s", "cost of a save, s", "every 100 steps")
     for name, found in results.items():
         step = statistics.median(one["step"] for one in found)
         waits = statistics.median(value for one in found for value in one["waits"])
@@ -52,18 +52,18 @@ def run(saves: int = 3, rounds: int = 2, batch_size: int = 4, length: int = 256,
 
 
 class Clock(pl.Callback):
-    """Notes when each step ends."""
+    """Records the end time of each step."""
 
     def __init__(self) -> None:
         self.ends: list[float] = []
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Note it."""
+        """Record it."""
         self.ends.append(time.perf_counter())
 
 
 def measure(asynchronous: bool, saves: int, batch_size: int, length: int) -> dict[str, Any]:
-    """Train with a save every `EVERY` steps; return the median step and what each save cost."""
+    """Train with a save every `EVERY` steps; return the median step time and the cost of each save in seconds."""
     keep_freed_memory()
     torch.manual_seed(0)
     config = GPTConfig(context_length=length, drop_rate=0.0, tie_weights=True, init="gpt2")

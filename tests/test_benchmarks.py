@@ -1,4 +1,4 @@
-"""The check of a GPU, rehearsed on a CPU."""
+"""A dry run of the GPU benchmark on a CPU."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Gates for a training run that look inside it: its kernels and idle times, its synchronisations, its saves."""
+"""Probes of a training run: kernels and idle times, synchronizations, saves."""
 
 import json
 import os
@@ -12,23 +12,23 @@ from typing import Any
 Lines = Iterator[dict[str, Any]]
 
 
-def gate_lines(gate: str, device: str) -> Lines:
-    """Train with one of the gates below, in a process of its own; yield what it prints."""
-    command = [sys.executable, "-m", "benchmarks.gpu_gates", gate, device]
+def probe_lines(probe: str, device: str) -> Lines:
+    """Train with one of the probes below in a separate process; yield the lines it prints."""
+    command = [sys.executable, "-m", "benchmarks.gpu_probes", probe, device]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     yield from (json.loads(line) for line in process.stdout if line.startswith("{"))
     process.wait()
 
 
-class KernelGate:
-    """Profiles ten steps, a log point among them; prints the kernels, and where the GPU had nothing to do."""
+class KernelProfiler:
+    """Profiles ten steps, one of them with a log point; prints the kernels and the idle times of the GPU."""
 
     def __init__(self) -> None:
         self.count = 0
 
     def step(self) -> None:
-        """Tell that a step is done."""
+        """Call after each step."""
         from torch.profiler import ProfilerActivity, profile
 
         from benchmarks.contenders import synchronize
@@ -49,7 +49,7 @@ class KernelGate:
 
 
 def busy_and_idle(events: Any, wall: float, steps: int) -> Lines:
-    """Yield the milliseconds a step of each kernel, of all of them, and of the longest gaps between two."""
+    """Yield the milliseconds per step of each kernel, of all kernels, and of the largest gaps between kernels."""
     ours = [event for event in events if "CUDA" in str(event.device_type) and "#" not in event.name]
     spans = sorted((event.time_range.start, event.time_range.end, event.name) for event in ours)
     totals: dict[str, list[float]] = {}
@@ -76,15 +76,15 @@ def busy_and_idle(events: Any, wall: float, steps: int) -> Lines:
         yield {"gap": f"{before} -> {after}", "ms a step": ms, "times": len(times) / steps, "longest": max(times)}
 
 
-class SyncGate:
-    """Counts the calls that make the host wait, over five steps between two log points (at 10 and 20)."""
+class SyncCounter:
+    """Counts host-device synchronizations over five steps between two log points (steps 10 and 20)."""
 
     def __init__(self) -> None:
         self.count = 0
         self.places: dict[str, int] = {}
 
     def step(self) -> None:
-        """Tell that a step is done."""
+        """Call after each step."""
         import traceback
         import warnings
 
@@ -112,14 +112,14 @@ class SyncGate:
             torch.cuda.set_sync_debug_mode(mode)
 
 
-class SaveGate:
-    """Saves twice with the run's own callback and prints how long training waited."""
+class SaveTimer:
+    """Saves with the run's own callback and prints for how long training is blocked."""
 
     def __init__(self) -> None:
         self.count = 0
 
     def step(self) -> None:
-        """Tell that a step is done."""
+        """Call after each step."""
         import gc
 
         import torch
@@ -145,11 +145,11 @@ class SaveGate:
             os._exit(0)
 
 
-GATES = {"KernelGate": KernelGate, "SyncGate": SyncGate, "SaveGate": SaveGate}
+PROBES = {"KernelProfiler": KernelProfiler, "SyncCounter": SyncCounter, "SaveTimer": SaveTimer}
 
 if __name__ == "__main__":
     from benchmarks.peers import train_gptlit
 
     size, batch, length = ("124m", 16, 1024) if sys.argv[2] == "cuda" else ("toy", 2, 16)
     more = [] if sys.argv[2] == "cuda" else ["--model.compile=false"]
-    train_gptlit(size, batch, length, "tuned", GATES[sys.argv[1]](), sys.argv[2], more)
+    train_gptlit(size, batch, length, "tuned", PROBES[sys.argv[1]](), sys.argv[2], more)
