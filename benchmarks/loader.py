@@ -12,7 +12,7 @@ import torch
 from benchmarks.contenders import compare
 from gptlit import GPT_CONFIG_124M, GPTConfig, GPTModel
 from gptlit.data.token_files import open_foreign
-from gptlit.data.windows import Mix, TrainOrder, Windows
+from gptlit.data.windows import TrainSampler, WeightedMixture, Windows
 from gptlit.model.loss import next_token_loss
 from gptlit.training.environment import keep_freed_memory
 
@@ -61,8 +61,9 @@ def contender(kind: str, folder: str) -> Callable[[], dict[str, float]]:
 def ours(folder: str) -> Callable[[], object]:
     """Sampler, windows and DataLoader as in `fit`."""
     windows = Windows(open_foreign(Path(folder)).shards("train"), LENGTH, LENGTH, 50257)
-    order = TrainOrder(Mix([len(windows)], [1.0], 0), batch_size=BATCH, micro_batch_size=BATCH, steps=10**9)
-    loader = torch.utils.data.DataLoader(windows, sampler=order, batch_size=None)
+    mixture = WeightedMixture([len(windows)], [1.0], 0)
+    sampler = TrainSampler(mixture, batch_size=BATCH, micro_batch_size=BATCH, steps=10**9)
+    loader = torch.utils.data.DataLoader(windows, sampler=sampler, batch_size=None)
     return iter(loader).__next__
 
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
 from gptlit.data import sources as module
-from gptlit.data.sources import CUT, Bad, Reading, open_corpus
+from gptlit.data.sources import CUT, ReadOptions, UnreadableDocument, open_corpus
 from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import InputError
 
@@ -124,7 +124,7 @@ def test_json_lines_plain_and_packed(tmp_path: Path, name: str, pack: Callable[[
 def test_json_lines_under_other_names(name: str) -> None:
     pack = {"gz": gzip.compress, "zst": zstd.compress}.get(name.rpartition(".")[2], bytes)
     Path(name).write_bytes(pack(jsonl(TEXTS, key="body")))
-    assert list(open_corpus(name, Reading(text_key="body")).documents()) == TEXTS
+    assert list(open_corpus(name, ReadOptions(text_key="body")).documents()) == TEXTS
     with pytest.raises(InputError, match=f"{name} line 1 has no 'text', only 'id', 'body': set text_key"):
         list(open_corpus(name).documents())
 
@@ -144,7 +144,9 @@ def test_json_lines_under_other_names(name: str) -> None:
 )
 def test_a_json_file_is_lines_or_an_array_of_objects(content: str, expected: list[str]) -> None:
     Path("a.json").write_text(content)
-    found = [text.reason if isinstance(text, Bad) else text for text in open_corpus("a.json").parts[0].read()]
+    found = [
+        text.reason if isinstance(text, UnreadableDocument) else text for text in open_corpus("a.json").files[0].read()
+    ]
     assert len(found) == len(expected)
     assert all(text.startswith(start) for text, start in zip(found, expected, strict=True))
 
@@ -169,12 +171,12 @@ def test_a_json_file_is_lines_or_an_array_of_objects(content: str, expected: lis
 @pytest.mark.parametrize("separator", ["", "<|end|>"])
 def test_what_is_no_plain_text_is_refused_by_name(name: str, content: bytes, words: str, separator: str) -> None:
     Path(name).write_bytes(content)
-    found = list(open_corpus(name, Reading(separator=separator)).parts[0].read())
+    found = list(open_corpus(name, ReadOptions(separator=separator)).files[0].read())
     if separator and ("JSON" in words or "table" in words):
         assert all(isinstance(text, str) for text in found)  # whoever sets a separator wants it as it is
     else:
         (bad,) = found
-        assert isinstance(bad, Bad)
+        assert isinstance(bad, UnreadableDocument)
         assert bad.reason.startswith(f"{name} {words}")
         assert "\n" not in bad.reason
 
@@ -190,7 +192,7 @@ def test_packed_text_and_parquet(tmp_path: Path) -> None:
 def test_another_key_and_several_sources(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl(["one"], key="content"))
     write_parquet(tmp_path / "b.parquet", content=["two"])
-    corpus = open_corpus(["a.jsonl", "b.parquet"], Reading(text_key="content"))
+    corpus = open_corpus(["a.jsonl", "b.parquet"], ReadOptions(text_key="content"))
     assert list(corpus.documents()) == ["one", "two"]
     assert corpus.name == "a-b"
     assert corpus.fingerprint != open_corpus(["a.jsonl", "b.parquet"]).fingerprint
@@ -276,8 +278,8 @@ def test_what_cannot_be_read_is_named(
     corpus = open_corpus(name)
     with pytest.raises(InputError, match=words):
         list(corpus.documents())
-    found = list(corpus.parts[0].read())
-    assert sum(isinstance(text, Bad) for text in found) == 1
+    found = list(corpus.files[0].read())
+    assert sum(isinstance(text, UnreadableDocument) for text in found) == 1
     assert good is None or [text for text in found if isinstance(text, str)] == good
 
 
@@ -288,9 +290,9 @@ def test_what_can_be_read_of_a_truncated_file_is_kept(name: str) -> None:
     unpacked = "\n".join(texts).encode() if ".txt" in name else jsonl(texts)
     packed = zstd.compress(unpacked) if name.endswith("zst") else gzip.compress(unpacked)
     Path(name).write_bytes(packed[: len(packed) * 4 // 5])
-    *found, bad = open_corpus(name).parts[0].read()
-    assert isinstance(bad, Bad)
-    assert bad.is_last
+    *found, bad = open_corpus(name).files[0].read()
+    assert isinstance(bad, UnreadableDocument)
+    assert bad.ends_file
     assert bad.reason.startswith(f"{name} is damaged after {len(found)} documents")
     if ".txt" in name:
         decompress = zlib.decompressobj(wbits=31).decompress
@@ -309,8 +311,8 @@ def test_a_damaged_parquet_file_keeps_what_came_before(tmp_path: Path) -> None:
     content = bytearray((tmp_path / "a.parquet").read_bytes())
     content[len(content) // 2 : len(content) * 3 // 4] = b"\xff" * (len(content) * 3 // 4 - len(content) // 2)
     (tmp_path / "a.parquet").write_bytes(content)
-    found = list(open_corpus("a.parquet").parts[0].read())
-    assert isinstance(found[-1], Bad)
+    found = list(open_corpus("a.parquet").files[0].read())
+    assert isinstance(found[-1], UnreadableDocument)
     assert "a.parquet is damaged after row" in found[-1].reason
     assert 200 < len(found) <= 501
 
@@ -341,7 +343,7 @@ def test_a_text_in_several_formats_is_taken_once_from_the_hub(hub: Path) -> None
 
 
 def test_a_connection_that_breaks_is_not_a_damaged_file(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    part = open_corpus("hf:someone/stories").parts[0]
+    part = open_corpus("hf:someone/stories").files[0]
 
     def broken(*_: Any) -> bytes:
         raise ConnectionError("reset by peer")
@@ -355,12 +357,12 @@ def test_a_separator_that_never_comes_is_said(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(module, "LONGEST_DOCUMENT", 1000)
     Path("a.txt").write_text("word " * 10**6)
     with pytest.raises(InputError, match="a.txt has no separator '###' in .* characters"):
-        list(open_corpus("a.txt", Reading(separator="###")).documents())
+        list(open_corpus("a.txt", ReadOptions(separator="###")).documents())
 
 
 def test_reading_reports_the_bytes_of_the_packed_file(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl([str(n) * 50 for n in range(5000)])))
-    part = open_corpus("a.jsonl.gz").parts[0]
+    part = open_corpus("a.jsonl.gz").files[0]
     told: list[int] = []
     assert len(list(part.read(told.append))) == 5000
     assert told == sorted(told)

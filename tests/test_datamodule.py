@@ -11,7 +11,7 @@ import torch
 
 from gptlit import GPTConfig, GPTModule, TokenDataModule
 from gptlit.data import token_files as tokens
-from gptlit.data.datamodule import Weighted
+from gptlit.data.datamodule import WeightedSource
 from gptlit.data.prepare import Split, prepare
 from gptlit.data.sources import open_corpus
 from gptlit.data.token_files import MANIFEST, SPLITS
@@ -199,7 +199,7 @@ def test_separate_sources_validate_and_test(tmp_path: Path) -> None:
     )
     prepared.setup()
     assert prepared.data.tokens("val") == 100
-    both = [Weighted("a.jsonl"), Weighted("c.jsonl")]
+    both = [WeightedSource("a.jsonl"), WeightedSource("c.jsonl")]
     mixed = TokenDataModule(both, val_source="b.jsonl", text_key="body", context_length=16)
     mixed.setup()
     assert mixed.data.tokens("val") == 100  # once, not once for each
@@ -208,7 +208,7 @@ def test_separate_sources_validate_and_test(tmp_path: Path) -> None:
 def test_several_corpora_are_mixed_by_weight(tmp_path: Path) -> None:
     for name, word in (("trees", " tree"), ("rivers", " river")):
         (tmp_path / f"{name}.txt").write_text(word * 2000)
-    sources = [Weighted("trees.txt", 3.0), Weighted("rivers.txt", 1.0)]
+    sources = [WeightedSource("trees.txt", 3.0), WeightedSource("rivers.txt", 1.0)]
     datamodule = TokenDataModule(sources, batch_size=16, seed=1, val_fraction=0.1)
     trainer = fit(datamodule, max_steps=50)
     drawn = datamodule.drawn()
@@ -222,7 +222,7 @@ def test_several_corpora_are_mixed_by_weight(tmp_path: Path) -> None:
     state = datamodule.state_dict()
     torch.save(state, tmp_path / "state")
     assert torch.load(tmp_path / "state", weights_only=True)["source"][0] == {"path": "trees.txt", "weight": 3.0}
-    other = TokenDataModule([Weighted("trees.txt", 1.0), sources[1]], batch_size=16, seed=1, val_fraction=0.1)
+    other = TokenDataModule([WeightedSource("trees.txt", 1.0), sources[1]], batch_size=16, seed=1, val_fraction=0.1)
     fit(other, max_steps=1)
     with pytest.raises(InputError, match=r"the list of weights is \[1.0, 1.0\], but the checkpoint .* \[3.0, 1.0\]"):
         other.load_state_dict({**state, "corpus": other.data.fingerprint})
@@ -233,9 +233,9 @@ def test_a_corpus_of_a_mix_that_is_too_short_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("word " * 500)
     (tmp_path / "b.txt").write_text("short")
     with pytest.raises(InputError, match="the train part of 'b.txt' is too short for one window of 16"):
-        fit(TokenDataModule([Weighted("a.txt"), Weighted("b.txt")], batch_size=2))
+        fit(TokenDataModule([WeightedSource("a.txt"), WeightedSource("b.txt")], batch_size=2))
     with pytest.raises(InputError, match="the weight -1.0 in data.source must be a positive number"):
-        fit(TokenDataModule([Weighted("a.txt"), Weighted("a.txt", -1.0)], batch_size=2))
+        fit(TokenDataModule([WeightedSource("a.txt"), WeightedSource("a.txt", -1.0)], batch_size=2))
     with pytest.raises(ValueError, match="data.source is empty"):
         TokenDataModule([])
 

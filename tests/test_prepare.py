@@ -21,7 +21,7 @@ from conftest import ROOT, run_script
 from gptlit.data import encoder, progress
 from gptlit.data import prepare as module
 from gptlit.data.prepare import LOCK, PROGRESS, Report, Split, prepare, prepare_cached
-from gptlit.data.sources import Bad, Corpus, Part, open_corpus
+from gptlit.data.sources import Corpus, SourceFile, UnreadableDocument, open_corpus
 from gptlit.data.token_files import MANIFEST, TokenData, open_tokens
 from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import InputError
@@ -29,15 +29,15 @@ from gptlit.errors import InputError
 GPT2 = load_tokenizer("gpt2")
 
 
-def corpus_of(*documents: str | Bad, name: str = "c", read: Callable[[], None] | None = None) -> Corpus:
+def corpus_of(*documents: str | UnreadableDocument, name: str = "c", read: Callable[[], None] | None = None) -> Corpus:
     """A corpus in memory; `read` is called each time it is read."""
 
-    def parse(_: Any) -> Iterator[str | Bad]:
+    def parse(_: Any) -> Iterator[str | UnreadableDocument]:
         if read is not None:
             read()
         return iter(documents)
 
-    return Corpus(name, [Part(name, 0, str(documents), io.BytesIO, parse)])
+    return Corpus(name, [SourceFile(name, 0, str(documents), io.BytesIO, parse)])
 
 
 def ids_of(data: TokenData, split: str) -> list[int]:
@@ -187,7 +187,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from gptlit.data import prepare as module
-from gptlit.data.corpus import open_corpus
+from gptlit.data.sources import open_corpus
 from gptlit.data.tokenizer import load_tokenizer
 
 left = int(sys.argv[3])
@@ -224,12 +224,12 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path: Path) ->
     def noted() -> bytes:
         return (out / PROGRESS).read_bytes() if (out / PROGRESS).exists() else b""
 
-    for is_last in [False] * 10 + [True]:
+    for ends_file in [False] * 10 + [True]:
         begun = noted()
         with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-            while not is_last and noted() == begun and process.poll() is None:  # until it goes on
+            while not ends_file and noted() == begun and process.poll() is None:  # until it goes on
                 time.sleep(0.001)
-            if not is_last:
+            if not ends_file:
                 time.sleep(draw.uniform(0, 0.2))
                 process.kill()
             _, errors = process.communicate()
@@ -241,9 +241,9 @@ def test_a_kill_between_any_two_batches_is_made_good(tmp_path: Path, monkeypatch
     """Every place where it can go on is tried, with bad documents and several parts before it."""
     monkeypatch.setattr(module, "BATCH", 50)
     monkeypatch.setattr(module, "SAVE_EVERY", 0.0)
-    texts = [corpus_of("first document", Bad("bad"), "second", name="a")]
-    texts.append(corpus_of(*(f"text number {n}" for n in range(30)), Bad("worse"), name="b"))
-    corpus = Corpus("both", [part for text in texts for part in text.parts])
+    texts = [corpus_of("first document", UnreadableDocument("bad"), "second", name="a")]
+    texts.append(corpus_of(*(f"text number {n}" for n in range(30)), UnreadableDocument("worse"), name="b"))
+    corpus = Corpus("both", [part for text in texts for part in text.files])
 
     class Killed(BaseException):
         pass
@@ -441,7 +441,7 @@ def test_a_full_disk_is_said_and_the_next_call_goes_on(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_read_stops_it_or_is_counted(tmp_path: Path) -> None:
-    corpus = corpus_of("one", Bad("a.jsonl line 2 is not JSON"), "three")
+    corpus = corpus_of("one", UnreadableDocument("a.jsonl line 2 is not JSON"), "three")
     with pytest.raises(InputError, match="a.jsonl line 2 is not JSON .*--skip_bad"):
         prepare(corpus, tmp_path / "out", GPT2, Split(0.0))
     data = prepare(corpus, tmp_path / "out", GPT2, Split(0.0), skip_bad=True)
@@ -464,7 +464,13 @@ def test_what_damage_costs_is_said_once(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_no_text_at_all_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"there is no text in the sources of .*out \(2 documents were left out\)"):
-        prepare(corpus_of("", Bad("x"), Bad("y")), tmp_path / "out", GPT2, Split(0.1), skip_bad=True)
+        prepare(
+            corpus_of("", UnreadableDocument("x"), UnreadableDocument("y")),
+            tmp_path / "out",
+            GPT2,
+            Split(0.1),
+            skip_bad=True,
+        )
     assert not (tmp_path / "out" / MANIFEST).exists()
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from conftest import run_script
 from gptlit.data.token_files import FORMAT, MANIFEST, SPLITS, Shard
-from gptlit.data.windows import BLOCK, NO_TARGET, EvalOrder, Mix, TrainOrder, Windows, shuffled
+from gptlit.data.windows import BLOCK, NO_TARGET, EvalSampler, TrainSampler, WeightedMixture, Windows, shuffled
 from gptlit.errors import InputError
 
 
@@ -70,8 +70,8 @@ def test_the_order_looks_random() -> None:
 def test_any_number_of_devices_gives_the_same_steps(n_windows: int, world_size: int, micro: int, start: int) -> None:
     def steps(world_size: int, micro: int) -> list[list[int]]:
         orders = [
-            TrainOrder(
-                Mix([n_windows], [1.0], 3),
+            TrainSampler(
+                WeightedMixture([n_windows], [1.0], 3),
                 batch_size=32,
                 micro_batch_size=micro,
                 rank=rank,
@@ -89,15 +89,15 @@ def test_any_number_of_devices_gives_the_same_steps(n_windows: int, world_size: 
 
 
 def test_the_order_goes_on_where_it_stopped() -> None:
-    whole = list(TrainOrder(Mix([10], [1.0], 1), batch_size=4, micro_batch_size=2, steps=6))
-    rest = list(TrainOrder(Mix([10], [1.0], 1), batch_size=4, micro_batch_size=2, steps=2, start=16))
+    whole = list(TrainSampler(WeightedMixture([10], [1.0], 1), batch_size=4, micro_batch_size=2, steps=6))
+    rest = list(TrainSampler(WeightedMixture([10], [1.0], 1), batch_size=4, micro_batch_size=2, steps=2, start=16))
     assert np.array_equal(whole[8:], rest)
 
 
 @given(st.integers(1, 50), st.integers(1, 5), st.integers(1, 4))
 def test_validation_sees_every_window_once_in_order(n_windows: int, micro: int, world_size: int) -> None:
     orders = [
-        list(EvalOrder(n_windows, micro_batch_size=micro, rank=rank, world_size=world_size))
+        list(EvalSampler(n_windows, micro_batch_size=micro, rank=rank, world_size=world_size))
         for rank in range(world_size)
     ]
     assert len({len(order) for order in orders}) == 1
@@ -109,7 +109,7 @@ def test_validation_sees_every_window_once_in_order(n_windows: int, micro: int, 
 @given(st.lists(st.integers(1, 400), min_size=2, max_size=4), st.sampled_from([0, BLOCK - 1000]), st.data())
 def test_a_mix_serves_each_corpus_in_epochs_of_its_own(counts: list[int], start: int, data: st.DataObject) -> None:
     weights = data.draw(st.lists(st.floats(0.05, 20), min_size=len(counts), max_size=len(counts)))
-    mix = Mix(counts, weights, seed=3)
+    mix = WeightedMixture(counts, weights, seed=3)
     served = mix(np.arange(start, start + 2000))
     first = 0
     for count, drawn in zip(counts, mix.drawn(start), strict=True):
@@ -127,12 +127,12 @@ def test_a_mix_serves_each_corpus_in_epochs_of_its_own(counts: list[int], start:
 @given(st.integers(0, 3 * BLOCK), st.integers(1, 64))
 def test_a_mix_is_a_function_of_the_position(start: int, count: int) -> None:
     positions = np.arange(start, start + count)
-    mix, again = (Mix([1000, 500, 20], [5, 3, 0.5], seed=1) for _ in range(2))
+    mix, again = (WeightedMixture([1000, 500, 20], [5, 3, 0.5], seed=1) for _ in range(2))
     assert mix(positions).tolist() == [int(again(position[None])[0]) for position in positions[::-1]][::-1]
 
 
 def test_a_mix_keeps_its_weights_and_counts_what_it_drew() -> None:
-    mix = Mix([10**9, 10**9, 10**9], [7, 2, 1], seed=0)
+    mix = WeightedMixture([10**9, 10**9, 10**9], [7, 2, 1], seed=0)
     drawn = np.array(mix.drawn(BLOCK))
     assert drawn.sum() == BLOCK
     assert np.abs(drawn / BLOCK - [0.7, 0.2, 0.1]).max() < 1 / BLOCK
@@ -141,7 +141,7 @@ def test_a_mix_keeps_its_weights_and_counts_what_it_drew() -> None:
         assert mix.drawn(position) == np.bincount(corpora, minlength=3).tolist()
     early = np.array(mix.drawn(5000)) / 5000
     assert np.abs(early - [0.7, 0.2, 0.1]).max() < 0.03  # shuffled, not one corpus after the other
-    assert Mix([5], [0.3], seed=9).drawn(17) == [17]
+    assert WeightedMixture([5], [0.3], seed=9).drawn(17) == [17]
 
 
 @pytest.mark.parametrize(
@@ -150,13 +150,13 @@ def test_a_mix_keeps_its_weights_and_counts_what_it_drew() -> None:
 )
 def test_weights_that_are_not_positive_are_refused(weights: list[float], words: str) -> None:
     with pytest.raises(InputError, match=words):
-        Mix([10, 10], weights, 0)
+        WeightedMixture([10, 10], weights, 0)
 
 
 def test_weights_too_far_apart_are_refused() -> None:
     with pytest.raises(InputError, match="too far apart: at most 65536 to 1"):
-        Mix([10, 10], [1, 1e-9], 0)
-    assert Mix([10, 10], [1e308, 1e308], 0).drawn(BLOCK) == [BLOCK // 2] * 2
+        WeightedMixture([10, 10], [1, 1e-9], 0)
+    assert WeightedMixture([10, 10], [1e308, 1e308], 0).drawn(BLOCK) == [BLOCK // 2] * 2
 
 
 def test_an_id_outside_the_vocabulary_is_named_where_it_is_served(tmp_path: Path) -> None:
@@ -185,15 +185,16 @@ BIG = """
 import json, sys
 from pathlib import Path
 import numpy as np
-from gptlit.data.tokens import open_tokens
-from gptlit.data.windows import Mix, TrainOrder, Windows
+from gptlit.data.token_files import open_tokens
+from gptlit.data.windows import WeightedMixture, TrainSampler, Windows
 def memory():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) / 1024
 before = memory()
 data = open_tokens(Path(sys.argv[1]))
 windows = Windows(data.shards("train"), 1024, 1024)
-first = lambda position: next(iter(TrainOrder(
-    Mix([len(windows)], [1.0], 0), batch_size=512, micro_batch_size=8, rank=3, world_size=8, start=position, steps=1)))
+mixture = WeightedMixture([len(windows)], [1.0], 0)
+first = lambda position: next(iter(TrainSampler(
+    mixture, batch_size=512, micro_batch_size=8, rank=3, world_size=8, start=position, steps=1)))
 for position in (0, 10**9):
     inputs, targets = windows[first(position)]
 print(json.dumps({"tokens": data.tokens("train"), "MB": memory() - before}))
@@ -220,9 +221,9 @@ def test_a_corpus_of_a_trillion_tokens_is_not_read(tmp_path: Path) -> None:
 @settings(max_examples=20)
 @given(st.sampled_from([1, 2, 8, 1024]), st.integers(0, 10**12))
 def test_a_thousand_devices_share_a_step_of_a_trillion_tokens(world_size: int, start: int) -> None:
-    mix = Mix([10**12 // 1024], [1.0], 5)
+    mix = WeightedMixture([10**12 // 1024], [1.0], 5)
     orders = [
-        TrainOrder(mix, batch_size=1024, micro_batch_size=1, rank=rank, world_size=world_size, start=start, steps=1)
+        TrainSampler(mix, batch_size=1024, micro_batch_size=1, rank=rank, world_size=world_size, start=start, steps=1)
         for rank in range(world_size)
     ]
     dealt = np.concatenate([np.concatenate(parts) for parts in zip(*orders, strict=True)])

@@ -56,7 +56,7 @@ def prepare(
     from gptlit.data.prepare import Split
     from gptlit.data.prepare import prepare as run
     from gptlit.data.progress import downloading, preparing
-    from gptlit.data.sources import Reading, open_corpus
+    from gptlit.data.sources import ReadOptions, open_corpus
     from gptlit.data.tokenizer import load_tokenizer
 
     if not source:
@@ -67,9 +67,9 @@ def prepare(
     for name, sources in {"train": source, "val": val_source, "test": test_source}.items():
         if sources:
             with downloading(" ".join(sources)) as show:
-                corpora[name] = open_corpus(sources, Reading(text_key, separator), report=show)
+                corpora[name] = open_corpus(sources, ReadOptions(text_key, separator), report=show)
     folder = user_path(out)
-    inside = [part.name for corpus in corpora.values() for part in corpus.parts if _is_in(part.name, folder)]
+    inside = [file.name for corpus in corpora.values() for file in corpus.files if _is_in(file.name, folder)]
     if inside:
         raise InputError(f"the source {inside[0]} is in --out {out}: choose another folder for the tokens")
     with preparing(out) as report:
@@ -337,9 +337,9 @@ def evaluate(
         precision: Of weights and arithmetic.
         quantize: Keep the matrices in 8 bits.
     """
-    from gptlit.data.sources import Reading, open_corpus
+    from gptlit.data.sources import ReadOptions, open_corpus
 
-    corpus = open_corpus(data, Reading(text_key, separator))
+    corpus = open_corpus(data, ReadOptions(text_key, separator))
     from rich.progress import Progress, TextColumn
 
     from gptlit.generation.evaluate import evaluate as run

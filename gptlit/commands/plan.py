@@ -98,7 +98,7 @@ def run_spec(config: Any, run: Path) -> RunSpec:
         raise InputError(f"trainer.devices {trainer.devices}, trainer.num_nodes {trainer.num_nodes}: one is the least")
     check_division(data.batch_size, devices)
     datamodule = TokenDataModule(**config.data.as_dict() if isinstance(data.source, str) else _with_sources(data))
-    datamodule.context_length = datamodule.agree(module.config)
+    datamodule.context_length = datamodule.check_compatible(module.config)
     windows = val_windows = tokens = None
     if datamodule.is_prepared:
         datamodule.load("fit")
@@ -131,9 +131,9 @@ def run_spec(config: Any, run: Path) -> RunSpec:
 
 
 def _with_sources(data: Any) -> dict[str, Any]:
-    from gptlit.data.datamodule import Weighted
+    from gptlit.data.datamodule import WeightedSource
 
-    sources = [part if isinstance(part, Weighted) else Weighted(**vars(part)) for part in data.source]
+    sources = [part if isinstance(part, WeightedSource) else WeightedSource(**vars(part)) for part in data.source]
     return {**data.as_dict(), "source": sources}
 
 

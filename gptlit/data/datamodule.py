@@ -18,26 +18,26 @@ from torch.utils.data import DataLoader, Sampler
 from gptlit.config import GPTConfig
 from gptlit.data.prepare import Split, cache_folder, prepare_cached
 from gptlit.data.progress import downloading, preparing
-from gptlit.data.sources import Reading, open_corpus
+from gptlit.data.sources import ReadOptions, open_corpus
 from gptlit.data.token_files import (
     MANIFEST,
     SPLITS,
     TokenData,
+    concatenate,
     folder_tokenizer,
     holds_tokens,
     is_prepared,
     open_folder,
-    together,
 )
 from gptlit.data.tokenizer import fingerprint, load_tokenizer, tokenizer_spec
-from gptlit.data.windows import EvalOrder, Mix, TrainOrder, Windows
+from gptlit.data.windows import EvalSampler, TrainSampler, WeightedMixture, Windows
 from gptlit.errors import InputError, user_path
 
 Identity = Literal["corpus", "tokenizer", "seed", "stride", "weights"]
 
 
 @dataclass
-class Weighted:
+class WeightedSource:
     """One of several corpora.
 
     Args:
@@ -49,7 +49,7 @@ class Weighted:
     weight: float = 1.0
 
 
-def tokenizer_for(source: str | Sequence[Weighted], tokenizer: str | None, default: str = "gpt2") -> str:
+def tokenizer_for(source: str | Sequence[WeightedSource], tokenizer: str | None, default: str = "gpt2") -> str:
     """Return what `load_tokenizer` makes the tokenizer of: the one that is named, else that of the first prepared
     folder, else the default.
     """
@@ -77,7 +77,7 @@ def check_division(batch_size: int, devices: int) -> None:
         )
 
 
-def check_batches(settings: Any) -> None:
+def check_trainer_settings(settings: Any) -> None:
     """Refuse what a Trainer, or its configuration, would decide about batches.
 
     Raises:
@@ -149,7 +149,7 @@ class TokenDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        source: str | list[Weighted] = "python-docs",
+        source: str | list[WeightedSource] = "python-docs",
         batch_size: int = 16,
         micro_batch_size: int | None = None,
         tokenizer: str | None = None,
@@ -181,7 +181,7 @@ class TokenDataModule(pl.LightningDataModule):
         if not source:
             raise ValueError("data.source is empty: name a file, a folder, or a list of {path, weight}")
         self.source = source
-        self.sources = [Weighted(source)] if isinstance(source, str) else list(source)
+        self.sources = [WeightedSource(source)] if isinstance(source, str) else list(source)
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.tokenizer = load_tokenizer(tokenizer_for(source, tokenizer))
@@ -189,7 +189,7 @@ class TokenDataModule(pl.LightningDataModule):
         self.stride = stride
         self.split = Split(0.0 if val_source else val_fraction, 0.0 if test_source else test_fraction)
         self.other_sources = {"val": val_source, "test": test_source}
-        self.reading = Reading(text_key, separator)
+        self.reading = ReadOptions(text_key, separator)
         self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
         self.dtype = dtype
         self.resume_despite = resume_despite or []
@@ -238,14 +238,14 @@ class TokenDataModule(pl.LightningDataModule):
         length = self._length()
         if not hasattr(self, "data"):  # `setup` comes after `prepare_data` on the first device, alone on the others
             corpora = [self._open(part.path, self.split) for part in self.sources]
-            self.data = together(corpora)
+            self.data = concatenate(corpora)
             for name, source in self.other_sources.items():
                 if source is not None:
                     other = self._open(source, Split(0.0))
                     shards = [shard for split in SPLITS for shard in other.shards(split)]
                     self.data = replace(self.data, splits={**self.data.splits, name: shards})
             counts = [len(self._windows(corpus, "train", length)) for corpus in corpora]
-            self.mix = Mix(counts, [part.weight for part in self.sources], self.seed)
+            self.mixture = WeightedMixture(counts, [part.weight for part in self.sources], self.seed)
         self.windows = {name: self._windows(self.data, name, length) for name in SPLITS}
         needed = {"fit": ["train"] + ["val"] * self._is_val_wanted, "validate": ["val"], "test": ["test"]}
         for name in needed.get(stage or "", []):
@@ -292,12 +292,12 @@ class TokenDataModule(pl.LightningDataModule):
         """Return the context length."""
         config = getattr(getattr(self.trainer, "lightning_module", None), "config", None)
         if config is not None:
-            return self.agree(config)
+            return self.check_compatible(config)
         if self.context_length is None:
             raise InputError("data.context_length is needed where there is no model to take it from")
         return self.context_length
 
-    def agree(self, config: GPTConfig) -> int:
+    def check_compatible(self, config: GPTConfig) -> int:
         """Return the context length of a model that reads these data.
 
         Raises:
@@ -318,8 +318,8 @@ class TokenDataModule(pl.LightningDataModule):
     def _require(self, name: str) -> None:
         """Insist on at least one window in a split."""
         windows = self.windows[name]
-        if name == "train" and len(self.sources) > 1 and 0 in self.mix.n_windows:
-            path = self.sources[self.mix.n_windows.index(0)].path
+        if name == "train" and len(self.sources) > 1 and 0 in self.mixture.n_windows:
+            path = self.sources[self.mixture.n_windows.index(0)].path
             raise InputError(
                 f"the train part of {path!r} is too short for one window of {windows.context_length} + 1: use a longer "
                 "text or a smaller model.config.context_length"
@@ -358,7 +358,7 @@ class TokenDataModule(pl.LightningDataModule):
             return self.micro_batch_size_used, self.accumulation
         self._limits = trainer.max_steps, trainer.max_epochs
         self._steps()
-        check_batches(trainer)
+        check_trainer_settings(trainer)
         devices = trainer.world_size
         check_division(self.batch_size, devices)
         size = micro_batch_size(self.batch_size, devices, self.micro_batch_size)
@@ -407,8 +407,8 @@ class TokenDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader[tuple[torch.Tensor, torch.Tensor]]:
         """Serve what is left of the run, from the position where it stands."""
         trainer = self._trainer()
-        order = TrainOrder(
-            self.mix,
+        order = TrainSampler(
+            self.mixture,
             batch_size=self.batch_size,
             micro_batch_size=self.micro_batch_size_used,
             rank=trainer.global_rank,
@@ -422,7 +422,7 @@ class TokenDataModule(pl.LightningDataModule):
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         size = self.micro_batch_size or max(1, self.batch_size // world_size)
         windows = len(self.windows[name])
-        return self._loader(name, EvalOrder(windows, micro_batch_size=size, rank=rank, world_size=world_size))
+        return self._loader(name, EvalSampler(windows, micro_batch_size=size, rank=rank, world_size=world_size))
 
     def val_dataloader(self) -> Any:
         """Serve every window of the validation part once, in order; nothing where there is no such part."""
@@ -445,7 +445,7 @@ class TokenDataModule(pl.LightningDataModule):
         """Return where the windows of the optimizer step after `step` steps are: file and offset in tokens."""
         windows = self.windows["train"]
         positions = self._position_after(step) + np.arange(self.batch_size)
-        found = [windows.address(int(window)) for window in self.mix(positions)]
+        found = [windows.address(int(window)) for window in self.mixture(positions)]
         return [{"step": step + 1, "shard": str(windows.shards[s].path), "offset": offset} for s, offset in found]
 
     def state_dict(self) -> dict[str, Any]:
@@ -480,17 +480,17 @@ class TokenDataModule(pl.LightningDataModule):
 
     def drawn(self) -> dict[str, int]:
         """Return how many windows of each corpus were served up to the last optimizer step."""
-        return dict(zip(self.names, self.mix.drawn(self.position), strict=True))
+        return dict(zip(self.names, self.mixture.drawn(self.position), strict=True))
 
-    def describe_mix(self) -> list[str]:
+    def describe_mixture(self) -> list[str]:
         """Return a line on each corpus, where there are several."""
         if len(self.sources) == 1:
             return []
-        end = self.mix.drawn(self.start + (self.max_steps - self.start_step) * self.batch_size)
-        shares = self.mix.shares / self.mix.shares.sum()
+        end = self.mixture.drawn(self.start + (self.max_steps - self.start_step) * self.batch_size)
+        shares = self.mixture.shares / self.mixture.shares.sum()
         return [
             f"{name}: {share:.1%} of the windows; {count / windows:.2f} of its epochs by the end of the run"
-            for name, share, count, windows in zip(self.names, shares, end, self.mix.n_windows, strict=True)
+            for name, share, count, windows in zip(self.names, shares, end, self.mixture.n_windows, strict=True)
         ]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from gptlit.data.encoder import Encoders
-from gptlit.data.sources import Bad, Corpus, Part
+from gptlit.data.sources import Corpus, SourceFile, UnreadableDocument
 from gptlit.data.token_files import FORMAT, MANIFEST, SPLITS, VERIFY_LIMIT, TokenData, open_tokens
 from gptlit.data.tokenizer import TOKENIZER_JSON, HuggingFaceTokenizer, Tokenizer, fingerprint, tokenizer_spec
 from gptlit.errors import InputError, note
@@ -117,41 +117,44 @@ class _Feed:
     """
 
     def __init__(self, corpora: Mapping[str, Corpus], split: Split, skip_bad: bool) -> None:
-        self.parts = [(name, part) for name in SPLITS if name in corpora for part in corpora[name].parts]
+        self.files = [(name, part) for name in SPLITS if name in corpora for part in corpora[name].files]
         self.read = 0  # bytes of sources, compressed as they are
         self.skipped = 0  # documents that could not be read
         self._split, self._skip_bad = split, skip_bad
         self._before = 0
         self._numbers: dict[str, float] = {}  # of whole parts
         self._noted: set[str] = set()  # parts whose end is left out
-        train = [part for name, part in self.parts if name == "train"]
-        numbers = [0.0] if len(train) == 1 and train[0].whole else list(islice(self._first_numbers(train), split.few))
+        train = [part for name, part in self.files if name == "train"]
+        if len(train) == 1 and train[0].is_single_document:
+            numbers = [0.0]
+        else:
+            numbers = list(islice(self._first_numbers(train), split.few))
         self._is_single = len(numbers) == 1 and (split.val_fraction > 0 or split.test_fraction > 0)
         self._val, self._test = split.thresholds(numbers)
 
-    def _first_numbers(self, parts: list[Part]) -> Iterator[float]:
+    def _first_numbers(self, parts: list[SourceFile]) -> Iterator[float]:
         for part in parts:
-            if part.whole:
+            if part.is_single_document:
                 yield self._number_of(part)
             else:
                 yield from (number([text]) for text in self._texts(part) if text)
 
-    def _number_of(self, part: Part) -> float:
+    def _number_of(self, part: SourceFile) -> float:
         if part.name not in self._numbers:
             self._numbers[part.name] = number(filter(None, self._texts(part)))
         return self._numbers[part.name]
 
-    def _texts(self, part: Part, report: Callable[[int], None] | None = None) -> Iterator[str | None]:
+    def _texts(self, part: SourceFile, report: Callable[[int], None] | None = None) -> Iterator[str | None]:
         """Yield the texts of a part that are not empty; None for what cannot be read.
 
         Raises:
             InputError: One cannot be read, and that is not to be passed over.
         """
         for text in part.read(report):
-            if isinstance(text, Bad):
+            if isinstance(text, UnreadableDocument):
                 if not self._skip_bad:
                     raise InputError(f"{text.reason} (gptlit prepare --skip_bad leaves out what cannot be read)")
-                if text.is_last and part.name not in self._noted:
+                if text.ends_file and part.name not in self._noted:
                     self._noted.add(part.name)
                     note(f"left out, with all that follows in that file: {text.reason}")
                 yield None
@@ -161,7 +164,7 @@ class _Feed:
     def __call__(self, start: Position) -> Iterator[tuple[Position, _Piece]]:
         """Yield (position after this piece, piece)."""
         self.skipped = start[2]
-        for index, (name, part) in enumerate(self.parts):
+        for index, (name, part) in enumerate(self.files):
             if index >= start[0]:
                 for taken, piece in enumerate(self._pieces(name, part), 1):
                     if (index, taken) > start[:2]:
@@ -170,12 +173,12 @@ class _Feed:
                             yield (index, taken, self.skipped), piece
             self._before += part.size
 
-    def _pieces(self, name: str, part: Part) -> Iterator[_Piece | None]:
+    def _pieces(self, name: str, part: SourceFile) -> Iterator[_Piece | None]:
         """Yield the pieces of a part; None for what could not be read."""
         texts = self._texts(part, self._count)
         if name == "train" and self._is_single:
             yield from self._cut(texts, sum(len(text or "") for text in self._texts(part)))
-        elif part.whole:
+        elif part.is_single_document:
             place = self._place(self._number_of(part)) if name == "train" else name
             yield from (_Piece(text, place, first=not done) if text else None for done, text in enumerate(texts))
         else:
@@ -580,7 +583,7 @@ class _Shards:
 
 def _write(feed: _Feed, shards: _Shards, num_workers: int | None, report: Callable[[Report], None] | None) -> None:
     """Write the shards, from the beginning or from where an earlier process stopped; then the manifest."""
-    size = sum(part.size for _, part in feed.parts) if all(part.size for _, part in feed.parts) else 0
+    size = sum(part.size for _, part in feed.files) if all(part.size for _, part in feed.files) else 0
     if num_workers is None:
         num_workers = 0 if size < SMALL else _cores()
     try:

@@ -91,7 +91,7 @@ TABLES = (".csv", ".tsv")
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How files are read.
 
     Args:
@@ -104,20 +104,23 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Bad:
+class UnreadableDocument:
     """A document that cannot be read.
 
     Args:
         reason: Why, in one line.
-        is_last: What follows it in its file cannot be read either.
+        ends_file: What follows it in its file cannot be read either.
     """
 
     reason: str
-    is_last: bool = False
+    ends_file: bool = False
+
+
+Document = str | UnreadableDocument
 
 
 @dataclass(frozen=True)
-class Part:
+class SourceFile:
     """A file of a corpus.
 
     Args:
@@ -133,10 +136,10 @@ class Part:
     size: int
     fingerprint: str
     open: Callable[[], BinaryIO]
-    parse: Callable[[BinaryIO], Iterator[str | Bad]]
-    whole: bool = False
+    parse: Callable[[BinaryIO], Iterator[Document]]
+    is_single_document: bool = False
 
-    def read(self, report: Callable[[int], None] | None = None) -> Iterator[str | Bad]:
+    def read(self, report: Callable[[int], None] | None = None) -> Iterator[Document]:
         """Yield documents, or the pieces of the only one; `report` is told how many bytes were read."""
         with self.open() as file:
             counted = _Counted(file, report) if report is not None and self.size else file
@@ -183,17 +186,17 @@ class Corpus:
     """
 
     name: str
-    parts: Sequence[Part] = field(repr=False)
+    files: Sequence[SourceFile] = field(repr=False)
 
     @property
     def fingerprint(self) -> str:
         """Hexadecimal digest that changes when the documents may have changed."""
-        return hashlib.sha256("".join(part.fingerprint for part in self.parts).encode()).hexdigest()
+        return hashlib.sha256("".join(part.fingerprint for part in self.files).encode()).hexdigest()
 
     @property
     def size(self) -> int:
         """Bytes on disk."""
-        return sum(part.size for part in self.parts)
+        return sum(part.size for part in self.files)
 
     def documents(self) -> Iterator[str]:
         """Yield every text.
@@ -201,27 +204,27 @@ class Corpus:
         Raises:
             InputError: One cannot be read; file and line are named.
         """
-        for part in self.parts:
-            if part.whole:
-                yield "".join(map(must, part.read()))
+        for part in self.files:
+            if part.is_single_document:
+                yield "".join(map(text_or_raise, part.read()))
             else:
-                yield from map(must, part.read())
+                yield from map(text_or_raise, part.read())
 
 
-def must(text: str | Bad) -> str:
+def text_or_raise(text: Document) -> str:
     """Return a text that could be read.
 
     Raises:
         InputError: It could not.
     """
-    if isinstance(text, Bad):
+    if isinstance(text, UnreadableDocument):
         raise InputError(text.reason)
     return text
 
 
 def open_corpus(
     sources: str | Sequence[str],
-    reading: Reading | None = None,
+    reading: ReadOptions | None = None,
     downloads: Path = Path("data/downloads"),
     report: Callable[[int, int], None] | None = None,
 ) -> Corpus:
@@ -241,9 +244,9 @@ def open_corpus(
     sources = [sources] if isinstance(sources, str) else list(sources)
     if not sources:
         raise InputError("no source is given: name a file, a folder, or one of " + ", ".join(names()))
-    reading = reading or Reading()
+    reading = reading or ReadOptions()
     found = [_open(source, reading, downloads, report) for source in sources]
-    return Corpus("-".join(corpus.name for corpus in found)[:80], [part for corpus in found for part in corpus.parts])
+    return Corpus("-".join(corpus.name for corpus in found)[:80], [part for corpus in found for part in corpus.files])
 
 
 def names() -> list[str]:
@@ -251,13 +254,13 @@ def names() -> list[str]:
     return [PYTHON_DOCS, *CATALOGUE]
 
 
-def _open(source: str, reading: Reading, downloads: Path, report: Callable[[int, int], None] | None) -> Corpus:
+def _open(source: str, reading: ReadOptions, downloads: Path, report: Callable[[int, int], None] | None) -> Corpus:
     if source == PYTHON_DOCS:
         digest = hashlib.sha256(sys.version.encode()).hexdigest()
-        return Corpus(source, [Part(source, 0, digest, io.BytesIO, lambda _: python_docs())])
+        return Corpus(source, [SourceFile(source, 0, digest, io.BytesIO, lambda _: python_docs())])
     if source in CATALOGUE:
         if not reading.separator:
-            reading = Reading(reading.text_key, CATALOGUE[source].separator)
+            reading = ReadOptions(reading.text_key, CATALOGUE[source].separator)
         return Corpus(source, [_file_part(fetch(source, downloads, report), reading)])
     if source.startswith(HUB):
         return _hub_corpus(source, reading)
@@ -303,7 +306,7 @@ def _stem(path: Path) -> str:
     return re.sub(r"(\.(txt|jsonl?|ndjson|jsonlines|parquet))?(\.(gz|zst))?$", "", path.name, flags=re.IGNORECASE)
 
 
-def _file_part(path: Path, reading: Reading) -> Part:
+def _file_part(path: Path, reading: ReadOptions) -> SourceFile:
     size = path.stat().st_size
     with path.open("rb") as file:
         if size <= DIGEST_LIMIT:
@@ -315,23 +318,23 @@ def _file_part(path: Path, reading: Reading) -> Part:
     return _part(str(path), size, hashlib.sha256(content).hexdigest(), lambda: path.open("rb"), reading)
 
 
-def _part(name: str, size: int, digest: str, opened: Callable[[], BinaryIO], reading: Reading) -> Part:
+def _part(name: str, size: int, digest: str, opened: Callable[[], BinaryIO], reading: ReadOptions) -> SourceFile:
     """Choose the parser by the file's name."""
     kind, packed = _kind(name)
     is_text = kind not in (".jsonl", JSON, ".parquet")
     option = reading.separator if is_text else reading.text_key
     fingerprint = hashlib.sha256(json.dumps([size, digest, option]).encode()).hexdigest()
     if kind == ".parquet":
-        return Part(name, size, fingerprint, opened, partial(_parquet, name, reading.text_key))
+        return SourceFile(name, size, fingerprint, opened, partial(_parquet, name, reading.text_key))
     if is_text:
-        parse: Callable[[io.BufferedReader], Iterator[str | Bad]] = partial(_plain, name, reading.separator)
+        parse: Callable[[io.BufferedReader], Iterator[Document]] = partial(_plain, name, reading.separator)
     else:
         parse = partial(_json_lines if kind == ".jsonl" else _json, name, reading.text_key)
     whole = is_text and not reading.separator
-    return Part(name, size, fingerprint, opened, partial(_unpacked, name, packed, parse), whole)
+    return SourceFile(name, size, fingerprint, opened, partial(_unpacked, name, packed, parse), whole)
 
 
-def _hub_corpus(source: str, reading: Reading) -> Corpus:
+def _hub_corpus(source: str, reading: ReadOptions) -> Corpus:
     """List the data files of `hf:OWNER/NAME`, or those under `hf:OWNER/NAME/PATH` (a file, a folder or a glob)."""
     try:
         from huggingface_hub import HfFileSystem
@@ -358,7 +361,7 @@ def _hub_corpus(source: str, reading: Reading) -> Corpus:
     if not entries:
         raise InputError(f"{source!r} has no {', '.join(KINDS)} file for training: name one as hf:OWNER/NAME/PATH")
 
-    def part(entry: dict[str, Any]) -> Part:
+    def part(entry: dict[str, Any]) -> SourceFile:
         version = str((entry.get("lfs") or {}).get("sha256") or entry.get("blob_id") or entry["name"])
         return _part(entry["name"], int(entry["size"]), version, partial(_remote, files, entry["name"]), reading)
 
@@ -411,8 +414,8 @@ class _Unpacked(io.RawIOBase):
 
 
 def _unpacked(
-    name: str, packed: str, parse: Callable[[io.BufferedReader], Iterator[str | Bad]], file: BinaryIO
-) -> Iterator[str | Bad]:
+    name: str, packed: str, parse: Callable[[io.BufferedReader], Iterator[Document]], file: BinaryIO
+) -> Iterator[Document]:
     """Parse a file that may be compressed; damage ends it."""
     if not packed:
         yield from parse(io.BufferedReader(file, BLOCK))  # type: ignore[arg-type]
@@ -430,28 +433,28 @@ def _unpacked(
         unpacked = _Unpacked(gzip.GzipFile(fileobj=file), (gzip.BadGzipFile, EOFError, zlib.error))
     count = 0
     for text in parse(io.BufferedReader(unpacked, UNPACKED_BLOCK)):
-        if unpacked.damage and isinstance(text, Bad):
+        if unpacked.damage and isinstance(text, UnreadableDocument):
             continue  # the document that the damage cuts
         yield text
         count += 1
     if unpacked.damage:
         reason = f"{name} is damaged after {count} documents ({unpacked.damage})"
-        yield Bad(f"{reason}: fetch it again, or leave the rest out", is_last=True)
+        yield UnreadableDocument(f"{reason}: fetch it again, or leave the rest out", ends_file=True)
 
 
-def _json_lines(name: str, key: str, file: Iterable[bytes]) -> Iterator[str | Bad]:
+def _json_lines(name: str, key: str, file: Iterable[bytes]) -> Iterator[Document]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            yield Bad(f"{name} line {number} is not JSON ({error})")
+            yield UnreadableDocument(f"{name} line {number} is not JSON ({error})")
             continue
         yield _text_of(row, key, f"{name} line {number}")
 
 
-def _json(name: str, key: str, file: io.BufferedReader) -> Iterator[str | Bad]:
+def _json(name: str, key: str, file: io.BufferedReader) -> Iterator[Document]:
     """Yield the texts of JSON lines, or of the one value that fills the file: an object or an array of objects."""
     first = file.readline()
     if isinstance(_loads(first), dict):
@@ -463,7 +466,7 @@ def _json(name: str, key: str, file: io.BufferedReader) -> Iterator[str | Bad]:
         for number, row in enumerate(value if isinstance(value, list) else [value], 1):
             yield _text_of(row, key, f"{name} item {number}")
     elif content.lstrip(codecs.BOM_UTF8 + b" \r\n\t").startswith(b"["):
-        yield Bad(f"{name} is not a whole array of JSON: fetch it again", is_last=True)
+        yield UnreadableDocument(f"{name} is not a whole array of JSON: fetch it again", ends_file=True)
     else:
         yield from _json_lines(name, key, io.BytesIO(content))
 
@@ -476,14 +479,14 @@ def _loads(content: bytes) -> Any:
         return None
 
 
-def _text_of(row: Any, key: str, place: str) -> str | Bad:
+def _text_of(row: Any, key: str, place: str) -> Document:
     text = row.get(key) if isinstance(row, dict) else None
     if isinstance(text, str):
         return _without_surrogates(text)
     if isinstance(row, dict) and key in row:
-        return Bad(f"{place}: {key!r} is {type(text).__name__}, not text")
+        return UnreadableDocument(f"{place}: {key!r} is {type(text).__name__}, not text")
     keys = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
-    return Bad(f"{place} has no {key!r}, only {keys}: set text_key")
+    return UnreadableDocument(f"{place} has no {key!r}, only {keys}: set text_key")
 
 
 def _without_surrogates(text: str) -> str:
@@ -495,7 +498,7 @@ def _without_surrogates(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _parquet(name: str, key: str, file: BinaryIO) -> Iterator[str | Bad]:
+def _parquet(name: str, key: str, file: BinaryIO) -> Iterator[Document]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -513,17 +516,21 @@ def _parquet(name: str, key: str, file: BinaryIO) -> Iterator[str | Bad]:
                 try:
                     text = value.as_py()
                 except UnicodeDecodeError:
-                    yield Bad(f"{name} row {row}: {key!r} is not UTF-8")
+                    yield UnreadableDocument(f"{name} row {row}: {key!r} is not UTF-8")
                     continue
-                yield text if isinstance(text, str) else Bad(f"{name} row {row}: {key!r} is {type(text).__name__}")
+                yield (
+                    text
+                    if isinstance(text, str)
+                    else UnreadableDocument(f"{name} row {row}: {key!r} is {type(text).__name__}")
+                )
     except (pyarrow.ArrowException, OSError) as error:
-        yield Bad(f"{name} is damaged after row {row} ({error}): fetch it again, or leave the rest out")
+        yield UnreadableDocument(f"{name} is damaged after row {row} ({error}): fetch it again, or leave the rest out")
 
 
-def _plain(name: str, separator: str, file: io.BufferedReader) -> Iterator[str | Bad]:
+def _plain(name: str, separator: str, file: io.BufferedReader) -> Iterator[Document]:
     """Yield the documents of a text file, or the pieces of its only one; nothing of what is no plain text."""
     if reason := _other_format(name, separator, file.peek()):
-        yield Bad(f"{name} {reason}", is_last=True)
+        yield UnreadableDocument(f"{name} {reason}", ends_file=True)
     elif separator:
         yield from _separated(name, separator, file)
     else:
@@ -548,11 +555,11 @@ def _other_format(name: str, separator: str, head: bytes) -> str:
     return ""
 
 
-def _separated(name: str, separator: str, file: BinaryIO) -> Iterator[str | Bad]:
+def _separated(name: str, separator: str, file: BinaryIO) -> Iterator[Document]:
     held: list[str] = []
     edge, size = "", 0  # a separator may begin in one block and end in the next
     for block in _decoded(name, file):
-        if isinstance(block, Bad):
+        if isinstance(block, UnreadableDocument):
             yield block
             return
         first, *others = (edge + block).split(separator)
@@ -564,19 +571,21 @@ def _separated(name: str, separator: str, file: BinaryIO) -> Iterator[str | Bad]
         held.append(first[:cut])
         edge, size = first[cut:], size + cut
         if size > LONGEST_DOCUMENT:
-            yield Bad(f"{name} has no separator {separator!r} in {size:,} characters: set another one", is_last=True)
+            yield UnreadableDocument(
+                f"{name} has no separator {separator!r} in {size:,} characters: set another one", ends_file=True
+            )
             return
     yield "".join([*held, edge]).strip()
 
 
-def pieces(blocks: Iterable[str | Bad], size: int = PIECE, longest: int = LONGEST) -> Iterator[str | Bad]:
+def pieces(blocks: Iterable[Document], size: int = PIECE, longest: int = LONGEST) -> Iterator[Document]:
     """Cut a stream of text where no word is cut, into pieces of at least `size` characters but for the last.
 
     Encoded apart they give the ids of the whole. Each character is searched for a cut once.
     """
     rest, bad = "", None
     for block in blocks:
-        if isinstance(block, Bad):
+        if isinstance(block, UnreadableDocument):
             bad = block
             break
         start = max(size, len(rest) - 1)  # the last character may be a cut now that the next is known
@@ -594,7 +603,7 @@ def pieces(blocks: Iterable[str | Bad], size: int = PIECE, longest: int = LONGES
         yield bad
 
 
-def _decoded(name: str, file: BinaryIO) -> Iterator[str | Bad]:
+def _decoded(name: str, file: BinaryIO) -> Iterator[Document]:
     r"""Yield the text block by block, without a byte order mark, "\r\n" as "\n"; at the end, why there is no more."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     before, held = 0, ""
@@ -606,7 +615,7 @@ def _decoded(name: str, file: BinaryIO) -> Iterator[str | Bad]:
         except UnicodeDecodeError as error:
             byte, position = error.object[error.start], before - waiting + error.start
             reason = f"{name} is not UTF-8: byte {byte:#04x} at position {position}"
-            yield Bad(f"{reason}; if it is a text, convert it, for instance with iconv", is_last=True)
+            yield UnreadableDocument(f"{reason}; if it is a text, convert it, for instance with iconv", ends_file=True)
             return
         before += len(block)
         held = "\r" if block and text.endswith("\r") else ""  # its "\n" may be in the next block

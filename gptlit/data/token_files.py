@@ -97,7 +97,7 @@ class TokenData:
         """Number of tokens in a split."""
         return sum(shard.tokens for shard in self.shards(split))
 
-    def require_tokenizer(self, tokenizer: Tokenizer) -> None:
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Insist that this tokenizer made the tokens, where there is a manifest.
 
         Raises:
@@ -253,14 +253,14 @@ def open_folder(folder: Path, tokenizer: Tokenizer, dtype: str = "uint16") -> To
     """
     if is_prepared(folder):
         data = open_tokens(folder)
-        data.require_tokenizer(tokenizer)
+        data.check_tokenizer(tokenizer)
     else:
         data = open_foreign(folder, dtype)
         check_vocabulary(data, tokenizer.n_vocab)
     return data
 
 
-def together(parts: Sequence[TokenData]) -> TokenData:
+def concatenate(parts: Sequence[TokenData]) -> TokenData:
     """Return several sets of tokens as one: the shards of the first, then those of the second, and so on."""
     if len(parts) == 1:
         return parts[0]

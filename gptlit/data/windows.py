@@ -128,7 +128,7 @@ AT_ONCE = 64  # micro-batches whose windows are computed together
 BLOCK = 2**16  # positions in which every corpus gets its exact share
 
 
-class Mix:
+class WeightedMixture:
     """The window at each position, drawn from several corpora by weight; each corpus is shuffled for itself.
 
     Of every `BLOCK` positions a corpus gets its share to the nearest whole number, at places that are shuffled too. It
@@ -194,14 +194,14 @@ class Mix:
         return [int(count) for count in counts]
 
 
-class TrainOrder(Sampler[np.ndarray]):
+class TrainSampler(Sampler[np.ndarray]):
     """One device's micro-batches of window indices, shuffled without replacement, for `steps` optimizer steps.
 
     An optimizer step takes the next `batch_size` positions; its micro-batches are dealt out to the devices in turn.
     The order goes on from one epoch into the next, so every step is whole.
 
     Args:
-        mix: From positions to windows.
+        mixture: From positions to windows.
         batch_size: Windows in an optimizer step, over all devices.
         micro_batch_size: Windows that one device takes at once.
         rank: This device.
@@ -212,7 +212,7 @@ class TrainOrder(Sampler[np.ndarray]):
 
     def __init__(
         self,
-        mix: Mix,
+        mixture: WeightedMixture,
         *,
         batch_size: int,
         micro_batch_size: int,
@@ -221,7 +221,7 @@ class TrainOrder(Sampler[np.ndarray]):
         start: int = 0,
         steps: int,
     ) -> None:
-        self.mix = mix
+        self.mixture = mixture
         self.batch_size = batch_size
         self.micro_batch_size = micro_batch_size
         self.rank = rank
@@ -238,11 +238,11 @@ class TrainOrder(Sampler[np.ndarray]):
         for done in range(0, len(self), AT_ONCE):
             micro_batches = np.arange(done, min(done + AT_ONCE, len(self)))[:, None]
             positions = first + micro_batches * stride + np.arange(self.micro_batch_size)
-            windows = self.mix(positions.ravel())
+            windows = self.mixture(positions.ravel())
             yield from windows.reshape(positions.shape)
 
 
-class EvalOrder(Sampler[np.ndarray]):
+class EvalSampler(Sampler[np.ndarray]):
     """One device's batches of all windows, once, in order. Every device gets the same number of whole batches: the
     last ones are filled up with -1, "no window".
     """

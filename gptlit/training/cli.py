@@ -33,7 +33,7 @@ from gptlit.checkpoint.runs import (
     new_run_folder,
     newest_checkpoint,
 )
-from gptlit.data.datamodule import TokenDataModule, check_batches, check_division, tokenizer_for
+from gptlit.data.datamodule import TokenDataModule, check_division, check_trainer_settings, tokenizer_for
 from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import InputError, OneLineErrors, fail, make_output_lossy, note
 from gptlit.training import config_files
@@ -120,7 +120,7 @@ class TrainingCLI(LightningCLI):
             )
         endless = trainer.max_steps == -1 and trainer.max_epochs in (None, -1) and not trainer.fast_dev_run
         if self.subcommand == "fit":
-            check_batches(trainer)
+            check_trainer_settings(trainer)
         if endless and self.subcommand == "fit":
             raise InputError("a run needs an end: set trainer.max_steps or trainer.max_epochs")
         if trainer.precision is None:
