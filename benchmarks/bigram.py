@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gptlit.data.prepare import Split, prepare_cached
+from gptlit.data.prepare import prepare_cached
 from gptlit.data.sources import open_corpus
+from gptlit.data.splitting import Split
 from gptlit.data.token_files import TokenData
 from gptlit.data.tokenizer import load_tokenizer
 

@@ -16,8 +16,9 @@ from pathlib import Path
 from rich.progress import track
 
 from benchmarks.contenders import compare
-from gptlit.data.prepare import Split, prepare
+from gptlit.data.prepare import prepare
 from gptlit.data.sources import open_corpus
+from gptlit.data.splitting import Split
 from gptlit.data.tokenizer import load_tokenizer
 
 

@@ -12,8 +12,9 @@ import torch
 from gptlit import GPTConfig, GPTModule, TokenDataModule
 from gptlit.data import token_files as tokens
 from gptlit.data.datamodule import WeightedSource
-from gptlit.data.prepare import Split, prepare
+from gptlit.data.prepare import prepare
 from gptlit.data.sources import open_corpus
+from gptlit.data.splitting import Split
 from gptlit.data.token_files import MANIFEST, SPLITS
 from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import InputError

@@ -15,7 +15,8 @@ from test_prepare import corpus_of
 from conftest import ROOT, TINY, one_parser
 from gptlit.checkpoint.io import DurableCheckpointIO, checksum_path, read_checkpoint
 from gptlit.config import GPTConfig
-from gptlit.data.prepare import Split, prepare
+from gptlit.data.prepare import prepare
+from gptlit.data.splitting import Split
 from gptlit.data.token_files import MANIFEST, TokenData, check_vocabulary, open_foreign, open_tokens
 from gptlit.data.tokenizer import load_tokenizer
 from gptlit.data.windows import Windows

@@ -8,7 +8,8 @@ from test_prepare import corpus_of
 
 from gptlit.commands import inspect as inspection
 from gptlit.commands.inspect import summaries, window_text
-from gptlit.data.prepare import Split, prepare
+from gptlit.data.prepare import prepare
+from gptlit.data.splitting import Split
 from gptlit.data.token_files import open_folder
 from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import InputError

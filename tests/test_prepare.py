@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ import pytest
 from filelock import FileLock
 
 from conftest import ROOT, run_script
-from gptlit.data import encoder, progress
 from gptlit.data import prepare as module
-from gptlit.data.prepare import LOCK, PROGRESS, Report, Split, prepare, prepare_cached
+from gptlit.data import progress
+from gptlit.data.prepare import LOCK, Report, prepare, prepare_cached
+from gptlit.data.shard_writer import PROGRESS
 from gptlit.data.sources import Corpus, SourceFile, UnreadableDocument, open_corpus
+from gptlit.data.splitting import Split
 from gptlit.data.token_files import MANIFEST, TokenData, open_tokens
 from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import InputError
@@ -197,7 +200,7 @@ def report(_):
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
 
-module.BATCH, split = 10_000, module.Split(0.05, 0.05)
+module.BATCH_CHARACTERS, split = 10_000, module.Split(0.05, 0.05)
 corpus, options = open_corpus(sys.argv[1]), {"shard_tokens": 2000, "num_workers": 2, "report": report}
 module.prepare(corpus, Path(sys.argv[2]), load_tokenizer(), split, **options)
 """
@@ -237,10 +240,27 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path: Path) ->
     assert bytes_of(out) == bytes_of(tmp_path / "whole")
 
 
+def test_ctrl_c_ends_the_workers_too(tmp_path: Path) -> None:
+    """A terminal sends SIGINT to the whole process group."""
+    source = write_jsonl(tmp_path / "a.jsonl", 50_000)
+    command = [sys.executable, "-m", "gptlit", "prepare", str(source), "--out=out", "--shard_tokens=2000"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [*command, "--num_workers=2"], env=environment, stderr=subprocess.PIPE, start_new_session=True
+    ) as process:
+        while not (tmp_path / "out" / "train-00001.bin").exists() and process.poll() is None:
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)  # the workers hold the pipe too
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
 def test_a_kill_between_any_two_batches_is_made_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every place where it can go on is tried, with bad documents and several parts before it."""
-    monkeypatch.setattr(module, "BATCH", 50)
-    monkeypatch.setattr(module, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(module, "BATCH_CHARACTERS", 50)
     texts = [corpus_of("first document", UnreadableDocument("bad"), "second", name="a")]
     texts.append(corpus_of(*(f"text number {n}" for n in range(30)), UnreadableDocument("worse"), name="b"))
     corpus = Corpus("both", [part for text in texts for part in text.files])
@@ -267,9 +287,10 @@ def test_a_kill_between_any_two_batches_is_made_good(tmp_path: Path, monkeypatch
         shards = json.loads((out / PROGRESS).read_text())["splits"]["train"]["shards"]
         with (out / f"train-{len(shards):05d}.bin").open("ab") as file:
             file.write(b"what was not noted before the kill")
-        while True:  # and killed again after every single batch
+        more = 0  # and killed again, a batch later each time
+        while True:
             try:
-                run(out, 1)
+                run(out, more := more + 1)
                 break
             except Killed:
                 continue
@@ -335,7 +356,7 @@ def test_a_folder_in_use_for_something_else_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.tex").exists()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"position": 3}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"splits": 3}', '{"splits": {"train": {"position": [0]}}}'])
 def test_a_damaged_progress_is_refused(tmp_path: Path, content: str) -> None:
     corpus = corpus_of("one", "two")
 
@@ -346,7 +367,7 @@ def test_a_damaged_progress_is_refused(tmp_path: Path, content: str) -> None:
         prepare(corpus, tmp_path / "out", GPT2, Split(0.0), report=stop)
     progress = tmp_path / "out" / PROGRESS
     if content.startswith('{"'):
-        progress.write_text(json.dumps({**json.loads(progress.read_text()), "position": 3}))
+        progress.write_text(json.dumps({**json.loads(progress.read_text()), **json.loads(content)}))
     else:
         progress.write_text(content)
     with pytest.raises(InputError, match=r"--overwrite|progress.json is damaged: delete .*out"):
@@ -409,9 +430,9 @@ def test_a_million_spaces_are_encoded(tmp_path: Path) -> None:
 
 def test_tiny_documents_do_not_fill_a_batch_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    encode = encoder.encode
+    encode = module.encode
     monkeypatch.setattr(
-        encoder, "encode", lambda tokenizer, texts: (sizes.append(len(texts)), encode(tokenizer, texts))[1]
+        module, "encode", lambda tokenizer, texts: (sizes.append(len(texts)), encode(tokenizer, texts))[1]
     )
     prepare(corpus_of(*["x"] * 20_000), tmp_path / "out", GPT2, Split(0.0))
     assert max(sizes) == module.BATCH_PIECES
@@ -474,15 +495,15 @@ def test_no_text_at_all_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / MANIFEST).exists()
 
 
-def test_a_worker_that_dies_is_an_error_and_not_a_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_dies_is_an_error_and_not_a_hang(tmp_path: Path) -> None:
     class Deadly:
         name, n_vocab, eot_token = "deadly", 10, 9
 
-        def __reduce__(self) -> Any:
-            return (os._exit, (3,))
+        def encode_to_numpy(self, text: str) -> np.ndarray:
+            os._exit(3)
 
     source = write_jsonl(tmp_path / "a.jsonl", 100)
-    with pytest.raises(RuntimeError, match="a process that encodes text ended with status 3"):
+    with pytest.raises(BrokenProcessPool, match="terminated abruptly"):
         prepare(open_corpus(str(source)), tmp_path / "out", Deadly(), Split(0.1), num_workers=1)  # type: ignore[arg-type]
 
 

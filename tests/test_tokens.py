@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from gptlit import TokenDataModule
-from gptlit.data.prepare import Split, prepare
+from gptlit.data.prepare import prepare
 from gptlit.data.sources import open_corpus
+from gptlit.data.splitting import Split
 from gptlit.data.token_files import MANIFEST, check_vocabulary, holds_tokens, open_foreign
 from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import InputError

@@ -53,10 +53,10 @@ def prepare(
         skip_bad: Leave out what cannot be read, and count it, rather than stop.
         overwrite: Replace what another source, tokenizer or setting made in that folder.
     """
-    from gptlit.data.prepare import Split
     from gptlit.data.prepare import prepare as run
     from gptlit.data.progress import downloading, preparing
     from gptlit.data.sources import ReadOptions, open_corpus
+    from gptlit.data.splitting import Split
     from gptlit.data.tokenizer import load_tokenizer
 
     if not source:

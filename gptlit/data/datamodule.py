@@ -16,9 +16,10 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from gptlit.config import GPTConfig
-from gptlit.data.prepare import Split, cache_folder, prepare_cached
+from gptlit.data.prepare import cache_folder, prepare_cached
 from gptlit.data.progress import downloading, preparing
 from gptlit.data.sources import ReadOptions, open_corpus
+from gptlit.data.splitting import Split
 from gptlit.data.token_files import (
     MANIFEST,
     SPLITS,
