@@ -18,13 +18,15 @@ import pytest
 import regex
 from backports import zstd
 from fsspec.implementations.dirfs import DirFileSystem
-from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
-from gptlit.data import sources as module
-from gptlit.data.sources import CUT, ReadOptions, UnreadableDocument, open_corpus
+from gptlit.data import parsers as module
+from gptlit.data import sources
+from gptlit.data.parsers import CUT, ReadOptions, UnreadableDocument
+from gptlit.data.sources import open_corpus
 from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import InputError
 
@@ -158,14 +160,14 @@ def test_a_json_file_is_lines_or_an_array_of_objects(content: str, expected: lis
         ("a", b'\xef\xbb\xbf[\n  {"x": 1}]', "holds JSON"),
         ("a.csv", b"id,text\n1,one\n", "is a table: save it as .jsonl or .parquet"),
         ("a.tsv.gz", gzip.compress(b"id\ttext\n"), "is a table"),
-        ("a.jsonl.xz", lzma.compress(jsonl(["one"])), "is packed with xz: unpack it with xz -d"),
-        ("a.bz2", bz2.compress(b"text"), "is packed with bzip2"),
+        ("a.jsonl.xz", lzma.compress(jsonl(["one"])), "is compressed with xz: unpack it with xz -d"),
+        ("a.bz2", bz2.compress(b"text"), "is compressed with bzip2"),
         ("a.docx", b"PK\x03\x04rest", "is a zip archive, as .docx"),
         ("a.pdf", b"%PDF-1.7 only ASCII follows", "is a PDF: save its text as .txt, for instance with pdftotext"),
-        ("a.txt", gzip.compress(b"text"), "is packed with gzip: let its name end in .gz"),
+        ("a.txt", gzip.compress(b"text"), "is compressed with gzip: let its name end in .gz"),
         ("a.txt", "text".encode("utf-16"), "is UTF-16: convert it with iconv -f UTF-16"),
         ("a.tar.gz", gzip.compress(b"a.txt".ljust(257, b"\0") + b"ustar\x0000"), "is a tar archive: unpack it"),
-        ("train.bin", b"\x01\x00\x40\x00" * 99, "is binary, no text"),
+        ("train.bin", b"\x01\x00\x40\x00" * 99, "is binary, not text"),
     ],
 )
 @pytest.mark.parametrize("separator", ["", "<|end|>"])
@@ -348,7 +350,7 @@ def test_a_connection_that_breaks_is_not_a_damaged_file(hub: Path, monkeypatch: 
     def broken(*_: Any) -> bytes:
         raise ConnectionError("reset by peer")
 
-    monkeypatch.setattr(module._Counted, "read", broken)
+    monkeypatch.setattr(LocalFileOpener, "read", broken, raising=False)
     with pytest.raises(InputError, match=r"the connection broke \(ConnectionError: reset by peer\): give the same"):
         list(part.read())
 
@@ -370,7 +372,7 @@ def test_reading_reports_the_bytes_of_the_packed_file(tmp_path: Path) -> None:
 
 
 def test_two_large_files_are_told_apart_by_their_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "DIGEST_LIMIT", 100)
+    monkeypatch.setattr(sources, "DIGEST_LIMIT", 100)
     prints = []
     for text in ("a" * 200, "a" * 199 + "b", "b" + "a" * 199, "a" * 201):
         (tmp_path / "a.txt").write_text(text)

@@ -21,9 +21,10 @@ from filelock import FileLock
 from conftest import ROOT, run_script
 from gptlit.data import prepare as module
 from gptlit.data import progress
+from gptlit.data.parsers import UnreadableDocument
 from gptlit.data.prepare import LOCK, Report, prepare, prepare_cached
 from gptlit.data.shard_writer import PROGRESS
-from gptlit.data.sources import Corpus, SourceFile, UnreadableDocument, open_corpus
+from gptlit.data.sources import Corpus, SourceFile, open_corpus
 from gptlit.data.splitting import Split
 from gptlit.data.token_files import MANIFEST, TokenData, open_tokens
 from gptlit.data.tokenizer import load_tokenizer

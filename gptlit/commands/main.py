@@ -53,9 +53,10 @@ def prepare(
         skip_bad: Leave out what cannot be read, and count it, rather than stop.
         overwrite: Replace what another source, tokenizer or setting made in that folder.
     """
+    from gptlit.data.parsers import ReadOptions
     from gptlit.data.prepare import prepare as run
-    from gptlit.data.progress import downloading, preparing
-    from gptlit.data.sources import ReadOptions, open_corpus
+    from gptlit.data.progress import preparing
+    from gptlit.data.sources import open_corpus
     from gptlit.data.splitting import Split
     from gptlit.data.tokenizer import load_tokenizer
 
@@ -66,8 +67,7 @@ def prepare(
     corpora = {}
     for name, sources in {"train": source, "val": val_source, "test": test_source}.items():
         if sources:
-            with downloading(" ".join(sources)) as show:
-                corpora[name] = open_corpus(sources, ReadOptions(text_key, separator), report=show)
+            corpora[name] = open_corpus(sources, ReadOptions(text_key, separator))
     folder = user_path(out)
     inside = [file.name for corpus in corpora.values() for file in corpus.files if _is_in(file.name, folder)]
     if inside:
@@ -337,7 +337,8 @@ def evaluate(
         precision: Of weights and arithmetic.
         quantize: Keep the matrices in 8 bits.
     """
-    from gptlit.data.sources import ReadOptions, open_corpus
+    from gptlit.data.parsers import ReadOptions
+    from gptlit.data.sources import open_corpus
 
     corpus = open_corpus(data, ReadOptions(text_key, separator))
     from rich.progress import Progress, TextColumn

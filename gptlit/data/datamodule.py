@@ -16,9 +16,10 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from gptlit.config import GPTConfig
+from gptlit.data.parsers import ReadOptions
 from gptlit.data.prepare import cache_folder, prepare_cached
-from gptlit.data.progress import downloading, preparing
-from gptlit.data.sources import ReadOptions, open_corpus
+from gptlit.data.progress import preparing
+from gptlit.data.sources import open_corpus
 from gptlit.data.splitting import Split
 from gptlit.data.token_files import (
     MANIFEST,
@@ -279,8 +280,7 @@ class TokenDataModule(pl.LightningDataModule):
         folder = user_path(path)
         if holds_tokens(folder):
             return open_folder(folder, self.tokenizer, self.dtype)
-        with downloading(path) as show:
-            corpus = open_corpus(path, self.reading, self.cache_dir / "downloads", show)
+        corpus = open_corpus(path, self.reading, self.cache_dir / "downloads")
         with preparing(corpus.name) as report:
             return prepare_cached(corpus, self.cache_dir, self.tokenizer, split, report)
 

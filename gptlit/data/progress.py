@@ -1,69 +1,44 @@
-"""The bars of long preparations: on a terminal they move, elsewhere a line is written now and then."""
+"""The progress bar of a preparation; without a terminal, a line now and then."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gptlit.data.prepare import Report
 
-LINE_EVERY = 30.0  # seconds between two lines where there is no terminal
-
-
-@contextmanager
-def downloading(name: str) -> Iterator[Callable[[int, int], None]]:
-    """Give a function that shows (bytes so far, bytes in all)."""
-    text = TextColumn("fetching {task.fields[name]}", markup=False)
-    with _bar(name, text, BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as show:
-        yield lambda done, size: show(done, size, f"fetching {name}: {done:,} of {size:,} bytes", {})
+LINE_EVERY = 30.0  # seconds between two lines without a terminal
 
 
 @contextmanager
 def preparing(name: str) -> Iterator[Callable[[Report], None]]:
-    """Give a function that shows a `Report`."""
-    begun, before = time.monotonic(), -1  # what an earlier process did counts for nothing
-    text = TextColumn("preparing {task.fields[name]}", markup=False)
-    rate = TextColumn("{task.fields[tokens]:,} tokens{task.fields[speed]}")
-    with _bar(name, text, BarColumn(), DownloadColumn(), rate, TimeRemainingColumn()) as show:
-
-        def report(now: Report) -> None:
-            nonlocal begun, before
-            if before < 0:
-                begun, before = time.monotonic(), now.text_bytes
-            read = now.text_bytes - before
-            speed = f", {read / 1e6 / max(1e-9, time.monotonic() - begun):.1f} MB/s" if read else ""
-            fields: dict[str, int | str] = {"tokens": now.tokens, "speed": speed}
-            of = f" of {now.size:,}" if now.size else ""
-            line = f"preparing {name}: {now.read:,}{of} bytes, {now.tokens:,} tokens{speed}"
-            show(now.read, now.size or None, line, fields)
-
-        yield report
-
-
-Show = Callable[[int, int | None, str, dict[str, int | str]], None]
-
-
-@contextmanager
-def _bar(name: str, *columns: ProgressColumn) -> Iterator[Show]:
+    """Yield a function that displays a `Report`."""
     console = Console(stderr=True)
-    last = time.monotonic()
+    columns = (
+        TextColumn("preparing {task.fields[name]}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TextColumn("{task.fields[tokens]:,} tokens{task.fields[speed]}"),
+        TimeRemainingColumn(),
+    )
+    first: Report | None = None  # what an earlier process did does not count for the rate
+    begun = last = time.monotonic()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None, visible=False, name=name, tokens=0, speed="")
 
-        def show(done: int, total: int | None, line: str, fields: dict[str, int | str]) -> None:
-            nonlocal last
-            progress.update(task, completed=done, total=total, visible=True, **fields)  # type: ignore[arg-type]
+        def show(now: Report) -> None:
+            nonlocal first, begun, last
+            if first is None:
+                first, begun = now, time.monotonic()
+            encoded = (now.text_bytes - first.text_bytes) / 1e6
+            speed = f", {encoded / max(1e-9, time.monotonic() - begun):.1f} MB/s" if encoded else ""
+            size = now.size or None
+            progress.update(task, completed=now.read, total=size, visible=True, tokens=now.tokens, speed=speed)
             if not console.is_terminal and time.monotonic() - last > LINE_EVERY:
+                of = f" of {now.size:,}" if now.size else ""
+                line = f"preparing {name}: {now.read:,}{of} bytes, {now.tokens:,} tokens{speed}"
                 console.print(line, soft_wrap=True, highlight=False, markup=False)
                 last = time.monotonic()
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple
 
-from gptlit.data.sources import Corpus, SourceFile, UnreadableDocument
+from gptlit.data.parsers import UnreadableDocument
+from gptlit.data.sources import Corpus, SourceFile
 from gptlit.data.token_files import SPLITS
 from gptlit.errors import InputError, note
 

@@ -133,7 +133,11 @@ class Encoding(tiktoken.Encoding):
 
 def without_surrogates(text: str) -> str:
     """Replace halves of surrogate pairs, which no encoding can hold: JSON may escape them, file names have them."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 class HuggingFaceTokenizer:
