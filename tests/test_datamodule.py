@@ -11,7 +11,7 @@ import torch
 
 from gptlit import GPTConfig, GPTModule, TokenDataModule
 from gptlit.data import token_files as tokens
-from gptlit.data.datamodule import WeightedSource
+from gptlit.data.corpora import WeightedSource
 from gptlit.data.prepare import prepare
 from gptlit.data.sources import open_corpus
 from gptlit.data.splitting import Split
@@ -92,7 +92,7 @@ def test_a_micro_batch_is_the_largest_that_fits_evenly(text_file: Path, most: in
     ("arguments", "trainer", "words"),
     [
         ({"context_length": 8}, {}, "data.context_length 8 contradicts model.config.context_length 16"),
-        ({}, {"accumulate_grad_batches": 2}, "trainer.accumulate_grad_batches 2 is not for setting"),
+        ({}, {"accumulate_grad_batches": 2}, "trainer.accumulate_grad_batches 2 cannot be set"),
         ({}, {"limit_train_batches": 5}, "trainer.limit_train_batches 5 cannot be used here"),
         ({}, {"max_steps": -1, "max_epochs": -1}, "a run needs an end"),
     ],

@@ -29,7 +29,8 @@ from torch.distributed import HashStore
 from conftest import ROOT, TINY, losses, run_script
 from gptlit.checkpoint.io import DurableCheckpointIO, read_checkpoint
 from gptlit.checkpoint.runs import best_path, checkpoint_path, checkpoints, locked_new_run
-from gptlit.data.datamodule import TokenDataModule, kill_workers
+from gptlit.data.datamodule import TokenDataModule
+from gptlit.data.loaders import kill_workers
 from gptlit.errors import InputError, make_output_lossy
 from gptlit.training import module
 from gptlit.training.callbacks import signals as stopping

@@ -305,7 +305,7 @@ WRONG = [
     (["--data.context_length=8"], 1, r"data\.context_length 8 contradicts model\.config\.context_length 16"),
     (["--data.source=nowhere.txt"], 1, r"data\.source 'nowhere\.txt' does not exist"),
     (["--data.batch_size=0"], 2, r"data\.batch_size must be a positive integer, got 0"),
-    (["--trainer.accumulate_grad_batches=2"], 2, r"trainer\.accumulate_grad_batches 2 is not for setting"),
+    (["--trainer.accumulate_grad_batches=2"], 2, r"trainer\.accumulate_grad_batches 2 cannot be set"),
     (["--trainer.max_steps=0"], 2, r"trainer\.max_steps 0 trains nothing"),
     (["--trainer.max_epochs=0"], 2, r"trainer\.max_epochs 0 trains nothing"),
     (["--trainer.max_steps=-1", "--trainer.max_epochs=-1"], 2, r"a run needs an end"),

@@ -13,7 +13,8 @@ from gptlit.checkpoint.formats import Source
 from gptlit.checkpoint.io import read_checkpoint
 from gptlit.checkpoint.pretrained import agree
 from gptlit.config import PRESETS, GPTConfig
-from gptlit.data.datamodule import TokenDataModule, check_division, micro_batch_size
+from gptlit.data.compatibility import check_division, micro_batch_size
+from gptlit.data.datamodule import TokenDataModule
 from gptlit.errors import InputError, fail
 from gptlit.training.cli import TrainingCLI, command_line
 from gptlit.training.estimate import RunSpec, describe, gigabytes, make_plan, measure, warnings
@@ -100,7 +101,7 @@ def run_spec(config: Any, run: Path) -> RunSpec:
     datamodule = TokenDataModule(**config.data.as_dict() if isinstance(data.source, str) else _with_sources(data))
     datamodule.context_length = datamodule.check_compatible(module.config)
     windows = val_windows = tokens = None
-    if datamodule.is_prepared:
+    if datamodule.corpora.is_prepared():
         datamodule.load("fit")
         windows, val_windows = (len(datamodule.windows[name]) for name in ("train", "val"))
         tokens = datamodule.data.tokens("train")
@@ -131,7 +132,7 @@ def run_spec(config: Any, run: Path) -> RunSpec:
 
 
 def _with_sources(data: Any) -> dict[str, Any]:
-    from gptlit.data.datamodule import WeightedSource
+    from gptlit.data.corpora import WeightedSource
 
     sources = [part if isinstance(part, WeightedSource) else WeightedSource(**vars(part)) for part in data.source]
     return {**data.as_dict(), "source": sources}

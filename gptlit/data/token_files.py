@@ -98,7 +98,7 @@ class TokenData:
         return sum(shard.tokens for shard in self.shards(split))
 
     def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Insist that this tokenizer made the tokens, where there is a manifest.
+        """Check that this tokenizer made the tokens, if there is a manifest.
 
         Raises:
             InputError: Another one did.

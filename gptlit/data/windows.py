@@ -193,6 +193,14 @@ class WeightedMixture:
         counts = np.bincount(corpora[:place], minlength=len(self.shares)) + block * self.shares
         return [int(count) for count in counts]
 
+    def describe(self, names: Sequence[str], position: int) -> list[str]:
+        """Return a line on each corpus: its share of the windows, and its epochs up to a position."""
+        shares = self.shares / self.shares.sum()
+        return [
+            f"{name}: {share:.1%} of the windows; {count / windows:.2f} of its epochs by the end of the run"
+            for name, share, count, windows in zip(names, shares, self.drawn(position), self.n_windows, strict=True)
+        ]
+
 
 class TrainSampler(Sampler[np.ndarray]):
     """One device's micro-batches of window indices, shuffled without replacement, for `steps` optimizer steps.

@@ -33,7 +33,9 @@ from gptlit.checkpoint.runs import (
     new_run_folder,
     newest_checkpoint,
 )
-from gptlit.data.datamodule import TokenDataModule, check_division, check_trainer_settings, tokenizer_for
+from gptlit.data.compatibility import check_division, check_trainer_settings
+from gptlit.data.corpora import tokenizer_for
+from gptlit.data.datamodule import TokenDataModule
 from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import InputError, OneLineErrors, fail, make_output_lossy, note
 from gptlit.training import config_files

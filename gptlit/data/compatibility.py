@@ -1,0 +1,117 @@
+"""What data, model, Trainer and checkpoint have to agree on."""
+
+import math
+from typing import Any, Literal
+
+from gptlit.config import GPTConfig
+from gptlit.data.tokenizer import Tokenizer
+from gptlit.errors import InputError
+
+Identity = Literal["corpus", "tokenizer", "seed", "stride", "weights"]
+LABELS = {"seed": "data.seed", "stride": "data.stride", "weights": "list of weights"}
+
+
+def micro_batch_size(batch_size: int, devices: int, limit: int | None) -> int:
+    """Return the largest micro-batch, in windows and at most `limit`, that divides a device's share of a batch."""
+    share = max(1, batch_size // devices)
+    return next(size for size in range(min(limit or share, share), 0, -1) if share % size == 0)
+
+
+def check_division(batch_size: int, devices: int) -> None:
+    """Check that every device gets the same number of windows.
+
+    Raises:
+        InputError: The batch size is not divisible by the number of devices.
+    """
+    if batch_size % devices:
+        raise InputError(
+            f"data.batch_size {batch_size} is that of all devices together, and not divisible by {devices} of them: "
+            f"set it to a multiple of {devices}"
+        )
+
+
+def check_trainer_settings(settings: Any) -> None:
+    """Check what a Trainer, or its configuration, would decide about batches.
+
+    Raises:
+        InputError: A setting contradicts the data module; the remedy is named.
+    """
+    for key in ("max_steps", "max_epochs"):
+        if getattr(settings, key) == 0 and not settings.fast_dev_run:
+            raise InputError(f"trainer.{key} 0 trains nothing: set it to a positive number")
+    if settings.accumulate_grad_batches != 1:
+        raise InputError(
+            f"trainer.accumulate_grad_batches {settings.accumulate_grad_batches} cannot be set: it follows from "
+            "data.batch_size, data.micro_batch_size and the number of devices"
+        )
+    for key, default in {"limit_train_batches": 1.0, "overfit_batches": 0.0}.items():
+        value = getattr(settings, key)
+        if value not in (None, default) and not settings.fast_dev_run:
+            raise InputError(f"trainer.{key} {value} cannot be used here: shorten a run with trainer.max_steps")
+
+
+def check_model(config: GPTConfig, context_length: int | None, tokenizer: Tokenizer) -> None:
+    """Check that a model can read the data.
+
+    Raises:
+        InputError: It contradicts `data.context_length` or the tokenizer.
+    """
+    if context_length not in (None, config.context_length):
+        raise InputError(
+            f"data.context_length {context_length} contradicts model.config.context_length "
+            f"{config.context_length}: leave data.context_length out"
+        )
+    if config.vocab_size != tokenizer.n_vocab:
+        raise InputError(
+            f"model.config.vocab_size {config.vocab_size} contradicts the tokenizer {tokenizer.name!r} with "
+            f"{tokenizer.n_vocab} ids: leave model.config.vocab_size out, or set it to {tokenizer.n_vocab}"
+        )
+
+
+def total_steps(
+    max_steps: int, max_epochs: int | None, *, n_windows: int, batch_size: int, start: int, start_step: int
+) -> int:
+    """Return the optimizer steps of a run since its beginning, where `start_step` steps took `start` windows.
+
+    Raises:
+        InputError: Neither limit is set.
+    """
+    limits = [max_steps] if max_steps != -1 else []
+    if max_epochs is not None and max_epochs != -1:
+        limits.append(start_step + max(0, math.ceil((max_epochs * n_windows - start) / batch_size)))
+    if not limits:
+        raise InputError("a run needs an end: set trainer.max_steps or trainer.max_epochs")
+    return min(limits)
+
+
+def check_resume(
+    state: dict[str, Any], current: dict[str, Any], details: dict[str, str], allowed: list[Identity]
+) -> None:
+    """Check that a position of a checkpoint means the same windows now.
+
+    Args:
+        state: The data module's state in the checkpoint.
+        current: What the order of windows depends on, by key of the state.
+        details: Appended to the message about a key.
+        allowed: What may differ.
+
+    Raises:
+        InputError: Something else differs.
+    """
+    short = {"tokenizer_sha256": "tokenizer", "corpus": "corpus"}  # digests
+    for key, ours in current.items():
+        name, theirs = short.get(key, key), state.get(key, ours)
+        if theirs in (ours, "") or name in allowed:
+            continue
+        if key in short:
+            ours, theirs = ours[:12], theirs[:12]
+        raise InputError(
+            f"the {LABELS.get(name, name)} is {ours}, but the checkpoint was trained with {theirs}"
+            f"{details.get(name, '')}: resume with that, start a new run with --model.init_from, or set "
+            f"data.resume_despite to [{name}]"
+        )
+    if any(first >= state["windows"] for first, _ in state.get("passed_over", [])):  # gptlit 0.1 could do that
+        raise InputError(
+            "the checkpoint leaves out windows that are still to come (its passed_over), which is not supported "
+            "any more: resume from another checkpoint, or start a new run with --model.init_from"
+        )

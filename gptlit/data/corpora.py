@@ -1,0 +1,160 @@
+"""The corpora of a run: which they are, and how their tokens are opened or made."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from gptlit.data.parsers import ReadOptions
+from gptlit.data.prepare import cache_folder, prepare_cached
+from gptlit.data.progress import preparing
+from gptlit.data.sources import PYTHON_DOCS, open_corpus
+from gptlit.data.splitting import Split
+from gptlit.data.token_files import (
+    MANIFEST,
+    SPLITS,
+    TokenData,
+    concatenate,
+    folder_tokenizer,
+    holds_tokens,
+    is_prepared,
+    open_folder,
+)
+from gptlit.data.tokenizer import Tokenizer
+from gptlit.data.windows import Windows
+from gptlit.errors import InputError, user_path
+
+
+@dataclass
+class WeightedSource:
+    """One of several corpora.
+
+    Args:
+        path: As `data.source`.
+        weight: Proportional to its share of the training windows.
+    """
+
+    path: str
+    weight: float = 1.0
+
+
+def tokenizer_for(source: str | Sequence[WeightedSource], tokenizer: str | None, default: str = "gpt2") -> str:
+    """Return the argument of `load_tokenizer`: the tokenizer that is named, else that of the first prepared folder,
+    else the default.
+    """
+    paths = [source] if isinstance(source, str) else [part.path for part in source]
+    found = (folder_tokenizer(user_path(path)) for path in paths)
+    return tokenizer or next(filter(None, found), default)
+
+
+@dataclass
+class Corpora:
+    """The corpora of a run.
+
+    Args:
+        sources: What is divided into train, val and test.
+        held_out: Other sources for val and test, each taken in full; None: a part of `sources`.
+        split: Validation and test fractions.
+        options: How files are read.
+        tokenizer: From text to ids.
+        dtype: Number type of token files without a header.
+        cache_dir: Folder for tokenised corpora.
+    """
+
+    sources: list[WeightedSource]
+    held_out: dict[str, str | None]
+    split: Split
+    options: ReadOptions
+    tokenizer: Tokenizer
+    dtype: str
+    cache_dir: Path
+
+    @property
+    def names(self) -> list[str]:
+        """A name for each source."""
+        names = [Path(source.path).name for source in self.sources]
+        return names if len(set(names)) == len(names) else [f"{index}-{name}" for index, name in enumerate(names)]
+
+    @property
+    def has_val(self) -> bool:
+        """Whether a part is meant to validate."""
+        return self.split.val_fraction > 0 or self.held_out["val"] is not None
+
+    def is_prepared(self) -> bool:
+        """Return whether everything is on disk as tokens: nothing would be downloaded or tokenised."""
+        used = [(source.path, self.split) for source in self.sources]
+        used += [(path, Split(0.0)) for path in self.held_out.values() if path is not None]
+        return all(self._is_prepared(path, split) for path, split in used)
+
+    def _is_prepared(self, path: str, split: Split) -> bool:
+        folder = user_path(path)
+        if holds_tokens(folder) or not (path == PYTHON_DOCS or folder.exists()):
+            return holds_tokens(folder)
+        corpus = open_corpus(path, self.options, self.cache_dir / "downloads")
+        return (cache_folder(corpus, self.cache_dir, self.tokenizer, split) / MANIFEST).is_file()
+
+    def open(self) -> tuple[list[TokenData], TokenData]:
+        """Return the tokens of each source, and all of them with the held-out ones; tokenise what is not yet."""
+        each = [self._open(source.path, self.split) for source in self.sources]
+        data = concatenate(each)
+        for name, path in self.held_out.items():
+            if path is not None:
+                other = self._open(path, Split(0.0))
+                shards = [shard for split in SPLITS for shard in other.shards(split)]
+                data = replace(data, splits={**data.splits, name: shards})
+        return each, data
+
+    def _open(self, path: str, split: Split) -> TokenData:
+        folder = user_path(path)
+        if holds_tokens(folder):
+            return open_folder(folder, self.tokenizer, self.dtype)
+        corpus = open_corpus(path, self.options, self.cache_dir / "downloads")
+        with preparing(corpus.name) as report:
+            return prepare_cached(corpus, self.cache_dir, self.tokenizer, split, report)
+
+    def check_windows(self, name: str, windows: Windows, train_windows: Sequence[int]) -> None:
+        """Check that a split has at least one window, and each source one to train on.
+
+        Args:
+            name: Of the split.
+            windows: Of the split.
+            train_windows: Number of training windows of each source.
+
+        Raises:
+            InputError: It has none; the remedies are named.
+        """
+        needed = f"window of {windows.context_length} + 1"
+        if name == "train" and len(self.sources) > 1 and 0 in train_windows:
+            path = self.sources[train_windows.index(0)].path
+            raise InputError(
+                f"the train part of {path!r} is too short for one {needed}: use a longer text or a smaller "
+                "model.config.context_length"
+            )
+        if len(windows):
+            return
+        source = self.sources[0].path if len(self.sources) == 1 else self.sources
+        lengths = [shard.tokens for shard in windows.shards]
+        if sum(lengths) > windows.context_length:
+            raise InputError(
+                f"the longest shard of the {name} part of {source!r} has {max(lengths)} tokens, too few for a "
+                f"{needed}: prepare it again with a larger --shard_tokens"
+            )
+        raise InputError(
+            f"the {name} part of {source!r} has {sum(lengths)} tokens, too few for one {needed}: use "
+            f"{self._remedies(name, is_empty=not lengths or not sum(lengths))}"
+        )
+
+    def _remedies(self, name: str, is_empty: bool) -> str:
+        """Return what gives a split a window, or does without."""
+        remedies = []
+        if name != "train" and self.held_out[name] is None:
+            folder = user_path(self.sources[0].path)
+            if is_prepared(folder):
+                remedies.append(f"a folder prepared with a larger --{name}_fraction")
+            elif not holds_tokens(folder):
+                remedies.append(f"a larger data.{name}_fraction")
+            remedies.append(f"data.{name}_source")
+            if name == "val":
+                remedies.append("data.val_fraction 0, which trains without")
+        if not is_empty or not remedies:
+            remedies += ["a longer text", "a smaller model.config.context_length"]
+        return ", ".join(remedies[:-1]) + " or " + remedies[-1]

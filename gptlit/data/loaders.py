@@ -1,0 +1,44 @@
+"""The DataLoader around windows, and its worker processes."""
+
+import atexit
+import multiprocessing.util  # registers the exit handler that joins all children: `kill_workers` has to run before it
+import signal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from gptlit.data.windows import Windows
+
+
+def make_loader(windows: Windows, sampler: Sampler[np.ndarray], num_workers: int) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Return a loader of the batches that a sampler yields."""
+    return DataLoader(
+        windows,
+        sampler=sampler,
+        batch_size=None,  # the sampler yields batches of indices
+        num_workers=num_workers,
+        worker_init_fn=ignore_signals,
+        persistent_workers=num_workers > 0,
+        pin_memory=num_workers > 0 and torch.cuda.is_available(),
+        generator=torch.Generator(),  # the global generator belongs to dropout
+    )
+
+
+def ignore_signals(_: int) -> None:
+    """Keep a worker alive when its process group is signalled: the training process has to save first, and ends it.
+
+    A worker whose parent has gone ends by itself.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        if number := getattr(signal, name, None):
+            signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def kill_workers() -> None:
+    """Kill the workers of loaders that are still in use: Python would send a SIGTERM, which they ignore, and wait."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
