@@ -140,7 +140,7 @@ def test_json_lines_under_other_names(name: str) -> None:
         ('{"text": "one"}\n{"text": ', ["one", "a.json line 2 is not JSON"]),
         ('\n{"tex\n{"text": "two"}\n', ["a.json line 2 is not JSON", "two"]),
         ('[{"text": "one"}, 5]', ["one", "a.json item 2 has no 'text', only int"]),
-        ('[{"text": "one"},\n{"text": "tw', ["a.json is not a whole array of JSON: fetch it again"]),
+        ('[{"text": "one"},\n{"text": "tw', ["a.json is not a complete JSON array: fetch it again"]),
         ('{"data": [{"text": "one"}]}', ["a.json line 1 has no 'text', only 'data': set text_key"]),
     ],
 )

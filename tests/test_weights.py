@@ -333,7 +333,7 @@ def test_gpt2s_own_tokenizer_is_known_in_each_of_its_forms(tmp_path: Path) -> No
     path.write_text(json.dumps(settings))
     assert read_source(folder).tokenizer == str(path)
     path.rename(folder / "vocab.json")
-    with pytest.raises(InputError, match=r"vocab.json is of a tokenizer that is not read here: have Transformers"):
+    with pytest.raises(InputError, match=r"vocab.json is of a tokenizer that cannot be read: have Transformers"):
         read_source(folder)
 
 

@@ -52,7 +52,7 @@ class HubFile:
         revision: Commit hash.
         path: In the repository.
         sha256: Hexadecimal.
-        separator: Between two documents; empty: what the file's kind says.
+        separator: Between two documents; empty: the file is one document, or a table.
     """
 
     repo_id: str

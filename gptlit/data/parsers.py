@@ -34,7 +34,7 @@ LONGEST_DOCUMENT = 2**28  # characters between two separators
 # after a line end.
 CUT = re.compile(r"[ \n](?=[^\W\d_])(?<=[^\W\d_] |\S\n)")
 
-# What files begin with that are not plain text, and what to do with them.
+# Magic numbers of files that are not plain text, and what to do with them.
 OFFICE = "an office document: save it as .txt"
 FORMATS = {
     b"PK\x03\x04": "a zip archive, as .docx, .xlsx, .odt and .epub are: unpack it, or save it as .txt",
@@ -116,7 +116,7 @@ def parser_for(name: str, options: ReadOptions) -> tuple[Parser, bool]:
 
 
 class _Decompressed(io.RawIOBase):
-    """What can be read of a compressed file: it ends where the file is damaged, and `damage` says how."""
+    """The readable beginning of a compressed file; `damage` is the error at which it ends, if any."""
 
     def __init__(self, file: Any, errors: tuple[type[Exception], ...]) -> None:
         self._file, self._errors = file, errors
@@ -193,7 +193,7 @@ def _json(name: str, key: str, file: io.BufferedReader) -> Iterator[Document]:
         for number, row in enumerate(value if isinstance(value, list) else [value], 1):
             yield _text_of(row, key, f"{name} item {number}")
     elif content.lstrip(codecs.BOM_UTF8 + b" \r\n\t").startswith(b"["):
-        yield UnreadableDocument(f"{name} is not a whole array of JSON: fetch it again", ends_file=True)
+        yield UnreadableDocument(f"{name} is not a complete JSON array: fetch it again", ends_file=True)
     else:
         yield from _json_lines(name, key, io.BytesIO(content))
 

@@ -190,7 +190,7 @@ def _is_done(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
             there = json.loads(found.read_bytes())
             differences = [key for key, value in settings.items() if there.get(key) != value]
         except (ValueError, AttributeError, RecursionError):
-            there, differences = {}, ["what it says, it is damaged"]
+            there, differences = {}, ["content, it is damaged"]
         if not differences and not (overwrite and found.name == MANIFEST and _is_damaged(folder)):
             if found.name == MANIFEST:
                 (folder / PROGRESS).unlink(missing_ok=True)  # the process was killed in between

