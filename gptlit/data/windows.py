@@ -204,7 +204,7 @@ class WeightedMixture:
 class TrainSampler(Sampler[np.ndarray]):
     """One device's micro-batches of window indices, shuffled without replacement, for `steps` optimizer steps.
 
-    An optimizer step takes the next `batch_size` positions; its micro-batches are assigned to the devices in turn. A step
+    An optimizer step takes the next `batch_size` positions; its micro-batches are assigned to the devices in turn. It
     may cross the boundary between two epochs, so every step is complete.
 
     Args:
