@@ -141,6 +141,14 @@ def test_a_value_is_not_read_as_a_file(is_disabled: bool) -> None:
     assert (found == "words") is is_disabled
 
 
+def test_options_of_a_parser_and_its_subcommands() -> None:
+    inner, outer = LightningArgumentParser(), LightningArgumentParser()
+    inner.add_argument("--model.lr", type=float)
+    outer.add_argument("--verbose")
+    outer.add_subcommands().add_subcommand("fit", inner)
+    assert {"--model.lr", "--verbose"} <= set(lightning_compat.option_strings(outer))
+
+
 def test_a_summary_goes_to_the_writers_own_file(tmp_path: Path) -> None:
     writer = SummaryWriter(str(tmp_path))
     for summary in hparams({"lr": 0.1}, {"val/loss": 0.0}):

@@ -19,7 +19,6 @@ from gptlit.errors import note
 from gptlit.training import config_files
 from gptlit.training.callbacks.validation import SampleText
 from gptlit.training.cli import main
-from gptlit.training.flags import check_names
 
 Fit = Callable[..., None]
 RUN = Path("runs/t/version_0")
@@ -388,7 +387,6 @@ def test_configurations_and_checkpoints_of_earlier_versions(
     old = (run / "config.yaml").read_text().replace("run:\n", "run:\n  on_nonfinite: go_back\n")
     Path("old.yaml").write_text(old)
     arguments = ["fit", "--config=old.yaml", "--ckpt_path=last", "--trainer.max_steps=2"]
-    check_names(arguments)
     checkpoint = read_checkpoint(checkpoints(run)[-1])
     monkeypatch.setattr(config_files, "_note_once", note)
     for passed_over in ([[400, 4]], [[0, 4]]):

@@ -13,7 +13,6 @@ from jsonargparse import ArgumentParser, auto_cli, get_loader, set_loader
 
 from gptlit import __version__
 from gptlit.errors import InputError, OneLineErrors, allow_any_encoding, fail, note, user_path
-from gptlit.training.flags import check_names
 
 if TYPE_CHECKING:
     from gptlit.data.tokenizer import Tokenizer
@@ -495,7 +494,6 @@ def _plan(words: list[str]) -> None:
         found[key] = value.lower() != "false"
     if not any(word.partition("=")[0] in ("--config", "-c") for word in rest):
         fail("--config is needed: gptlit plan --config configs/quickstart.yaml", status=2)
-    check_names(["fit", *rest])
     from gptlit.commands.plan import run
 
     run(rest, with_measure=found["--measure"], as_json=found["--json"])

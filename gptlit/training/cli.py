@@ -37,7 +37,7 @@ from gptlit.data.compatibility import check_division, check_trainer_settings
 from gptlit.data.corpora import tokenizer_for
 from gptlit.data.datamodule import TokenDataModule
 from gptlit.data.tokenizer import load_tokenizer
-from gptlit.errors import InputError, OneLineErrors, fail, make_output_lossy, note
+from gptlit.errors import InputError, check_utf8, fail, make_output_lossy, note
 from gptlit.training import config_files
 from gptlit.training.callbacks.checkpoint import StepCheckpoint
 from gptlit.training.callbacks.monitoring import DrawnWindows, Throughput
@@ -48,14 +48,12 @@ from gptlit.training.callbacks.signals import GracefulStop, children, early_end
 from gptlit.training.callbacks.validation import FinalValidation, SampleText
 from gptlit.training.distributed import register_strategies
 from gptlit.training.environment import best_precision, keep_freed_memory, launched
+from gptlit.training.lightning_compat import disable_path_values
 from gptlit.training.module import GPTModule
+from gptlit.training.parser import Parser
 from gptlit.training.run_config import RunConfig, SaveRunConfig
 from gptlit.training.supported import check_precision, check_trainer
 from gptlit.training.tensorboard import CsvLogger, StepLogger
-
-
-class Parser(OneLineErrors, LightningArgumentParser):
-    """Lightning's parser with one-line errors."""
 
 
 class TrainingCLI(LightningCLI):
@@ -82,8 +80,7 @@ class TrainingCLI(LightningCLI):
         would read the file of that name in search of the list.
         """
         super().add_core_arguments_to_parser(parser)
-        source = next(action for action in parser._actions if action.dest == "data.source")
-        source._enable_path = False  # type: ignore[attr-defined]
+        disable_path_values(parser, "data.source")
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the `run` group."""
@@ -446,6 +443,11 @@ def command_line(cli: type[TrainingCLI], args: list[str] | None) -> TrainingCLI:
     keep_freed_memory()
     register_strategies()
     config_files.register()
+    try:
+        for word in sys.argv[1:] if args is None else args:
+            check_utf8(word)
+    except InputError as error:
+        fail(error, status=2)
     try:
         return cli(
             GPTModule,

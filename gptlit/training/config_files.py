@@ -8,7 +8,10 @@ import yaml
 from jsonargparse import get_loader, set_dumper, set_loader
 
 from gptlit.errors import note
-from gptlit.training.flags import REMOVED
+
+# Settings of earlier versions, and what became of them.
+REMOVED = {"run.on_nonfinite": "non-finite steps are skipped, and run.max_nonfinite_steps of them in a row end the run"}
+
 
 _load_any = get_loader("yaml")
 

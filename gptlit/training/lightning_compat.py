@@ -86,6 +86,15 @@ def disable_path_values(parser: ArgumentParser, key: str) -> None:
     action._enable_path = False  # type: ignore[attr-defined]
 
 
+def option_strings(parser: ArgumentParser) -> list[str]:
+    """Return the options of a parser and of its subcommands: argparse offers them only as formatted help."""
+    actions = list(parser._actions)
+    if parser._subcommands_action is not None:
+        for subparser in parser._subcommands_action.choices.values():
+            actions += subparser._actions
+    return sorted({option for action in actions for option in action.option_strings})
+
+
 # --- TensorBoard --------------------------------------------------------------------------------------------------
 
 
