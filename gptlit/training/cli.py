@@ -2,7 +2,9 @@
 
 import logging
 import os
+import re
 import shlex
+import signal
 import socket
 import sys
 import warnings
@@ -18,7 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from torch.distributed import DistNetworkError
+from torch.distributed import DistError
 
 from gptlit.checkpoint.io import DurableCheckpointIO, read_checkpoint
 from gptlit.checkpoint.pretrained import agree, check_tokenizer, read_source
@@ -42,12 +44,11 @@ from gptlit.training import config_files
 from gptlit.training.callbacks.checkpoint import StepCheckpoint
 from gptlit.training.callbacks.monitoring import DrawnWindows, Throughput
 from gptlit.training.callbacks.nonfinite import NonFinite
-from gptlit.training.callbacks.peers import PeerWatch
 from gptlit.training.callbacks.progress import StepProgress
-from gptlit.training.callbacks.signals import GracefulStop, children, early_end
+from gptlit.training.callbacks.signals import GracefulStop, early_end
 from gptlit.training.callbacks.validation import FinalValidation, SampleText
 from gptlit.training.distributed import register_strategies
-from gptlit.training.environment import best_precision, keep_freed_memory, launched
+from gptlit.training.environment import best_precision, end_with_parent, keep_freed_memory, launched
 from gptlit.training.lightning_compat import disable_path_values
 from gptlit.training.module import GPTModule
 from gptlit.training.parser import Parser
@@ -247,7 +248,7 @@ class TrainingCLI(LightningCLI):
         on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         io = DurableCheckpointIO(asynchronous=on_gpu if run.async_save is None else run.async_save)
         checkpoint = None
-        callbacks: list[Any] = [PeerWatch(), FinalValidation(run.val_every_n_steps)]
+        callbacks: list[Any] = [FinalValidation(run.val_every_n_steps)]
         if config.trainer.enable_checkpointing is not False:
             checkpoint = StepCheckpoint(self.run, io, run.save_every_n_steps, run.keep_last, run.keep_best)
             callbacks.append(checkpoint)
@@ -270,9 +271,14 @@ class TrainingCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run it from the checkpoint of the first process."""
-        self._take_the_checkpoint_of_rank_0(subcommand)
-        super()._run_subcommand(subcommand)
+        """Run it from the checkpoint of the first process; an error of the user's ends its child processes, too."""
+        try:
+            self._take_the_checkpoint_of_rank_0(subcommand)
+            super()._run_subcommand(subcommand)
+        except (InputError, OSError):
+            if (launcher := self.trainer.strategy.launcher) is not None:
+                launcher.kill(signal.SIGKILL)  # they wait for this process, and would report that it has ended
+            raise
 
     def _take_the_checkpoint_of_rank_0(self, subcommand: str) -> None:
         """Each process has looked for the checkpoint itself, and may have seen another state of a shared disk."""
@@ -282,14 +288,9 @@ class TrainingCLI(LightningCLI):
             return
         strategy.connect(self.model)
         launch = strategy.launcher.launch if strategy.launcher is not None else lambda function: function()
-        try:
-            launch(strategy.setup_environment)  # the Trainer finds both done
-            config = self.config_init[subcommand]
-            config["ckpt_path"] = strategy.broadcast(config["ckpt_path"])
-        except BaseException:
-            for process in children(self.trainer):
-                process.kill()
-            raise
+        launch(strategy.setup_environment)  # the Trainer finds both done
+        config = self.config_init[subcommand]
+        config["ckpt_path"] = strategy.broadcast(config["ckpt_path"])
 
     def _loggers(self, config: Any) -> list[Any]:
         """Curves go to the run's folder; after a resume they go on where the checkpoint was made."""
@@ -423,6 +424,7 @@ def _silence_lightning() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("callbacks", "profilers", "tuner", "utilities.rank_zero"):
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
+    logging.getLogger("lightning.fabric.strategies.launchers").setLevel(logging.INFO)  # a child process has ended
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
 
 
@@ -441,6 +443,7 @@ def command_line(cli: type[TrainingCLI], args: list[str] | None) -> TrainingCLI:
     make_output_lossy()
     _silence_lightning()
     keep_freed_memory()
+    end_with_parent()
     register_strategies()
     config_files.register()
     try:
@@ -469,11 +472,11 @@ def command_line(cli: type[TrainingCLI], args: list[str] | None) -> TrainingCLI:
         )
     except (InputError, OSError, MisconfigurationException) as error:
         fail(error)
-    except DistNetworkError as error:
-        fail(f"the processes of the run cannot reach each other: {str(error).splitlines()[0]}")
     except RuntimeError as error:
         if str(error).startswith("Early stopping conditioned on metric"):
             fail(error)
+        if isinstance(error, DistError) or re.search("onnection (closed|reset) by peer", str(error)):  # gloo's own
+            fail("the connection to another process of the run is lost: start it again with --ckpt_path last")
         raise
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):

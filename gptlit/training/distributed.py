@@ -22,6 +22,8 @@ from gptlit.config import GPTConfig
 from gptlit.model.gpt import GPTModel
 from gptlit.model.sharding import gathered, local, shard_like
 
+TIMEOUT = timedelta(minutes=10)  # after which a process that waits for a silent one gives up
+
 
 def sharded_model(config: GPTConfig, mesh: DeviceMesh, device: torch.device) -> GPTModel:
     """Build a GPTModel in shards, with the weights that `GPTModel(config)` would draw.
@@ -92,9 +94,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         timeout: How long a process waits for the others.
     """
 
-    def __init__(
-        self, process_group_backend: str | None = None, timeout: timedelta | None = timedelta(minutes=30)
-    ) -> None:
+    def __init__(self, process_group_backend: str | None = None, timeout: timedelta | None = TIMEOUT) -> None:
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,
@@ -186,6 +186,8 @@ def register_strategies() -> None:
     """Let `trainer.strategy` know "fsdp2", and give "ddp" (and "auto", where there are several devices) gradients that
     are views of its buckets: one copy of them less.
     """
-    StrategyRegistry.register("ddp", DDPStrategy, override=True, start_method="popen", gradient_as_bucket_view=True)
+    StrategyRegistry.register(
+        "ddp", DDPStrategy, override=True, start_method="popen", gradient_as_bucket_view=True, timeout=TIMEOUT
+    )
     if "fsdp2" not in StrategyRegistry:
         StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Parameters in shards over all devices")

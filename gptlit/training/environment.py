@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import signal
 import sys
 from typing import Any
 
@@ -45,3 +46,10 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_max, 0)
         libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def end_with_parent() -> None:
+    """On Linux, let a process that Lightning or torchrun has started end when its parent does, even by SIGKILL."""
+    if sys.platform == "linux" and int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""How a fit ends before its end: signals, steps that are not finite, and other processes of the run that have gone."""
+"""Early termination by a signal: save between two steps, then exit."""
 
 import os
 import shlex
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer, WeightAveraging
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch.distributed.distributed_c10d import _get_default_store
 
 from gptlit.errors import note
@@ -128,15 +128,15 @@ class GracefulStop(Callback):
         if self.checkpoint is not None:
             self.checkpoint.save(trainer)
             self.checkpoint.io.wait()
-        for process in children(trainer):
-            process.wait(timeout=60)
         next_ = "nothing is saved"
         if self.checkpoint is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             next_ = f"--ckpt_path {shlex.quote(str(self.checkpoint.run))} goes on there"
         note(f"stopped by {number.name} after step {trainer.global_step}; {next_}")
         if number.name == "SIGUSR1" and trainer.is_global_zero and (job := os.environ.get("SLURM_JOB_ID")):
             subprocess.run(["scontrol", "requeue", job], check=False)
-        raise SystemExit(128 + number)
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        is_child = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
+        raise SystemExit(0 if is_child else 128 + number)  # Lightning kills the parent of a child that fails
 
 
 def early_end(trainer: pl.Trainer) -> str | None:
@@ -150,9 +150,3 @@ def early_end(trainer: pl.Trainer) -> str | None:
         if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
             return f"EarlyStopping: {callback.stopping_reason_message}"
     return "a callback set trainer.should_stop"
-
-
-def children(trainer: pl.Trainer) -> "list[subprocess.Popen[bytes]]":
-    """Return the processes that Lightning has started for the other devices; none under torchrun or SLURM."""
-    launcher = trainer.strategy.launcher
-    return launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else []
