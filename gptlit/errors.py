@@ -1,4 +1,4 @@
-"""One-line errors: what a user can mend is told in a line; a bug keeps its traceback."""
+"""One-line errors for what a user can mend (a bug keeps its traceback), and the standard streams."""
 
 import io
 import os
@@ -40,64 +40,59 @@ def user_path(text: str) -> Path:
         raise InputError(f"{text!r}: {error}") from error
 
 
-def allow_any_encoding() -> None:
-    """Let the standard streams take any text: what their encoding does not have is escaped, or replaced on input."""
-    for stream, errors in ((sys.stdin, "replace"), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=errors)
-
-
 def note(message: str) -> None:
-    """Say a word on standard error, once and not on every device."""
+    """Print to stderr, on local rank 0 only."""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         print(message, file=sys.stderr)
 
 
 def fail(error: object, status: int = 1) -> NoReturn:
-    """Print one line and exit with `status`. With GPTLIT_TRACEBACK=1 in the environment the traceback comes back."""
+    """Print one line and exit with `status`. GPTLIT_TRACEBACK=1 in the environment shows the traceback."""
     if isinstance(error, BaseException) and os.environ.get("GPTLIT_TRACEBACK"):
         raise error
     if int(os.environ.get("LOCAL_RANK", 0)) > 0:
-        time.sleep(2)  # the first process says it, and then ends this one
+        time.sleep(2)  # local rank 0 prints the same, and ends this process
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     raise SystemExit(status)
 
 
 class _LossyOutput(io.TextIOWrapper):
-    """Standard output or error of a run that must survive it: what cannot be written is dropped.
+    """A standard stream that drops what cannot be written.
 
-    The other end of a pipe may have been closed, a disk may be full, a terminal may have gone (OSError); a signal
-    handler may print while the same stream is being written to (RuntimeError).
+    The other end of a pipe may be closed, a disk may be full, a terminal may have gone (OSError); a signal handler may
+    print while the same stream is being written to (RuntimeError).
     """
 
     def write(self, text: str) -> int:
-        """Write `text`, or nothing."""
         with suppress(OSError, RuntimeError):
             super().write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush what can be flushed."""
         with suppress(OSError, RuntimeError):
             super().flush()
 
 
-def make_output_lossy() -> None:
-    """Let no failed write to standard output or error raise, and escape what their encoding does not have."""
-    for name in ("stdout", "stderr"):
+def set_up_streams(drop_unwritable: bool = False) -> None:
+    """Let the standard streams take any text: what their encoding lacks is escaped, or replaced on input.
+
+    Args:
+        drop_unwritable: Let no failed write raise, for a run that must survive a closed pipe or a full disk.
+    """
+    for name, errors in (("stdin", "replace"), ("stdout", "backslashreplace"), ("stderr", "backslashreplace")):
         stream = getattr(sys, name)
-        if stream is None:  # closed when the process began
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif type(stream) is io.TextIOWrapper and stream is getattr(
-            sys, f"__{name}__"
-        ):  # not a notebook's, nor captured
-            line, through = stream.line_buffering, stream.write_through
-            setattr(sys, name, _LossyOutput(stream.buffer, stream.encoding, "backslashreplace", None, line, through))
+        is_own = type(stream) is io.TextIOWrapper and stream is getattr(sys, f"__{name}__")  # not captured
+        if stream is None and drop_unwritable:  # closed when the process began
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+        elif is_own and drop_unwritable and name != "stdin":
+            buffering = stream.line_buffering, stream.write_through
+            setattr(sys, name, _LossyOutput(stream.buffer, stream.encoding, errors, None, *buffering))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
 
 
 class OneLineErrors:
-    """Mixin for a jsonargparse parser: a wrong flag or key is answered with one line instead of the whole usage."""
+    """Mixin for a jsonargparse parser: an error is one line, without the usage, and exits with status 2."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Exit with status 2."""
         fail(ex if ex is not None and os.environ.get("GPTLIT_TRACEBACK") else message, status=2)

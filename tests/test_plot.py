@@ -1,14 +1,21 @@
 """`gptlit plot`."""
 
 import math
-import re
+import time
 from pathlib import Path
 
 import pytest
 import yaml
+from torch.utils.tensorboard import SummaryWriter
 
 from gptlit.commands.main import main
-from gptlit.commands.plot import differences, draw, read_run, smooth
+from gptlit.commands.plot import Curve, differences, draw, read_run, smooth
+
+
+def event_file(folder: Path) -> tuple[SummaryWriter, int]:
+    """Open an event file; return the writer and the second in which its fit began."""
+    writer = SummaryWriter(str(folder))
+    return writer, max(int(path.name.split(".")[3]) for path in folder.glob("events.*"))
 
 
 @pytest.fixture
@@ -16,13 +23,16 @@ def runs() -> list[str]:
     """Two runs, as training leaves them."""
     for version, lr in enumerate((1e-3, 2e-3)):
         folder = Path(f"runs/a/version_{version}")
-        folder.mkdir(parents=True)
-        lines = ["step,tokens,seconds,name,value"]
+        (writer, began), (by_tokens, _) = event_file(folder), event_file(folder / "tokens")
         for step in range(1, 41):
-            lines.append(f"{step},{step * 1000},{step * 2.5},train/loss,{5 + 5 * math.exp(-step / 8) - version / 10}")
+            losses = {"train": 5 + 5 * math.exp(-step / 8) - version / 10}
             if step % 10 == 0:
-                lines.append(f"{step},{step * 1000},{step * 2.5},val/loss,{5.2 + abs(step - 30) / 50 - version / 10}")
-        (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+                losses["val"] = 5.2 + abs(step - 30) / 50 - version / 10
+            for name, loss in losses.items():
+                writer.add_scalar(f"{name}/loss", loss, step, walltime=began + step * 2.5)
+                by_tokens.add_scalar(f"loss_by_tokens/{name}", loss, step * 1000)
+        writer.close()
+        by_tokens.close()
         config = {"model": {"lr": lr, "config": {"emb_dim": 32}}, "run": {"name": f"a{version}"}}
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return ["runs/a/version_0", "runs/a/version_1"]
@@ -44,8 +54,8 @@ def test_the_picture_shows_curves_best_points_and_differences(runs: list[str]) -
     figure = draw([read_run(run) for run in runs])
     tokens, seconds, table = figure.axes
     assert [len(part.lines) for part in (tokens, seconds)] == [8, 8]  # raw, smoothed, val, best: of two runs
-    assert tokens.lines[3].get_xydata().tolist() == [[0.03, 5.2]]  # million tokens
-    assert seconds.lines[3].get_xydata().tolist() == [[75 / 60, 5.2]]
+    assert tokens.lines[3].get_xydata()[0] == pytest.approx([0.03, 5.2])  # million tokens
+    assert seconds.lines[3].get_xydata()[0] == pytest.approx([75 / 60, 5.2])
     assert {text.get_text() for text in tokens.texts} == {"5.200", "5.100"}
     cells = {cell.get_text().get_text() for cell in table.tables[0].get_celld().values()}
     assert {"model.lr", "0.001", "0.002"} <= cells
@@ -67,20 +77,14 @@ def test_smoothing_begins_at_the_first_value_and_passes_over_nan() -> None:
     [
         ("must end in .png, .svg or .pdf", ["runs/a", "--out", "curves.txt"]),
         ("there is no folder", ["runs/a", "--out", "nowhere/curves.png"]),
-        ("nowhere has no metrics.csv", ["nowhere", "--out", "curves.png"]),
+        ("nowhere has no event files", ["nowhere", "--out", "curves.png"]),
         ("has no train/loss and no val/loss yet", ["runs/empty", "--out", "curves.png"]),
-        ("line 2: invalid literal", ["runs/bad", "--out", "curves.png"]),
     ],
 )
 def test_bad_input_is_one_line(
     runs: list[str], words: str, args: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name, text in (
-        ("empty", "step,tokens,seconds,name,value\n"),
-        ("bad", "step,tokens,seconds,name,value\nx,1,1,lr,1\n1,1,1,lr,1\n"),
-    ):
-        Path("runs", name).mkdir()
-        Path("runs", name, "metrics.csv").write_text(text)
+    event_file(Path("runs/empty"))[0].close()
     with pytest.raises(SystemExit) as exit_:
         main(["plot", *args])
     assert exit_.value.code == 1
@@ -90,23 +94,23 @@ def test_bad_input_is_one_line(
     assert not Path("curves.png").exists()
 
 
-def test_a_loss_that_is_no_number_is_not_the_best(runs: list[str]) -> None:
-    path = Path(runs[0], "metrics.csv")
-    path.write_text(re.sub("^(10,10000,25.0,val/loss,).*", r"\1nan", path.read_text(), flags=re.MULTILINE))
-    curve = read_run(runs[0]).curves["val/loss"]
-    assert math.isnan(curve.values[0])
-    assert curve.values[curve.best] == 5.2
+def test_a_loss_that_is_nan_is_not_the_best() -> None:
+    assert Curve(values=[math.nan, 5.2, 5.4]).best == 1
 
 
-def test_a_last_line_that_was_cut_off_is_left_out(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    path = Path(runs[0], "metrics.csv")
-    content = path.read_text()
-    path.write_text(content + "41,41000,102.5,train/l")
-    assert read_run(runs[0]).curves["train/loss"].steps[-1] == 40
-    path.write_text(content.replace("3,3000,7.5,train/loss", "3,3000,7.5"))
-    with pytest.raises(SystemExit):
-        main(["plot", runs[0], "--out", "a.png"])
-    assert "metrics.csv, line 4: not enough values to unpack" in capsys.readouterr().err
+def test_the_pause_before_a_resume_is_left_out(runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    last = read_run(runs[0]).curves["train/loss"].seconds[-1]
+    resumed = time.time() + 7200
+    monkeypatch.setattr(time, "time", lambda: resumed)
+    writer, began = event_file(Path(runs[0]))
+    writer.add_scalar("train/loss", 4.0, 41, walltime=began + 2.5)
+    writer.close()
+    by_tokens = SummaryWriter(str(Path(runs[0], "tokens")))
+    by_tokens.add_scalar("loss_by_tokens/train", 4.0, 41000)
+    by_tokens.close()
+    curve = read_run(runs[0]).curves["train/loss"]
+    assert (curve.steps[-1], curve.tokens[-1]) == (41, 41000)
+    assert curve.seconds[-1] == pytest.approx(last + 2.5)
 
 
 def test_settings_are_shown_as_they_are(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:

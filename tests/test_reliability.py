@@ -31,7 +31,7 @@ from gptlit.checkpoint.io import DurableCheckpointIO, read_checkpoint
 from gptlit.checkpoint.runs import best_path, checkpoint_path, checkpoints, locked_new_run
 from gptlit.data.datamodule import TokenDataModule
 from gptlit.data.loaders import kill_workers
-from gptlit.errors import InputError, make_output_lossy
+from gptlit.errors import InputError, set_up_streams
 from gptlit.training import module
 from gptlit.training.callbacks import signals as stopping
 from gptlit.training.callbacks.signals import GracefulStop
@@ -223,7 +223,7 @@ def test_output_that_cannot_be_written_is_dropped(monkeypatch: pytest.MonkeyPatc
         with open(descriptor, "w", buffering=1) as stream:
             for name in ("stdout", "__stdout__"):
                 monkeypatch.setattr(sys, name, stream)
-            make_output_lossy()
+            set_up_streams(drop_unwritable=True)
             print("dropped" * 10000)
             sys.stdout.flush()
             monkeypatch.undo()
@@ -232,7 +232,7 @@ def test_output_that_cannot_be_written_is_dropped(monkeypatch: pytest.MonkeyPatc
     stream = io.TextIOWrapper(content, "ascii")
     for name in ("stdout", "__stdout__"):
         monkeypatch.setattr(sys, name, stream)
-    make_output_lossy()
+    set_up_streams(drop_unwritable=True)
     print("caf\xe9 \udcff", flush=True)
     assert content.getvalue() == b"caf\\xe9 \\udcff\n"
 

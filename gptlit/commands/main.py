@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import ArgumentParser, auto_cli, get_loader, set_loader
 
 from gptlit import __version__
-from gptlit.errors import InputError, OneLineErrors, allow_any_encoding, fail, note, user_path
+from gptlit.errors import InputError, OneLineErrors, fail, note, set_up_streams, user_path
 
 if TYPE_CHECKING:
     from gptlit.data.tokenizer import Tokenizer
@@ -570,7 +570,7 @@ def _spelt_out(args: list[str]) -> list[str]:
 def main(args: list[str] | None = None) -> None:
     """Run a command; errors that a user can mend are one line."""
     args = list(sys.argv[1:] if args is None else args)
-    allow_any_encoding()
+    set_up_streams()
     set_loader("yaml", get_loader("yaml"), (yaml.YAMLError,), json_superset=False)  # lists are JSON first
     try:
         if args[:1] == ["plan"] and not {"-h", "--help"} & set(args):

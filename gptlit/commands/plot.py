@@ -1,6 +1,5 @@
 """`gptlit plot`: the losses of one or many runs as a picture, by tokens and by time, and what differs between them."""
 
-import csv
 import math
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -57,33 +56,52 @@ def read_run(folder: str) -> Run:
         InputError: There are no curves.
     """
     path = user_path(folder)
-    if not (path / "metrics.csv").is_file() and path.is_dir():
-        versions = [part for part in path.glob("version_*/metrics.csv") if part.parent.name[8:].isdigit()]
-        path = max((part.parent for part in versions), key=lambda part: int(part.name[8:]), default=path)
-    if not (path / "metrics.csv").is_file():
-        raise InputError(f"{folder} has no metrics.csv: name a run's folder, runs/quickstart for example")
-    curves = _curves(path / "metrics.csv")
-    if "train/loss" not in curves and "val/loss" not in curves:
-        raise InputError(f"{path / 'metrics.csv'} has no train/loss and no val/loss yet: let the run go on")
+    if not _has_events(path) and path.is_dir():
+        versions = [part for part in path.glob("version_*") if part.name[8:].isdigit() and _has_events(part)]
+        path = max(versions, key=lambda part: int(part.name[8:]), default=path)
+    if not _has_events(path):
+        raise InputError(f"{folder} has no event files: name a run's folder, runs/quickstart for example")
+    curves = _curves(path)
+    if not curves:
+        raise InputError(f"{path} has no train/loss and no val/loss yet: let the run go on")
     return Run(path, curves, _settings(path))
 
 
-def _curves(path: Path) -> dict[str, Curve]:
-    """Read metrics.csv; a last line that was not written to its end is left out."""
-    curves: dict[str, Curve] = {}
-    rows = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, row in enumerate(csv.reader(rows[1:]), start=2):
-        try:
-            step, tokens, seconds, name, value = row
-            point = int(step), int(tokens), float(seconds), float(value)
-        except ValueError as error:
-            if number == len(rows):
-                break
-            raise InputError(f"{path}, line {number}: {error}: remove that line") from error
-        curve = curves.setdefault(name, Curve())
-        for values, part in zip((curve.steps, curve.tokens, curve.seconds, curve.values), point, strict=True):
-            values.append(part)  # type: ignore[attr-defined]
-    return curves
+def _has_events(folder: Path) -> bool:
+    return any(folder.glob("events.out.tfevents.*"))
+
+
+def _curves(run: Path) -> dict[str, Curve]:
+    """Read the losses: the logger writes each by step and, in the folder `tokens`, by tokens."""
+    scalars, tokens = _scalars(run), _scalars(run / "tokens")
+    names = [name for name in ("train", "val") if f"{name}/loss" in scalars]
+    pauses = _pauses(run, [event.wall_time for name in names for event in scalars[f"{name}/loss"]])
+    curves = {}
+    for name in names:
+        curve = curves[f"{name}/loss"] = Curve()
+        for event, by_tokens in zip(scalars[f"{name}/loss"], tokens.get(f"loss_by_tokens/{name}", []), strict=False):
+            curve.steps.append(event.step)
+            curve.tokens.append(by_tokens.step)
+            curve.seconds.append(event.wall_time - sum(pause for start, pause in pauses if start <= event.wall_time))
+            curve.values.append(event.value)
+    return {name: curve for name, curve in curves.items() if curve.values}
+
+
+def _pauses(run: Path, times: list[float]) -> list[tuple[float, float]]:
+    """Return when each fit of a run began, and the seconds since the last point before it (since 0 for the first)."""
+    starts = sorted({float(path.name.split(".")[3]) for path in run.glob("events.out.tfevents.*")})
+    return [(start, start - max((time for time in times if time < start), default=0.0)) for start in starts]
+
+
+def _scalars(folder: Path) -> dict[str, list[Any]]:
+    """Return the points of each scalar; TensorBoard's reader leaves out what a resume has purged."""
+    if not _has_events(folder):
+        return {}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}
 
 
 def _settings(folder: Path) -> dict[str, Any]:

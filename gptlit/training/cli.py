@@ -39,7 +39,7 @@ from gptlit.data.compatibility import check_division, check_trainer_settings
 from gptlit.data.corpora import tokenizer_for
 from gptlit.data.datamodule import TokenDataModule
 from gptlit.data.tokenizer import load_tokenizer
-from gptlit.errors import InputError, check_utf8, fail, make_output_lossy, note
+from gptlit.errors import InputError, check_utf8, fail, note, set_up_streams
 from gptlit.training import config_files
 from gptlit.training.callbacks.checkpoint import StepCheckpoint
 from gptlit.training.callbacks.monitoring import DrawnWindows, Throughput
@@ -54,7 +54,7 @@ from gptlit.training.module import GPTModule
 from gptlit.training.parser import Parser
 from gptlit.training.run_config import RunConfig, SaveRunConfig
 from gptlit.training.supported import check_precision, check_trainer
-from gptlit.training.tensorboard import CsvLogger, StepLogger
+from gptlit.training.tensorboard import StepLogger
 
 
 class TrainingCLI(LightningCLI):
@@ -309,7 +309,7 @@ class TrainingCLI(LightningCLI):
             purge_tokens=tokens,
             settings=_flat(self.config[self.subcommand]),
         )
-        return [tensorboard, CsvLogger(self.run, step)]
+        return [tensorboard]
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Lightning's table of results is replaced by a line."""
@@ -364,7 +364,7 @@ class TrainingCLI(LightningCLI):
             [python, "-m", "gptlit", "generate", "--checkpoint", run, f"--prompt={config.run.sample_prompt or 'The'}"],
             [python, script, "fit", "--config", str(file), "--ckpt_path", run, *more],
         ]
-        if (self.run / "metrics.csv").is_file():
+        if any(self.run.glob("events.out.tfevents.*")):
             commands.append([python, "-m", "gptlit", "plot", run, "--out", "curves.png"])
             commands.append([python, "-m", "tensorboard.main", "--logdir", str(self.run.parent.parent)])
         return commands
@@ -440,7 +440,7 @@ def main(args: list[str] | None = None) -> None:
 
 def command_line(cli: type[TrainingCLI], args: list[str] | None) -> TrainingCLI:
     """Set the process up, then parse and run `args`."""
-    make_output_lossy()
+    set_up_streams(drop_unwritable=True)
     _silence_lightning()
     keep_freed_memory()
     end_with_parent()

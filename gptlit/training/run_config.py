@@ -44,8 +44,9 @@ class RunConfig:
     peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.name or Path(self.name).name != self.name or self.name.startswith("."):
-            raise ValueError(f"run.name must be a plain folder name, got {self.name!r}")
+        is_plain = Path(self.name).name == self.name and not self.name.startswith(".")
+        if not self.name or not is_plain or "$" in self.name:  # Lightning's loggers expand variables
+            raise ValueError(f"run.name must be a plain folder name without $, got {self.name!r}")
         if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
             raise ValueError(f"run.peak_tflops must be a positive number, got {self.peak_tflops}")
         for key in ("val_every_n_steps", "save_every_n_steps", "max_nonfinite_steps"):

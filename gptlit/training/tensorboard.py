@@ -1,14 +1,11 @@
-"""Where curves go: TensorBoard's page, and metrics.csv beside it."""
+"""The TensorBoard logger: points at optimizer steps, losses by tokens, hyper-parameters."""
 
-import csv
 import os
-import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -20,9 +17,6 @@ LAYOUT = {
     },
     "speed": {"tokens per second": ["Multiline", ["perf/tokens_per_second"]], "time": ["Multiline", ["time/.*"]]},
 }
-
-
-HEADER = ["step", "tokens", "seconds", "name", "value"]
 
 
 def _values(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -93,63 +87,3 @@ class StepLogger(TensorBoardLogger):
         if self._by_tokens is not None:
             self._by_tokens.close()
             self._by_tokens = None
-
-
-class CsvLogger(Logger):
-    """All scalars in <run>/metrics.csv, a line each: step, tokens seen, seconds of
-    training since the run began, name, value.
-
-    Args:
-        folder: The run's.
-        last_step: After a resume: that of its checkpoint; lines of later ones go.
-    """
-
-    def __init__(self, folder: Path, last_step: int | None = None) -> None:
-        super().__init__()
-        self.path = folder / "metrics.csv"
-        self.last_step = last_step
-        self.tokens: Callable[[], int] | None = None
-        self._is_open = False
-        self._began, self._seconds = time.monotonic(), 0.0  # those of the fits before this one
-
-    @property
-    def name(self) -> str:
-        """No folder of its own."""
-        return ""
-
-    @property
-    def version(self) -> str:
-        """No folder of its own."""
-        return ""
-
-    @rank_zero_only
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """config.yaml has them; the fit begins."""
-        self._began = time.monotonic()
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add a line for each."""
-        if not self._is_open:
-            self._open()
-        tokens = "" if self.tokens is None else self.tokens()
-        seconds = round(self._seconds + time.monotonic() - self._began, 3)
-        with self.path.open("a", newline="") as file:
-            csv.writer(file).writerows(
-                [(step or 0) + 1, tokens, seconds, name, repr(value)] for name, value in _values(metrics).items()
-            )
-
-    def _open(self) -> None:
-        """Begin the file, or keep what belongs to the run that goes on."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        rows = []
-        if self.last_step is not None and self.path.is_file():
-            with self.path.open(newline="") as file:
-                rows = [row for row in csv.reader(file) if len(row) == len(HEADER) and row != HEADER]
-        rows = [row for row in rows if row[0].isdigit() and int(row[0]) <= (self.last_step or 0)]
-        self._seconds = float(rows[-1][2]) if rows else 0.0
-        partial = self.path.with_suffix(".partial")
-        with partial.open("w", newline="") as file:
-            csv.writer(file).writerows([HEADER, *rows])
-        partial.replace(self.path)
-        self._is_open = True

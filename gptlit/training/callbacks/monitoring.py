@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from gptlit.training.callbacks.checkpoint import StepCheckpoint
 from gptlit.training.estimate import count_parameters, datasheet_peak, flops_per_token
 from gptlit.training.module import GPTModule
-from gptlit.training.tensorboard import CsvLogger, StepLogger
+from gptlit.training.tensorboard import StepLogger
 
 try:
     import resource
@@ -42,7 +42,7 @@ class Throughput(Callback):
         """Give the loggers their tokens; a validation may come before the first step."""
         assert isinstance(pl_module, GPTModule)
         for logger in trainer.loggers:
-            if isinstance(logger, StepLogger | CsvLogger):
+            if isinstance(logger, StepLogger):
                 logger.tokens = lambda: pl_module.tokens
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
