@@ -116,6 +116,12 @@ def test_lightning_leaves_the_signal_handlers_alone() -> None:
     assert found[1] is handlers
 
 
+@pytest.mark.parametrize(("strategy", "expected"), [("ddp", True), ("ddp_spawn", False), ("auto", True)])
+def test_launchers_that_start_scripts(strategy: str, expected: bool) -> None:
+    devices = 1 if strategy == "auto" else 2
+    assert lightning_compat.starts_scripts(trainer(strategy=strategy, devices=devices).strategy) is expected
+
+
 def test_the_size_of_the_data_parallel_group_is_open_until_the_launcher_is_known() -> None:
     strategy = ModelParallelStrategy()
     assert strategy._data_parallel_size == "auto"

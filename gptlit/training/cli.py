@@ -1,32 +1,23 @@
 """The command line of train.py: a LightningCLI with a `run` group, resuming, and one-line errors."""
 
-import logging
 import os
 import re
-import shlex
 import signal
-import socket
 import sys
-import warnings
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from torch.distributed import DistError
+from typing_extensions import override
 
 from gptlit.checkpoint.io import DurableCheckpointIO, read_checkpoint
-from gptlit.checkpoint.pretrained import agree, check_tokenizer, read_source
 from gptlit.checkpoint.runs import (
-    best_path,
-    checkpoint_path,
     find_checkpoint,
     folder_to_continue,
     last_run,
@@ -36,25 +27,33 @@ from gptlit.checkpoint.runs import (
     newest_checkpoint,
 )
 from gptlit.data.compatibility import check_division, check_trainer_settings
-from gptlit.data.corpora import tokenizer_for
 from gptlit.data.datamodule import TokenDataModule
-from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import InputError, check_utf8, fail, note, set_up_streams
 from gptlit.training import config_files
+from gptlit.training.architecture import complete_architecture
 from gptlit.training.callbacks.checkpoint import StepCheckpoint
 from gptlit.training.callbacks.monitoring import DrawnWindows, Throughput
 from gptlit.training.callbacks.nonfinite import NonFinite
 from gptlit.training.callbacks.progress import StepProgress
-from gptlit.training.callbacks.signals import GracefulStop, early_end
+from gptlit.training.callbacks.signals import GracefulStop
 from gptlit.training.callbacks.validation import FinalValidation, SampleText
+from gptlit.training.closing import print_closing, print_result
 from gptlit.training.distributed import register_strategies
-from gptlit.training.environment import best_precision, end_with_parent, keep_freed_memory, launched
-from gptlit.training.lightning_compat import disable_path_values
+from gptlit.training.environment import (
+    best_precision,
+    check_devices,
+    end_with_parent,
+    is_first_process,
+    keep_freed_memory,
+    launched,
+    silence_lightning,
+)
+from gptlit.training.lightning_compat import disable_path_values, starts_scripts
 from gptlit.training.module import GPTModule
-from gptlit.training.parser import Parser
+from gptlit.training.parser import Parser, check_values
 from gptlit.training.run_config import RunConfig, SaveRunConfig
 from gptlit.training.supported import check_precision, check_trainer
-from gptlit.training.tensorboard import StepLogger
+from gptlit.training.tensorboard import run_logger
 
 
 class TrainingCLI(LightningCLI):
@@ -63,12 +62,13 @@ class TrainingCLI(LightningCLI):
     makes_files = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with ExitStack() as self._locks:  # Lightning does everything in here: it parses and runs
+        with ExitStack() as self._locks:  # Lightning parses and runs in here
             super().__init__(*args, **kwargs)
 
     @staticmethod
+    @override
     def subcommands() -> dict[str, set[str]]:
-        """Each command with the arguments that it does not take from the command line."""
+        """Return each command with the arguments of its Trainer method that are not options."""
         loaders = {"model", "datamodule", "weights_only"}
         return {
             "fit": loaders | {"train_dataloaders", "val_dataloaders"},
@@ -76,32 +76,33 @@ class TrainingCLI(LightningCLI):
             "test": loaders | {"dataloaders", "verbose"},
         }
 
+    @override
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the arguments of Trainer, model and data. `data.source` is a name: as it may be a list too, jsonargparse
-        would read the file of that name in search of the list.
-        """
         super().add_core_arguments_to_parser(parser)
         disable_path_values(parser, "data.source")
 
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the `run` group."""
         parser.add_class_arguments(RunConfig, "run")
 
+    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Remember the words: `_given` reads them again without the defaults."""
+        """Parse, and keep `args`: `_given` parses them again without defaults."""
         self._args = args
         try:
             self.config = parser.parse_args(args)
         except UnicodeDecodeError as error:
             fail(f"a configuration file is not UTF-8 ({error}): save it as that", status=2)
         command = self.config.subcommand
-        _check_values(self._subcommand_parsers[command], self.config[command])
+        check_values(self._subcommand_parsers[command], self.config[command])
 
+    @override
     def _parse_ckpt_path(self) -> None:
-        """Lightning would let a checkpoint's hyper-parameters override configuration and flags: not here."""
+        """Do nothing: Lightning would let a checkpoint's hyper-parameters override configuration and flags."""
 
+    @override
     def before_instantiate_classes(self) -> None:
-        """Settle what depends on the machine or the disk: precision, run folder, checkpoint, architecture."""
+        """Resolve what depends on the machine or the disk: precision, devices, run folder, checkpoint, architecture."""
         try:
             config = self.config[self.subcommand]
             self._settle_trainer(config)
@@ -115,7 +116,7 @@ class TrainingCLI(LightningCLI):
         trainer.default_root_dir = trainer.default_root_dir or "runs"
         if trainer.val_check_interval is not None or trainer.check_val_every_n_epoch != 1:
             raise InputError(
-                "trainer.val_check_interval and trainer.check_val_every_n_epoch are not for setting: "
+                "trainer.val_check_interval and trainer.check_val_every_n_epoch cannot be set: "
                 "use run.val_every_n_steps, in optimizer steps"
             )
         endless = trainer.max_steps == -1 and trainer.max_epochs in (None, -1) and not trainer.fast_dev_run
@@ -131,7 +132,7 @@ class TrainingCLI(LightningCLI):
         self._settle_devices(trainer)
 
     def _settle_devices(self, trainer: Any) -> None:
-        """Take the number of nodes and of devices on each from torchrun or SLURM, where they are not given."""
+        """Take the numbers of nodes and of devices per node from torchrun or SLURM unless they are given."""
         nodes, devices = launched()
         if nodes is None or devices is None:
             return
@@ -146,45 +147,17 @@ class TrainingCLI(LightningCLI):
                 )
 
     def _given(self, *keys: str) -> dict[str, Any]:
-        """Return what files and flags say under a key, defaults left out."""
+        """Return what files and flags set under a key, without defaults."""
         given: Any = self.parser.parse_args(self._args, defaults=False, _skip_validation=True).as_dict()
         for key in (self.subcommand, *keys):
             given = (given or {}).get(key) or {}
         return dict(given)
 
-    def _settle_architecture(self, config: Any) -> None:
-        """What is not given of the architecture comes from the checkpoint, from `init_from`, or the tokenizer.
-
-        What is given and contradicts them is refused: here, by the module or by the datamodule.
-        """
-        given = self._given("model", "config")
-        if config.ckpt_path is not None:
-            found = read_checkpoint(Path(config.ckpt_path))["hyper_parameters"]["config"]
-        elif config.model.init_from is not None:
-            source = read_source(config.model.init_from)
-            name = tokenizer_for(config.data.source, config.data.tokenizer, source.tokenizer_name or "gpt2")
-            if name == source.tokenizer_name:
-                config.data.tokenizer = name  # what trained the weights, unless the data say otherwise
-            check_tokenizer(source, load_tokenizer(name))
-            rows = source.config.vocab_size
-            source = agree({"vocab_size": load_tokenizer(name).n_vocab, **given}, source)
-            if source.config.vocab_size < rows:
-                note(f"the vocabulary is cut: from {rows} to {source.config.vocab_size} ids")
-            found = asdict(source.config)
-            length, theirs = given.get("context_length", found["context_length"]), found["context_length"]
-            if length != theirs:
-                what = "cut" if length < theirs else "extended with untrained rows"
-                note(f"the table of positions is {what}: from {theirs} to {length} tokens")
-        else:
-            found = {"vocab_size": load_tokenizer(tokenizer_for(config.data.source, config.data.tokenizer)).n_vocab}
-        for key, value in {**found, **given}.items():
-            config.model.config[key] = value
-
     def _settle_run(self, config: Any) -> None:
-        """Choose the checkpoint to go on from and the folder to write to; lock it before its newest is looked for."""
+        """Choose the checkpoint to resume and the run folder, which is locked before its newest one is looked for."""
         root, name, is_fit = Path(config.trainer.default_root_dir), config.run.name, self.subcommand == "fit"
         if config.ckpt_path is None and is_fit and int(os.environ.get("SLURM_RESTART_COUNT") or 0):
-            config.ckpt_path = "last"  # SLURM has put the job into the queue again
+            config.ckpt_path = "last"  # SLURM has requeued the job
         found = folder = None
         if config.ckpt_path == "last":
             folder = last_run(root, name, must_exist=not is_fit)
@@ -204,244 +177,120 @@ class TrainingCLI(LightningCLI):
             found = newest_checkpoint(folder)
         config.ckpt_path = None if found is None else str(found)
         if found is not None:
-            config.model.init_from = None  # the weights are the checkpoint's
+            config.model.init_from = None  # the weights come from the checkpoint
             note(f"{'resuming from' if is_fit else 'checkpoint'} {found}")
 
     def _writes(self, config: Any) -> bool:
         """Whether this process writes a run's folder."""
         return self.subcommand == "fit" and self.makes_files and not config.trainer.fast_dev_run and is_first_process()
 
+    @override
     def instantiate_classes(self) -> None:
-        """A value that a class refuses is the user's to mend; a package that is missing, theirs to install."""
+        """Report values that a class rejects, and missing packages, in one line."""
         try:
             super().instantiate_classes()
             check_trainer(self.trainer)
-            self._check_devices()
+            if self.subcommand == "fit":
+                check_division(self.datamodule.batch_size, self.trainer.num_devices * self.trainer.num_nodes)
+            check_devices(self.trainer)
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             fail(error, status=2)
 
-    def _check_devices(self) -> None:
-        """Check that all devices get work, before a process is started for each.
-
-        Raises:
-            InputError: The batch or the CPU cannot be divided among so many.
-        """
-        devices = self.trainer.num_devices * self.trainer.num_nodes
-        if self.subcommand == "fit":
-            check_division(self.datamodule.batch_size, devices)
-        most = max(8, os.cpu_count() or 1)
-        if isinstance(self.trainer.accelerator, CPUAccelerator) and self.trainer.num_devices > most:
-            raise InputError(
-                f"trainer.devices {self.trainer.num_devices} would start as many processes on this CPU of "
-                f"{os.cpu_count()} cores: use at most {most}"
-            )
-        starts_others = launched() == (None, None) and not {"LOCAL_RANK", "NODE_RANK"} & os.environ.keys()
-        if devices > 1 and starts_others and (port := os.environ.get("MASTER_PORT")):
-            _check_port(port)
-
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Add this project's logger, callbacks and durable writer to what the configuration asks for."""
+        """Add this project's logger, callbacks and checkpoint writer to those of the configuration."""
         config = self.config_init[self.subcommand]
         run: RunConfig = config.run
         if self._is_new and self._writes(config):
             self.run = self._locks.enter_context(locked_new_run(Path(config.trainer.default_root_dir), run.name))
         on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         io = DurableCheckpointIO(asynchronous=on_gpu if run.async_save is None else run.async_save)
-        checkpoint = None
-        callbacks: list[Any] = [FinalValidation(run.val_every_n_steps)]
-        if config.trainer.enable_checkpointing is not False:
-            checkpoint = StepCheckpoint(self.run, io, run.save_every_n_steps, run.keep_last, run.keep_best)
-            callbacks.append(checkpoint)
-        callbacks.append(GracefulStop(checkpoint))
-        callbacks.append(NonFinite(self.run, run.max_nonfinite_steps))
-        if run.sample_prompt:
-            callbacks.append(SampleText(run.sample_prompt))
-        if config.trainer.enable_progress_bar is not False:
-            callbacks.append(StepProgress())
-        if isinstance(self.config[self.subcommand].data.source, list):
-            callbacks.append(DrawnWindows())
-        callbacks.append(Throughput(None if run.peak_tflops is None else run.peak_tflops * 1e12))
+        self.trainer_defaults["callbacks"] = run_callbacks(self.config[self.subcommand], run, self.run, io)
         if config.trainer.logger is not False:
             others = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
-            kwargs["logger"] = [*self._loggers(config), *(logger for logger in others if logger not in (None, True))]
-        self.trainer_defaults["callbacks"] = callbacks
+            ours = [run_logger(self.run, config.ckpt_path, self.config.fit)] if self.subcommand == "fit" else []
+            kwargs["logger"] = [*ours, *(logger for logger in others if logger not in (None, True))]
         self.save_config_kwargs = {"run": self.run}
         kwargs["val_check_interval"], kwargs["check_val_every_n_epoch"] = run.val_every_n_steps, None
         kwargs["plugins"] = [*(config.trainer.plugins or []), io]
         return super().instantiate_trainer(**kwargs)
 
+    def _settle_architecture(self, config: Any) -> None:
+        complete_architecture(config, self._given("model", "config"))
+
+    @override
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run it from the checkpoint of the first process; an error of the user's ends its child processes, too."""
         try:
-            self._take_the_checkpoint_of_rank_0(subcommand)
+            self._broadcast_ckpt_path(subcommand)
             super()._run_subcommand(subcommand)
         except (InputError, OSError):
             if (launcher := self.trainer.strategy.launcher) is not None:
-                launcher.kill(signal.SIGKILL)  # they wait for this process, and would report that it has ended
+                launcher.kill(signal.SIGKILL)  # child processes would report that this one has ended
             raise
 
-    def _take_the_checkpoint_of_rank_0(self, subcommand: str) -> None:
-        """Each process has looked for the checkpoint itself, and may have seen another state of a shared disk."""
+    def _broadcast_ckpt_path(self, subcommand: str) -> None:
+        """Take the checkpoint that rank 0 selected: another rank may have seen another state of a shared disk."""
         strategy = self.trainer.strategy
-        starts_scripts = strategy.launcher is None or isinstance(strategy.launcher, _SubprocessScriptLauncher)
-        if self.trainer.num_devices * self.trainer.num_nodes == 1 or not starts_scripts:
+        if self.trainer.num_devices * self.trainer.num_nodes == 1 or not starts_scripts(strategy):
             return
         strategy.connect(self.model)
         launch = strategy.launcher.launch if strategy.launcher is not None else lambda function: function()
-        launch(strategy.setup_environment)  # the Trainer finds both done
+        launch(strategy.setup_environment)  # the Trainer skips both then
         config = self.config_init[subcommand]
         config["ckpt_path"] = strategy.broadcast(config["ckpt_path"])
 
-    def _loggers(self, config: Any) -> list[Any]:
-        """Curves go to the run's folder; after a resume they go on where the checkpoint was made."""
-        if self.subcommand != "fit":
-            return []
-        step = tokens = None
-        if config.ckpt_path is not None:
-            checkpoint = read_checkpoint(Path(config.ckpt_path))
-            step, tokens = checkpoint["global_step"], checkpoint.get("tokens")
-        tensorboard = StepLogger(
-            self.run.parent.parent,
-            name=self.run.parent.name,
-            version=self.run.name,
-            default_hp_metric=False,
-            purge_step=None if step is None else step + 1,
-            purge_tokens=tokens,
-            settings=_flat(self.config[self.subcommand]),
-        )
-        return [tensorboard]
-
+    @override
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Lightning's table of results is replaced by a line."""
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        return kwargs if subcommand == "fit" else {**kwargs, "verbose": False}
+        return kwargs if subcommand == "fit" else {**kwargs, "verbose": False}  # no table of results
 
     def after_validate(self) -> None:
         """Print val/loss and perplexity."""
-        self._print_result("val")
+        print_result(self.trainer, "val")
 
     def after_test(self) -> None:
         """Print test/loss and perplexity."""
-        self._print_result("test")
-
-    def _print_result(self, name: str) -> None:
-        metrics = self.trainer.callback_metrics
-        if self.trainer.is_global_zero and f"{name}/loss" in metrics:
-            loss, perplexity = float(metrics[f"{name}/loss"]), float(metrics[f"{name}/perplexity"])
-            print(f"{name + '/loss':<10}  {loss:.4f}   perplexity {perplexity:.1f}")
+        print_result(self.trainer, "test")
 
     def after_fit(self) -> None:
-        """Close with the result, the checkpoint and what to type next."""
-        newest = checkpoint_path(self.run, self.trainer.global_step)
-        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
-        print()
-        self._print_result("val")
-        saver = self.trainer.checkpoint_callback
-        if isinstance(saver, StepCheckpoint) and 0 <= saver.best_step < self.trainer.global_step:
-            print(f"best        {saver.best_loss:.4f} at step {saver.best_step}: {best_path(self.run)}")
-        if (why := early_end(self.trainer)) is not None:
-            saved = f"; --ckpt_path {shlex.quote(str(self.run))} goes on there" if newest.is_file() else ""
-            note(f"stopped after step {self.trainer.global_step} of {self.trainer.max_steps}: {why}{saved}")
-        if newest.is_file():
-            print(f"checkpoint  {newest}\n\nwhat next:")
-            for command in self._what_next():
-                print(f"  {shlex.join(command)}")
-
-    def _what_next(self) -> list[list[str]]:
-        """Return the commands that a user may want after a fit, for this very run."""
-        config = self.config[self.subcommand]
-        run, file = str(self.run), max(self.run.glob("config*.yaml"), key=lambda path: (len(path.name), path.name))
-        active = os.environ.get("VIRTUAL_ENV") == sys.prefix
-        python = "python" if active else os.path.relpath(sys.executable)
-        script = os.path.relpath(Path(__file__).parent.parent / "train.py")
-        more: list[str] = []
-        if self.trainer.global_step >= self.trainer.max_steps:  # raise each limit: one of them has ended the run
-            for key in ("max_steps", "max_epochs"):
-                if (limit := config.trainer[key]) not in (None, -1):
-                    more += [f"--trainer.{key}", str(2 * limit)]
-        commands = [
-            [python, "-m", "gptlit", "generate", "--checkpoint", run, f"--prompt={config.run.sample_prompt or 'The'}"],
-            [python, script, "fit", "--config", str(file), "--ckpt_path", run, *more],
-        ]
-        if any(self.run.glob("events.out.tfevents.*")):
-            commands.append([python, "-m", "gptlit", "plot", run, "--out", "curves.png"])
-            commands.append([python, "-m", "tensorboard.main", "--logdir", str(self.run.parent.parent)])
-        return commands
+        """Print the result, the checkpoint and what to type next."""
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            print_closing(self.trainer, self.run, self.config[self.subcommand])
 
 
-def _check_port(port: str) -> None:
-    """Check that the processes can meet at a port of this machine.
+def run_callbacks(config: Any, run: RunConfig, folder: Path, io: DurableCheckpointIO) -> list[Callback]:
+    """Return this project's callbacks, in the order in which Lightning calls them.
 
-    Raises:
-        InputError: They cannot.
+    Args:
+        config: The parsed configuration of a command.
+        run: Its `run` group.
+        folder: The run's folder.
+        io: Writes the checkpoints.
     """
-    try:
-        socket.create_server(("", int(port))).close()
-    except (OSError, ValueError, OverflowError) as error:
-        raise InputError(
-            f"MASTER_PORT {port} cannot be used ({error}): set another, or none to have one found"
-        ) from error
-
-
-def _check_values(parser: LightningArgumentParser, config: Namespace) -> None:
-    """Check what parsing leaves out: that nothing is empty that needs a value, and the seed."""
-    for group in ("model", "data", "trainer", "run", "model.config"):
-        if config[group] is None:
-            fail(f"{group} is empty: give it settings, or leave the line out", status=2)
-    try:
-        parser.validate(config, skip_unset=False)
-    except TypeError as error:
-        key = str(error).split('"')[1]  # 'Parser key "model.lr": ...'
-        is_empty = config.get(key) is None
-        fail(f"{key} is empty: give it a value, or leave the line out" if is_empty else error, status=2)
-    seed = config.seed_everything
-    if not isinstance(seed, bool) and not 0 <= seed < 2**32:
-        fail(f"seed_everything must be at least 0 and below 2^32, got {seed}", status=2)
-
-
-def _flat(config: Namespace) -> dict[str, bool | int | float | str]:
-    """Return the settings of model, data and run, and some of the Trainer's, by their dotted names."""
-    found = {}
-    for key, value in config.clone().items():
-        of_trainer = key.removeprefix("trainer.") in ("max_steps", "max_epochs", "precision", "gradient_clip_val")
-        if (key.split(".")[0] in ("model", "data", "run", "seed_everything") or of_trainer) and value is not None:
-            found[key] = value if isinstance(value, bool | int | float | str) else str(value)
-    return found
-
-
-def is_first_process() -> bool:
-    """Whether this is the first process of a run, whoever started it."""
-    return not any(int(os.environ.get(key) or 0) for key in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
-
-
-def _silence_lightning() -> None:
-    """Seeds, devices and tips are not news; warnings are, and what a callback or profiler of the user's says."""
-    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
-    warnings.filterwarnings("ignore", message=".*does not have many workers")
-    warnings.filterwarnings("ignore", message=".*recommended to use `self.log.*sync_dist=True")  # they are means
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning_fabric", "pytorch_lightning"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for name in ("callbacks", "profilers", "tuner", "utilities.rank_zero"):
-        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
-    logging.getLogger("lightning.fabric.strategies.launchers").setLevel(logging.INFO)  # a child process has ended
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a message of Lightning's shared logger is a warning, or comes from a callback or the tuner."""
-    return record.levelno > logging.INFO or Path(record.pathname).parent.name in ("callbacks", "tuner")
+    callbacks: list[Callback] = [FinalValidation(run.val_every_n_steps)]
+    checkpoint = None
+    if config.trainer.enable_checkpointing is not False:
+        checkpoint = StepCheckpoint(folder, io, run.save_every_n_steps, run.keep_last, run.keep_best)
+        callbacks.append(checkpoint)
+    callbacks += [GracefulStop(checkpoint), NonFinite(folder, run.max_nonfinite_steps)]
+    if run.sample_prompt:
+        callbacks.append(SampleText(run.sample_prompt))
+    if config.trainer.enable_progress_bar is not False:
+        callbacks.append(StepProgress())
+    if isinstance(config.data.source, list):
+        callbacks.append(DrawnWindows())
+    return [*callbacks, Throughput(None if run.peak_tflops is None else run.peak_tflops * 1e12)]
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line; errors that a user can mend are one line."""
+    """Run the command line."""
     command_line(TrainingCLI, args)
 
 
 def command_line(cli: type[TrainingCLI], args: list[str] | None) -> TrainingCLI:
     """Set the process up, then parse and run `args`."""
     set_up_streams(drop_unwritable=True)
-    _silence_lightning()
+    silence_lightning()
     keep_freed_memory()
     end_with_parent()
     register_strategies()

@@ -11,7 +11,8 @@ import torch
 import torch._dynamo.config
 import torch._functorch.config
 from jsonargparse import ArgumentParser
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.utils.tensorboard import SummaryWriter
 
 # --- public, but awkward ------------------------------------------------------------------------------------------
@@ -70,6 +71,11 @@ def disable_signal_handlers(trainer: pl.Trainer) -> None:
     """
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+
+def starts_scripts(strategy: Strategy) -> bool:
+    """Whether each process runs the script from its start: the launcher's class is private."""
+    return strategy.launcher is None or isinstance(strategy.launcher, _SubprocessScriptLauncher)
 
 
 def set_data_parallel_size(strategy: ModelParallelStrategy, size: int) -> None:

@@ -12,13 +12,14 @@ from typing import Any
 import lightning.pytorch as pl
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from typing_extensions import override
 
 from gptlit import __version__
 
 
 @dataclass
 class RunConfig:
-    """Where a run lives and how often it looks up. Steps are optimizer steps, over all devices.
+    """Where a run is stored and how often it validates and saves. Steps are optimizer steps.
 
     Args:
         name: Runs live in <trainer.default_root_dir>/<name>/version_<n>.
@@ -26,11 +27,11 @@ class RunConfig:
         save_every_n_steps: Steps from one checkpoint to the next; the end of a fit is saved in any case.
         keep_last: Newest checkpoints to keep; -1 keeps all.
         keep_best: Keep the checkpoint with the lowest val/loss too, and let best.ckpt point to it.
-        async_save: Write checkpoints while training goes on, from a copy in memory; None: where a GPU trains, for on a
-            CPU the writing takes from the training what it saves in waiting.
-        max_nonfinite_steps: So many steps in a row whose gradient is not finite end the run.
+        async_save: Write checkpoints in the background, from a copy in memory; None: only on a GPU, as on a CPU the
+            writer slows down training.
+        max_nonfinite_steps: Consecutive steps with a non-finite gradient that end the run.
         sample_prompt: Text to continue after each validation; empty: no sample.
-        peak_tflops: Of one device, for perf/mfu; None: measured at the start.
+        peak_tflops: Peak of one device, for perf/mfu; None: from the datasheet, else measured at the start.
     """
 
     name: str = "gpt"
@@ -64,8 +65,8 @@ class SaveRunConfig(SaveConfigCallback):
         self.run = run
         self._origin: dict[str, Any] | None = None
 
+    @override
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write it on the first device, for a fit."""
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self.run.mkdir(parents=True, exist_ok=True)

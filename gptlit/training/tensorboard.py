@@ -1,14 +1,20 @@
 """The TensorBoard logger: points at optimizer steps, losses by tokens, hyper-parameters."""
 
+import argparse
 import os
-from argparse import Namespace
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
+from typing_extensions import override
+
+from gptlit.checkpoint.io import read_checkpoint
+from gptlit.training.lightning_compat import add_summary
 
 LAYOUT = {
     "loss": {
@@ -20,19 +26,19 @@ LAYOUT = {
 
 
 def _values(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Leave out `epoch`, which never moves here."""
+    """Return the metrics without `epoch`, which is always 0 here."""
     return {key: float(value) for key, value in metrics.items() if key != "epoch"}
 
 
 class StepLogger(TensorBoardLogger):
     """TensorBoard with points at optimizer steps 1...n, where Lightning counts from 0.
 
-    Beside the scalars: both losses in one chart, by steps and by tokens (custom scalars), and the run's settings with
+    Also writes both losses in one chart, by steps and by tokens (custom scalars), and the run's hyper-parameters with
     its last val/loss (hparams).
 
     Args:
-        settings: What the page of hyper-parameters shows of the run, by name.
-        purge_tokens: After a resume: the tokens seen at its checkpoint.
+        settings: Hyper-parameters to show, by name.
+        purge_tokens: After a resume, the tokens seen at its checkpoint.
         options: TensorBoardLogger's.
     """
 
@@ -45,8 +51,8 @@ class StepLogger(TensorBoardLogger):
         self.tokens: Callable[[], int] | None = None  # seen so far
         self._by_tokens: SummaryWriter | None = None
 
+    @override
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Write the metrics of the step that has just been made."""
         values = _values(metrics)
         if not values:
             return
@@ -57,7 +63,7 @@ class StepLogger(TensorBoardLogger):
 
     @rank_zero_only
     def _log_by_tokens(self, losses: dict[str, float], tokens: int) -> None:
-        """Write to a folder of its own: a resume purges points by their x, and this one is no step."""
+        """Write to a separate folder: a resume purges points by their x value, which here is not a step."""
         if self._by_tokens is None:
             purge = None if self.purge_tokens is None else self.purge_tokens + 1
             self._by_tokens = SummaryWriter(os.path.join(self.log_dir, "tokens"), purge_step=purge)
@@ -66,24 +72,60 @@ class StepLogger(TensorBoardLogger):
 
     @rank_zero_only
     def log_hyperparams(
-        self, params: dict[str, Any] | Namespace, metrics: dict[str, Any] | None = None, step: int | None = None
+        self,
+        params: dict[str, Any] | argparse.Namespace,
+        metrics: dict[str, Any] | None = None,
+        step: int | None = None,
     ) -> None:
         """Write the settings, with val/loss as what they are judged by, and the layout of the charts."""
         self.experiment.add_custom_scalars(LAYOUT)
         for summary in hparams(self.settings, {"val/loss": 0.0}):  # type: ignore[no-untyped-call]
-            self.experiment._get_file_writer().add_summary(summary)
+            add_summary(self.experiment, summary)
 
+    @override
     @rank_zero_only
     def save(self) -> None:
-        """Write what is waiting."""
         super().save()
         if self._by_tokens is not None:
             self._by_tokens.flush()
 
+    @override
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Close the files."""
         super().finalize(status)
         if self._by_tokens is not None:
             self._by_tokens.close()
             self._by_tokens = None
+
+
+def run_logger(run: Path, resumed_from: str | None, config: Namespace) -> StepLogger:
+    """Return the logger of a run's folder; after a resume, curves continue from the checkpoint's step.
+
+    Args:
+        run: The run's folder.
+        resumed_from: The checkpoint of a resume.
+        config: The parsed configuration of `fit`.
+    """
+    step = tokens = None
+    if resumed_from is not None:
+        checkpoint = read_checkpoint(Path(resumed_from))
+        step, tokens = checkpoint["global_step"], checkpoint.get("tokens")
+    return StepLogger(
+        run.parent.parent,
+        name=run.parent.name,
+        version=run.name,
+        default_hp_metric=False,
+        purge_step=None if step is None else step + 1,
+        purge_tokens=tokens,
+        settings=_hyper_parameters(config),
+    )
+
+
+def _hyper_parameters(config: Namespace) -> dict[str, bool | int | float | str]:
+    """Return the settings of model, data and run, and some of the Trainer's, by dotted name."""
+    found = {}
+    for key, value in config.clone().items():
+        of_trainer = key.removeprefix("trainer.") in ("max_steps", "max_epochs", "precision", "gradient_clip_val")
+        if (key.split(".")[0] in ("model", "data", "run", "seed_everything") or of_trainer) and value is not None:
+            found[key] = value if isinstance(value, bool | int | float | str) else str(value)
+    return found

@@ -9,23 +9,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
+from typing_extensions import override
 
 from gptlit.checkpoint.io import DurableCheckpointIO, remove, tidy
 from gptlit.checkpoint.runs import best_path, checkpoint_path, checkpoints
 from gptlit.errors import InputError
 from gptlit.model.sharding import local
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
-
 
 class StepCheckpoint(Checkpoint):
     """Saves after every `every_n_steps` optimizer steps, after a validation that was the best so far, and at the end of
     a fit; keeps the newest `keep_last` and the best.
 
-    A save waits until the next step begins, so that a validation due at the same step comes before it.
+    A save is delayed to the start of the next step, so that a validation due at the same step comes first.
 
     Args:
         run: The run's folder.
@@ -47,57 +43,56 @@ class StepCheckpoint(Checkpoint):
         self.best_loss, self.best_step = math.inf, -1
         self._saved_step = 0
 
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """All devices write to the folder that the first one chose."""
-        self.run = trainer.strategy.broadcast(self.run)
+        self.run = trainer.strategy.broadcast(self.run)  # the folder that rank 0 chose
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Keep which checkpoint is the best."""
         return {"best_loss": self.best_loss, "best_step": self.best_step}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take it up again; in a run that branches off there is none yet."""
-        if checkpoint_path(self.run, state_dict["best_step"]).is_file():
+        if checkpoint_path(self.run, state_dict["best_step"]).is_file():  # not in a run that branches off
             self.best_loss, self.best_step = state_dict["best_loss"], state_dict["best_step"]
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """What was resumed from is there already; what a killed process left half-written goes."""
         self._saved_step = trainer.global_step
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._folder.mkdir(parents=True, exist_ok=True)
-            tidy(self._folder)
+            tidy(self._folder)  # what a killed process left half-written
 
     @property
     def _folder(self) -> Path:
         return checkpoint_path(self.run, 0).parent
 
+    @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the best loss; its checkpoint is due then."""
         loss = float(trainer.callback_metrics.get("val/loss", math.inf))
         if trainer.state.fn == "fit" and not trainer.sanity_checking and self.keep_best and loss < self.best_loss:
             self.best_loss, self.best_step = loss, trainer.global_step
 
+    @override
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, _: int) -> None:
-        """Save when it is due; say what went wrong in the last save."""
         self.io.check()
         if trainer.global_step % self.every_n_steps == 0 or trainer.global_step == self.best_step:
             self.save(trainer)
 
+    @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save where the fit ends: a fit is one epoch of Lightning's. At `on_train_end` WeightAveraging has already
-        replaced the weights by their average.
-        """
+        # A fit is one epoch of Lightning's. At `on_train_end` WeightAveraging has already replaced the weights.
         self.save(trainer)
 
+    @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Wait until it is written."""
         self.io.wait()
 
     def save(self, trainer: pl.Trainer) -> None:
-        """Save now, unless this step is saved.
+        """Save now, unless this step is already saved.
 
         Raises:
-            InputError: The folder has gone, the disk is full, or a weight is not a number any more.
+            InputError: The folder is gone, the disk is full, or a weight is not finite.
         """
         step = trainer.global_step
         if step == self._saved_step or trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -118,7 +113,7 @@ class StepCheckpoint(Checkpoint):
         self._saved_step = step
 
     def _tidy(self, newest: Path, best_step: int) -> None:
-        """Point to the best checkpoint, delete those that are too old. The newest one is on the disk."""
+        """Link the best checkpoint and delete old ones, once the newest is on disk."""
         best = checkpoint_path(self.run, best_step)
         if best_step >= 0 and best.is_file():
             link = best.with_name(".best.partial")

@@ -8,9 +8,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
 
 from gptlit.training.callbacks.checkpoint import StepCheckpoint
 from gptlit.training.estimate import count_parameters, datasheet_peak, flops_per_token
+from gptlit.training.lightning_compat import is_log_step
 from gptlit.training.module import GPTModule
 from gptlit.training.tensorboard import StepLogger
 
@@ -21,32 +23,30 @@ except ImportError:  # Windows
 
 
 class Throughput(Callback):
-    """Logs the speed between two log points: perf/tokens_per_second of all devices, without validations and
-    checkpoints; perf/mfu, the share of the device's matrix peak; perf/memory_gb, its most so far; and what part of the
-    wall clock went where (time/data, model, optimizer, validation, checkpoint).
+    """Logs between two log points: perf/tokens_per_second over all devices, without validations and checkpoints;
+    perf/mfu, the fraction of the device's peak matmul throughput; perf/memory_gb, the peak so far; and the fractions of
+    wall-clock time (time/data, model, optimizer, validation, checkpoint).
 
-    It is the wall clock that counts: a GPU works on after each call has returned, but not from one log point to the
-    next. (So with a GPU the shares say where the host waited.) Must come after the callbacks that work at the end of a
-    validation.
+    Wall-clock time is measured on the host: kernels run asynchronously on a GPU, so there the fractions say where the
+    host waited. Must come after the callbacks that work at the end of a validation.
 
     Args:
-        peak: Of a device, in floating-point operations a second; None: that of a known GPU's datasheet, else what
-            some products at the start reach.
+        peak: Of one device, in FLOP/s; None: from the datasheet of a known GPU, else measured at the start.
     """
 
     def __init__(self, peak: float | None = None) -> None:
         self.peak = peak
         self._spent = dict.fromkeys(("data", "model", "optimizer", "validation"), 0.0)  # seconds since the start
 
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the loggers their tokens; a validation may come before the first step."""
         assert isinstance(pl_module, GPTModule)
         for logger in trainer.loggers:
             if isinstance(logger, StepLogger):
-                logger.tokens = lambda: pl_module.tokens
+                logger.tokens = lambda: pl_module.tokens  # here, as a validation may precede the first step
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure the peak, start the clock."""
         assert isinstance(pl_module, GPTModule)
         self._flops_per_token = flops_per_token(pl_module.config, count_parameters(pl_module.config))
         device, precision = trainer.strategy.root_device, str(trainer.precision)
@@ -58,7 +58,7 @@ class Throughput(Callback):
         self._mark(trainer, pl_module)
 
     def _seconds(self, trainer: pl.Trainer) -> dict[str, float]:
-        """Return what has been spent so far, by part."""
+        """Return the seconds spent so far, by part."""
         saves = [c.seconds for c in trainer.checkpoint_callbacks if isinstance(c, StepCheckpoint)]
         return {**self._spent, "checkpoint": sum(saves)}
 
@@ -66,34 +66,36 @@ class Throughput(Callback):
         assert isinstance(pl_module, GPTModule)
         self._began, self._tokens, self._before = time.perf_counter(), pl_module.tokens, self._seconds(trainer)
 
+    @override
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, _: int) -> None:
-        """The batch is here. (Lightning calls checkpoint callbacks last: a save that is due comes after this.)"""
+        # Lightning calls checkpoint callbacks last: a save that is due comes after this.
         self._batch_began, self._saves = time.perf_counter(), self._seconds(trainer)["checkpoint"]
         self._spent["data"] += self._batch_began - self._batch_ended
 
+    @override
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, _: Any) -> None:
-        """The gradient is there."""
         self._step_began = time.perf_counter()
 
+    @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop the clock."""
         self._stopped = time.perf_counter()
 
+    @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let it go on."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._spent["validation"] += time.perf_counter() - self._stopped
             self._batch_ended = time.perf_counter()
 
+    @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Log at a log point, and begin anew."""
+        assert isinstance(pl_module, GPTModule)
         now = time.perf_counter()
-        accumulates = trainer.fit_loop._should_accumulate()
+        accumulates = not pl_module.is_between_steps
         optimizer = 0.0 if accumulates else now - self._step_began
         self._spent["optimizer"] += optimizer
         saved = self._seconds(trainer)["checkpoint"] - self._saves
         self._spent["model"] += now - self._batch_began - optimizer - saved
-        if trainer._logger_connector.should_update_logs and not accumulates:
+        if not accumulates and is_log_step(trainer, trainer.global_step):
             self._log(trainer, pl_module)
             self._mark(trainer, pl_module)
         self._batch_ended = time.perf_counter()
@@ -115,7 +117,7 @@ class Throughput(Callback):
 
 
 def matmul_peak(device: torch.device, precision: str) -> float:
-    """Return the operations a second of a large square product: the best of ten, in the type of the activations."""
+    """Return the FLOP/s of a large square matmul in the dtype of the activations: the best of ten."""
     dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision.split("-")[0], torch.float32)
     side = 1024 if device.type == "cpu" else 8192
     generator = torch.Generator(device).manual_seed(0)
@@ -132,7 +134,7 @@ def matmul_peak(device: torch.device, precision: str) -> float:
 
 
 def memory_peak(device: torch.device) -> int:
-    """Return the most bytes that tensors have held on a GPU, or that the process has on a CPU."""
+    """Return the peak bytes allocated on a GPU, or the peak resident set size of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if resource is None:
@@ -141,10 +143,11 @@ def memory_peak(device: torch.device) -> int:
 
 
 class DrawnWindows(Callback):
-    """Logs data/NAME: the windows served of each corpus since the run began, where there are several."""
+    """Logs data/NAME: the windows drawn from each corpus of a mixture since the run began."""
 
+    @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Log at a log point."""
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        if trainer._logger_connector.should_update_logs and not trainer.fit_loop._should_accumulate():
+        assert isinstance(pl_module, GPTModule)
+        if pl_module.is_between_steps and is_log_step(trainer, trainer.global_step):
             pl_module.log_dict({f"data/{name}": float(count) for name, count in datamodule.drawn().items()})

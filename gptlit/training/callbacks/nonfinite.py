@@ -6,34 +6,37 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from typing_extensions import override
 
 from gptlit.errors import InputError, note
+from gptlit.training.lightning_compat import is_log_step
 from gptlit.training.module import GPTModule
 
 
 class NonFinite(Callback):
-    """Ends a fit after too many steps in a row whose gradient was not finite.
+    """Ends a fit after too many consecutive non-finite gradients.
 
     The windows of these steps are written to `non-finite.json` in the run's folder, by shard and offset.
 
     Args:
         run: The run's folder.
-        limit: Steps in a row.
+        limit: Consecutive steps that end the fit.
     """
 
     def __init__(self, run: Path, limit: int) -> None:
         self.run = run
         self.limit = limit
 
+    @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Look at the count: after each step on a CPU, at log points where looking means waiting for the device.
+        """Read the count after each step on a CPU, and at log points on a GPU, where it synchronises.
 
         Raises:
             InputError: There were too many.
         """
         assert isinstance(pl_module, GPTModule)
         waits = pl_module.device.type != "cpu"
-        if not pl_module.is_between_steps or (waits and not trainer._logger_connector.should_update_logs):
+        if not pl_module.is_between_steps or (waits and not is_log_step(trainer, trainer.global_step)):
             return
         if not (count := pl_module.skipped_in_a_row):
             return

@@ -11,17 +11,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.rule import Rule
 from rich.text import Text
+from typing_extensions import override
 
 from gptlit.data.datamodule import TokenDataModule
 from gptlit.training.callbacks.checkpoint import StepCheckpoint
 from gptlit.training.callbacks.validation import SampleText
 from gptlit.training.estimate import RunSpec, describe, make_plan, warnings
 from gptlit.training.module import GPTModule
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 
 class StepProgress(ProgressBar):
@@ -35,21 +31,21 @@ class StepProgress(ProgressBar):
         self._task: TaskID | None = None
         self._shown_step = -1
 
+    @override
     def disable(self) -> None:
-        """Lightning calls this on every device but the first."""
         self._enabled = False
 
+    @override
     def enable(self) -> None:
-        """Show progress here."""
         self._enabled = True
 
+    @override
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print above the bar."""
         if self._enabled:
             (self._progress.console if self._progress else self.console).print(*args, **kwargs)
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say what is about to happen, then show the bar."""
         self._began, self._first_step = time.monotonic(), trainer.global_step
         for line in _summary(trainer, pl_module):
             self.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -68,8 +64,8 @@ class StepProgress(ProgressBar):
                 "training", total=trainer.max_steps, completed=trainer.global_step, figures=""
             )
 
+    @override
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Advance by optimizer steps; the figures change only where something was logged."""
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=trainer.global_step, figures=_figures(trainer))
         elif self._enabled and trainer._logger_connector.should_update_logs:
@@ -94,8 +90,8 @@ class StepProgress(ProgressBar):
             total = sum(trainer.num_val_batches)
             self._progress.update(self._task, description=f"validating {batch_idx + 1}/{total}")
 
+    @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print a line a validation, and the sample under it."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         if self._progress is not None and self._task is not None:
@@ -109,14 +105,14 @@ class StepProgress(ProgressBar):
         if sample:
             self.print(Rule("sample", style="dim"), Text(sample, style="italic"), Rule(style="dim"))
 
+    @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Leave the terminal as it was."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
 
+    @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the terminal as it was."""
         self.teardown(trainer, pl_module, "fit")
 
 

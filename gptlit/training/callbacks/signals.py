@@ -10,29 +10,31 @@ from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, Timer, WeightAveraging
-from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 from torch.distributed.distributed_c10d import _get_default_store
+from typing_extensions import override
 
 from gptlit.errors import note
 from gptlit.training.callbacks.checkpoint import StepCheckpoint
+from gptlit.training.lightning_compat import disable_signal_handlers
 from gptlit.training.module import GPTModule
 
 
 class GracefulStop(Callback):
-    """SIGTERM, SIGINT, SIGHUP and SLURM's SIGUSR1 save and end a fit between two steps; a second one ends at once.
+    """SIGTERM, SIGINT, SIGHUP and SLURM's SIGUSR1 save and end a fit between two steps; a second one exits immediately.
 
-    A signal handler only sets a flag. With several devices the process that was signalled chooses the step to stop
-    before, and the others read it from the process group's store (see `_agreed`). The exit status is 128 + the signal.
-    A hang-up that is ignored when the fit begins (`nohup`) stays so.
+    The signal handler only sets a flag. With several devices the signalled process chooses the step to stop before, and
+    the others read it from the process group's store (see `_agreed`). The exit status is 128 + the signal. A SIGHUP
+    that is ignored when the fit begins (`nohup`) stays ignored.
 
     Args:
-        checkpoint: Saves; None where nothing is to be saved.
+        checkpoint: Saves the checkpoint; None saves nothing.
     """
 
     SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
     ECHO = 2.0  # seconds in which a signal may come twice: to the process group, and passed on by torchrun or `timeout`
-    fits = 0  # of this process: a name for each in the store
+    fits = 0  # in this process: each has its own key in the store
 
     def __init__(self, checkpoint: StepCheckpoint | None) -> None:
         self.checkpoint = checkpoint
@@ -40,13 +42,12 @@ class GracefulStop(Callback):
         self._signalled = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
+    @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Lightning's own handling of SIGTERM is left out: it synchronises all devices in every batch, and can hang."""
-        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        disable_signal_handlers(trainer)
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Install the handlers."""
         GracefulStop.fits += 1
         self._key = f"gptlit/stop/{GracefulStop.fits}"
         if threading.current_thread() is not threading.main_thread():
@@ -65,18 +66,18 @@ class GracefulStop(Callback):
         elif now - self._signalled > self.ECHO:
             os._exit(128 + number)
 
+    @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Put the handlers back that were there before."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
 
+    @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Lightning tears nothing down then."""
-        self.teardown(trainer, pl_module, "")
+        self.teardown(trainer, pl_module, "")  # Lightning does not call it then
 
+    @override
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, _: int) -> None:
-        """Stop between two steps."""
         assert isinstance(pl_module, GPTModule)
         if not pl_module.is_between_steps:
             return
@@ -88,11 +89,11 @@ class GracefulStop(Callback):
             self._stop(trainer, self.signal)
 
     def _agreed(self, trainer: pl.Trainer) -> tuple[int, signal.Signals]:
-        """Return before which step all devices stop, and by which signal; -1 where there was none.
+        """Return the step before which all ranks stop, and the signal; step -1 without one.
 
-        Hosts are not in step: they may run ahead of their devices. Each one publishes its step and looks for a signal
-        after that. One that has seen none has therefore published before the signal was, so that the process that was
-        signalled, which reads all steps after that, chooses a later step than any host has passed.
+        Hosts are not synchronised: they may run ahead of their devices. Each publishes its step first and looks for a
+        signal afterwards. One that sees none has therefore published before the signal, so the signalled process, which
+        reads all steps after it, chooses a later step than any host has passed.
         """
         store: Any = _get_default_store()
         store.set(f"{self._key}/step/{trainer.global_rank}", str(trainer.global_step))
@@ -105,18 +106,18 @@ class GracefulStop(Callback):
         if not store.check([f"{self._key}/signal"]):
             return -1, signal.SIGTERM
         number = int(store.get(f"{self._key}/signal").split()[1])
-        return int(store.get(self._key)), signal.Signals(number)  # waits for the choice
+        return int(store.get(self._key)), signal.Signals(number)  # blocks until it is chosen
 
+    @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop before a validation rather than after it: the resumed run makes it. All devices are here at once."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:  # before it: the resumed run validates
             number = torch.tensor(int(self.signal or 0), device=pl_module.device)
             number = trainer.strategy.reduce(number, reduce_op="max") if trainer.world_size > 1 else number
             if int(number):
                 self._stop(trainer, signal.Signals(int(number)))
 
+    @override
     def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Alone, stop in the midst of one."""
         if trainer.state.fn == "fit" and trainer.world_size == 1 and self.signal is not None:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging):
@@ -124,7 +125,7 @@ class GracefulStop(Callback):
             self._stop(trainer, self.signal)
 
     def _stop(self, trainer: pl.Trainer, number: signal.Signals) -> NoReturn:
-        """Save and leave, with the status that a shell gives to this signal."""
+        """Save and exit with the status that a shell reports for this signal."""
         if self.checkpoint is not None:
             self.checkpoint.save(trainer)
             self.checkpoint.io.wait()
@@ -137,16 +138,3 @@ class GracefulStop(Callback):
         environment = getattr(trainer.strategy, "cluster_environment", None)
         is_child = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
         raise SystemExit(0 if is_child else 128 + number)  # Lightning kills the parent of a child that fails
-
-
-def early_end(trainer: pl.Trainer) -> str | None:
-    """Return why a fit has ended before its last step; None where it has not."""
-    if trainer.global_step >= trainer.max_steps:
-        return None
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        left = callback.time_remaining() if isinstance(callback, Timer) else None
-        if left is not None and left <= 0:
-            return "the time of trainer.max_time is over"
-        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
-            return f"EarlyStopping: {callback.stopping_reason_message}"
-    return "a callback set trainer.should_stop"

@@ -6,53 +6,45 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from typing_extensions import override
 
 from gptlit.generation.generate import generate
+from gptlit.training.lightning_compat import run_validation
 from gptlit.training.module import GPTModule
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 
 class FinalValidation(Callback):
-    """Validates after the last step too, wherever the interval falls; and when a run is resumed at a step whose
-    validation was not made, since the run was stopped before it.
+    """Also validates after the last step, and when a run is resumed at a step whose validation was skipped because the
+    run was stopped before it.
     """
 
     def __init__(self, every_n_steps: int) -> None:
         self.every_n_steps = every_n_steps
         self.last_step = -1
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Keep which validation was the last."""
         return {"last_step": self.last_step}
 
+    @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See whether the one of this step was made."""
         self.last_step = state_dict["last_step"]
 
+    @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make up for it."""
         step = trainer.global_step
         if step > 0 and step % self.every_n_steps == 0 and self.last_step < step:
-            loop = trainer.fit_loop.epoch_loop
-            loop._batches_that_stepped -= 1  # as in the step itself: its point in the curve is that of the step
-            trainer.validating = True
-            loop.val_loop.run()
-            trainer.training = True
-            loop._batches_that_stepped += 1
+            run_validation(trainer)
 
+    @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remember."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.last_step = trainer.global_step
 
+    @override
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Lightning validates once more when it is told to stop."""
         if trainer.global_step >= trainer.max_steps > 0:
-            trainer.should_stop = True
+            trainer.should_stop = True  # makes Lightning validate once more
 
 
 class SampleText(Callback):
@@ -61,7 +53,7 @@ class SampleText(Callback):
     Args:
         prompt: Text to continue.
         max_new_tokens: Length of the continuation.
-        seed: The draw is the same each time, so that only the model changes.
+        seed: Of the sampling, the same each time, so that only the model changes.
     """
 
     def __init__(self, prompt: str, max_new_tokens: int = 48, seed: int = 0) -> None:
@@ -70,11 +62,11 @@ class SampleText(Callback):
         self.seed = seed
         self.text = ""
 
+    @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Every device samples (a sharded model needs them all), the first one shows it."""
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        assert isinstance(pl_module, GPTModule)
+        assert isinstance(pl_module, GPTModule)  # every rank samples: a sharded model needs them all
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         tokenizer = datamodule.tokenizer
         prompt = torch.tensor([tokenizer.encode_ordinary(self.prompt)], device=pl_module.device)
