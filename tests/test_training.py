@@ -312,8 +312,8 @@ WRONG = [
     (["--trainer.precision=transformer-engine"], 2, r"trainer\.precision transformer-engine is not supported"),
     (["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val_loss"], 2, r".*did you mean val/loss"),
     (["--seed_everything=-1"], 2, r"seed_everything must be at least 0 and below 2\^32, got -1"),
-    (["--config=twice.yaml"], 2, r".*'model' is there twice, in lines 1 and 2: keep one"),
-    (["--config=twice-inside.yaml"], 2, r".*'lr' is there twice, in lines 2 and 4: keep one"),
+    (["--config=twice.yaml"], 2, r".*'model' is given twice, in lines 1 and 2: keep one"),
+    (["--config=twice-inside.yaml"], 2, r".*'lr' is given twice, in lines 2 and 4: keep one"),
     (["--config=empty.yaml"], 2, r"model\.lr is empty: give it a value, or leave the line out"),
     (["--config=empty-group.yaml"], 2, r"data is empty: give it settings"),
 ]
@@ -387,7 +387,7 @@ def test_configurations_and_checkpoints_of_earlier_versions(
                 main(arguments)
             assert "error: the checkpoint leaves out windows that are still to come" in capsys.readouterr().err
     main(arguments)
-    assert "run.on_nonfinite was removed and is left out" in capsys.readouterr().err
+    assert "run.on_nonfinite was removed and is ignored" in capsys.readouterr().err
     assert list(losses(run)) == [1, 2]
 
 

@@ -289,17 +289,7 @@ def main(args: list[str] | None = None) -> None:
 
 def command_line(cli: type[TrainingCLI], args: list[str] | None) -> TrainingCLI:
     """Set the process up, then parse and run `args`."""
-    set_up_streams(drop_unwritable=True)
-    silence_lightning()
-    keep_freed_memory()
-    end_with_parent()
-    register_strategies()
-    config_files.register()
-    try:
-        for word in sys.argv[1:] if args is None else args:
-            check_utf8(word)
-    except InputError as error:
-        fail(error, status=2)
+    _set_up_process(sys.argv[1:] if args is None else args)
     try:
         return cli(
             GPTModule,
@@ -331,3 +321,17 @@ def command_line(cli: type[TrainingCLI], args: list[str] | None) -> TrainingCLI:
         if isinstance(error.__context__, KeyboardInterrupt):
             raise SystemExit(130) from None
         raise
+
+
+def _set_up_process(args: list[str]) -> None:
+    set_up_streams(drop_unwritable=True)
+    silence_lightning()
+    keep_freed_memory()
+    end_with_parent()
+    register_strategies()
+    config_files.register()
+    try:
+        for word in args:
+            check_utf8(word)
+    except InputError as error:
+        fail(error, status=2)

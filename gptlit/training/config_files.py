@@ -1,4 +1,4 @@
-"""The YAML of configurations: a key stands once, removed settings are left out, and what is written reads the same."""
+"""YAML configurations: duplicate keys are errors, removed settings are ignored, and dumped text loads as the same."""
 
 from functools import cache
 from itertools import chain
@@ -20,14 +20,14 @@ def _load(text: str) -> Any:
     try:
         return _load_any(text)
     except TypeError as error:  # jsonargparse's own, for "null:"
-        raise yaml.YAMLError(f"{text!r} is no configuration") from error
+        raise yaml.YAMLError(f"{text!r} is not a configuration") from error
 
 
 def load(text: str) -> Any:
     """Load YAML as jsonargparse does.
 
     Raises:
-        yaml.YAMLError: The text is no YAML, or a mapping has a key twice.
+        yaml.YAMLError: The text is not YAML, or a mapping has a duplicate key.
     """
     nodes, seen = [yaml.compose(text, Loader=yaml.SafeLoader)], set()
     for node in nodes:
@@ -41,7 +41,7 @@ def load(text: str) -> Any:
         group, key = name.split(".")
         if isinstance(value, dict) and isinstance(value.get(group), dict) and key in value[group]:
             del value[group][key]
-            _note_once(f"{name} was removed and is left out: {why}")
+            _note_once(f"{name} was removed and is ignored: {why}")
     return value
 
 
@@ -50,7 +50,7 @@ def _check_keys(mapping: yaml.MappingNode) -> None:
     for key in (key for key, _ in mapping.value if isinstance(key, yaml.ScalarNode)):
         line = key.start_mark.line + 1
         if key.value in lines:
-            raise yaml.YAMLError(f"{key.value!r} is there twice, in lines {lines[key.value]} and {line}: keep one")
+            raise yaml.YAMLError(f"{key.value!r} is given twice, in lines {lines[key.value]} and {line}: keep one")
         lines[key.value] = line
 
 
@@ -78,6 +78,6 @@ def dump(value: Any) -> str:
 
 
 def register() -> None:
-    """Let jsonargparse read and write YAML with these."""
+    """Let jsonargparse load and dump YAML with these functions."""
     set_loader("yaml", load, (yaml.YAMLError,))
     set_dumper("yaml", dump)

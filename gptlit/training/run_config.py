@@ -22,7 +22,7 @@ class RunConfig:
     """Where a run is stored and how often it validates and saves. Steps are optimizer steps.
 
     Args:
-        name: Runs live in <trainer.default_root_dir>/<name>/version_<n>.
+        name: Runs are stored in <trainer.default_root_dir>/<name>/version_<n>.
         val_every_n_steps: Steps from one validation to the next.
         save_every_n_steps: Steps from one checkpoint to the next; the end of a fit is saved in any case.
         keep_last: Newest checkpoints to keep; -1 keeps all.
@@ -58,7 +58,9 @@ class RunConfig:
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes the complete configuration into the run's folder: config.yaml, then config_1.yaml at the first resume."""
+    """Writes the complete configuration to the run's folder (config.yaml, then config_1.yaml at the first resume), and
+    the configuration, package versions and git revision to each checkpoint.
+    """
 
     def __init__(self, parser: LightningArgumentParser, config: Namespace, run: Path) -> None:
         super().__init__(parser, config, save_to_log_dir=False)
@@ -74,10 +76,10 @@ class SaveRunConfig(SaveConfigCallback):
         path = next(path for name in names if not (path := self.run / name).exists())
         self.parser.save(self.config, path, skip_unset=False, overwrite=False, multifile=False)
 
+    @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """A checkpoint says what made it: the configuration, the versions, the revision of the code."""
         if self._origin is None:
             packages = ("torch", "lightning", "tiktoken", "numpy")
             versions = {"gptlit": __version__, "python": platform.python_version()}
@@ -88,7 +90,7 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 def _revision() -> str | None:
-    """Return the git revision of the code, with "-dirty" after it where it was changed; None where there is no git."""
+    """Return the git revision of the code, with the suffix "-dirty" if it was modified; None without git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         root = Path(__file__).parent

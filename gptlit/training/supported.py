@@ -1,4 +1,4 @@
-"""What of Lightning's Trainer works with GPTModule. The rest is refused by name, before the first step."""
+"""What of Lightning's Trainer works with GPTModule. The rest is rejected by name, before the first step."""
 
 import difflib
 from typing import Any
@@ -51,7 +51,7 @@ METRIC_GROUPS = ("perf/", "time/", "data/")
 
 
 def check_trainer(trainer: pl.Trainer) -> None:
-    """Check the values and callbacks that Lightning takes, and that would train wrongly or not at all.
+    """Reject values and callbacks that Lightning accepts and that would train wrongly or not at all.
 
     Raises:
         InputError: One of them does not work here.
@@ -73,10 +73,10 @@ def check_trainer(trainer: pl.Trainer) -> None:
 
 
 def check_precision(precision: Any) -> None:
-    """Check Lightning's name of a precision.
+    """Reject precisions that are not supported.
 
     Raises:
-        InputError: Nothing is learnt with it, or it is not supported.
+        InputError: It does not train, or it is not supported.
     """
     if precision in PRECISIONS:
         raise InputError(f"trainer.precision {precision} is not supported: {PRECISIONS[precision]}")
@@ -98,12 +98,12 @@ def _check_callback(trainer: pl.Trainer, callback: Callback) -> None:
 
 
 def is_averaging(trainer: pl.Trainer) -> bool:
-    """Whether WeightAveraging takes part."""
+    """Whether WeightAveraging is among the callbacks."""
     return any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def _may_log_more(trainer: pl.Trainer) -> bool:
-    """Whether a module or callback of the user's own takes part, whose metrics are not known here."""
+    """Whether a user-defined module or callback may log metrics that are not known here."""
     parts = [getattr(trainer, "lightning_module", None), *trainer.callbacks]  # type: ignore[attr-defined]
     packages = {type(part).__module__.split(".")[0] for part in parts if part is not None}
     return not packages <= {"gptlit", "lightning", "pytorch_lightning"}

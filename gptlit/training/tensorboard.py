@@ -1,6 +1,5 @@
 """The TensorBoard logger: points at optimizer steps, losses by tokens, hyper-parameters."""
 
-import argparse
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -70,14 +69,9 @@ class StepLogger(TensorBoardLogger):
         for name, loss in losses.items():
             self._by_tokens.add_scalar(f"loss_by_tokens/{name}", loss, tokens)
 
+    @override
     @rank_zero_only
-    def log_hyperparams(
-        self,
-        params: dict[str, Any] | argparse.Namespace,
-        metrics: dict[str, Any] | None = None,
-        step: int | None = None,
-    ) -> None:
-        """Write the settings, with val/loss as what they are judged by, and the layout of the charts."""
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
         self.experiment.add_custom_scalars(LAYOUT)
         for summary in hparams(self.settings, {"val/loss": 0.0}):  # type: ignore[no-untyped-call]
             add_summary(self.experiment, summary)

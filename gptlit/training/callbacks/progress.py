@@ -82,10 +82,10 @@ class StepProgress(ProgressBar):
             f"step {step}/{trainer.max_steps}  {_figures(trainer)}  {left} left", highlight=False, soft_wrap=True
         )
 
+    @override
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Say in the bar that a validation is going on."""
         if self._progress is not None and self._task is not None:
             total = sum(trainer.num_val_batches)
             self._progress.update(self._task, description=f"validating {batch_idx + 1}/{total}")
@@ -117,7 +117,7 @@ class StepProgress(ProgressBar):
 
 
 def _figures(trainer: pl.Trainer) -> str:
-    """Return the figures that were logged last, from memory: nothing is read off the device for it."""
+    """Return the metrics that were logged last. They are on the host: reading them does not synchronise."""
     metrics = trainer.logged_metrics
     names = {
         "train/loss": ("loss", ".3f"),
@@ -129,7 +129,7 @@ def _figures(trainer: pl.Trainer) -> str:
 
 
 def _summary(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
-    """Describe model, data and run in a few lines; what looks wrong comes last."""
+    """Describe model, data and run in a few lines, with warnings last."""
     assert isinstance(pl_module, GPTModule)
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(datamodule, TokenDataModule):
@@ -143,7 +143,7 @@ def _summary(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
 
 
 def run_spec(trainer: pl.Trainer, module: GPTModule, datamodule: TokenDataModule) -> RunSpec:
-    """Return what a run that is about to begin will do."""
+    """Return the facts of a fit that is about to begin, for its estimates."""
     saver = next((c for c in trainer.checkpoint_callbacks if isinstance(c, StepCheckpoint)), None)
     keep = saver.keep_last if saver is not None else 0
     return RunSpec(
