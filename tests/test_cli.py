@@ -131,8 +131,8 @@ def test_several_prompts_and_samples_as_json(run: Path, capsys: pytest.CaptureFi
     assert [result["prompt"] for result in results] == ["The model"] * 2 + ["A longer prompt about trees"] * 2
     assert results[0]["text"] != results[1]["text"]
     for result in results:
-        assert len(result["token_ids"]) == len(result["log_probabilities"]) <= 6
-        assert all(chance <= 0 for chance in result["log_probabilities"])
+        assert len(result["token_ids"]) == len(result["log_probs"]) <= 6
+        assert all(log_prob <= 0 for log_prob in result["log_probs"])
     assert captured.err == "no stop string was met in 4 of 4 texts\n"
     main(["generate", f"--checkpoint={run}", *flags])
     assert "--- 4 of 4 ---\nA longer prompt" in capsys.readouterr().out
@@ -283,7 +283,7 @@ def test_weights_are_trained_further_with_their_own_tokenizer(
     from conftest import TINY
     from gptlit import GPTConfig, GPTModel, GPTModule, TokenDataModule
     from gptlit.checkpoint.export import save_pretrained
-    from gptlit.checkpoint.pretrained import read_source
+    from gptlit.checkpoint.pretrained import read_weights
     from gptlit.data.tokenizer import load_tokenizer
     from gptlit.errors import InputError
     from gptlit.training.cli import main as train
@@ -294,7 +294,7 @@ def test_weights_are_trained_further_with_their_own_tokenizer(
     fit = ["fit", *TINY, f"--data.source={text_file}", "--trainer.max_steps=1", "--model.init_from=the weights"]
     train(fit)
     assert f"the vocabulary is cut: from {rows} to {rows - 1} ids" in capsys.readouterr().err
-    found = read_source("runs/t")
+    found = read_weights("runs/t")
     assert (found.tokenizer, found.config.vocab_size) == (tokenizer_json.read_text(), rows - 1)
     main(["generate", "--checkpoint=the weights", "--prompt=a", "--max_new_tokens=3"])
     main(["import", "the weights", "--out=a.ckpt"])

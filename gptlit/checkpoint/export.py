@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gptlit import __version__
-from gptlit.checkpoint.formats import BOOK, HUGGINGFACE, OWN, PREFIX, Source, to_format
+from gptlit.checkpoint.formats import BOOK, HUGGINGFACE, OWN, PREFIX, PretrainedWeights, to_format
 from gptlit.checkpoint.io import DurableCheckpointIO
-from gptlit.checkpoint.pretrained import _holds, _spec
+from gptlit.checkpoint.pretrained import embedded_tokenizer, fits_vocabulary
 from gptlit.data.tokenizer import (
     HuggingFaceTokenizer,
     save_huggingface,
@@ -22,13 +22,13 @@ from gptlit.errors import InputError
 from gptlit.model.gpt import GPTModel
 
 
-def save_checkpoint(source: Source, path: Path) -> None:
+def save_checkpoint(source: PretrainedWeights, path: Path) -> None:
     """Write weights as a checkpoint of this project: for `--model.init_from`, generate, export and evaluate."""
     checkpoint = {
         "state_dict": {PREFIX + name: value.contiguous() for name, value in source.state.items()},
         "hyper_parameters": {"config": asdict(source.config)},
         "global_step": 0,
-        "TokenDataModule": {"tokenizer": _spec(source)},
+        "TokenDataModule": {"tokenizer": embedded_tokenizer(source)},
     }
     DurableCheckpointIO().save_checkpoint(checkpoint, path)
 
@@ -55,7 +55,7 @@ def save_pretrained(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty: name a new folder")
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    source = Source(folder, model.config, state, tokenizer)
+    source = PretrainedWeights(folder, model.config, state, tokenizer)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         content = Path(temporary, folder.name)
@@ -64,28 +64,28 @@ def save_pretrained(
         content.replace(folder)
 
 
-def _write_safetensors(source: Source, folder: Path) -> None:
+def _write_safetensors(source: PretrainedWeights, folder: Path) -> None:
     metadata = {"format": "pt", "config": json.dumps(asdict(source.config))}
-    if (spec := _spec(source)) is not None:
+    if (spec := embedded_tokenizer(source)) is not None:
         metadata["tokenizer"] = spec
     save_file(_untied(to_format(source.state, OWN), "out_head", source), folder / "model.safetensors", metadata)
 
 
-def _write_book(source: Source, folder: Path) -> None:
+def _write_book(source: PretrainedWeights, folder: Path) -> None:
     torch.save(to_format(source.state, BOOK), folder / "model.pth")
 
 
-def _untied(weights: dict[str, Tensor], head: str, source: Source) -> dict[str, Tensor]:
+def _untied(weights: dict[str, Tensor], head: str, source: PretrainedWeights) -> dict[str, Tensor]:
     """Leave out the head where it is the embedding."""
     return {
         name: value for name, value in weights.items() if not (source.config.tie_weights and name == f"{head}.weight")
     }
 
 
-def _write_huggingface(source: Source, folder: Path) -> None:
+def _write_huggingface(source: PretrainedWeights, folder: Path) -> None:
     config = source.config
     tokenizer = source.load_tokenizer()
-    has_tokenizer = _holds(source, tokenizer.n_vocab)
+    has_tokenizer = fits_vocabulary(source, tokenizer.n_vocab)
     is_written = has_tokenizer and (tokenizer.name == "gpt2" or isinstance(tokenizer, HuggingFaceTokenizer))
     named = {"tokenizer": tokenizer.name} if has_tokenizer and not is_written else {}
     end = tokenizer.eot_token if has_tokenizer else None

@@ -17,7 +17,7 @@ from gptlit.model.gpt import GPTModel
 
 
 @dataclass
-class Source:
+class PretrainedWeights:
     """What a file or folder holds: an architecture and the weights for it, under the names used here.
 
     Args:
@@ -135,7 +135,7 @@ def plain_names(theirs: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def from_format(
     theirs: dict[str, Tensor], form: Format, config: GPTConfig, path: Path, tokenizer: str | None = None
-) -> Source:
+) -> PretrainedWeights:
     """Rename, stack and transpose another project's weights.
 
     Raises:
@@ -146,7 +146,7 @@ def from_format(
     theirs = {name: value for name, value in theirs.items() if not re.fullmatch(form.ignored, name)}
     check_finite(theirs, path)
     if config.tie_weights:
-        config = _tie(theirs, form, config, path)
+        config = _resolve_tied_head(theirs, form, config, path)
     state: dict[str, Tensor] = {}
     for name, value in expected.items():
         names = form.names(name)
@@ -154,15 +154,15 @@ def from_format(
         shape[0] //= len(names)
         if _is_transposed(form, name, value):
             shape.reverse()
-        parts = [_take(theirs, part, shape, path) for part in names]
+        parts = [_checked_tensor(theirs, part, shape, path) for part in names]
         stacked = parts[0] if len(parts) == 1 else torch.cat(parts)
         state[name] = stacked.t() if _is_transposed(form, name, value) else stacked
     if left := theirs.keys() - {part for name in expected for part in form.names(name)}:
         raise InputError(f"{path} has the unknown tensor {min(left)!r}: it is no GPT-2 of {config.n_layers} layers")
-    return Source(path, config, state, tokenizer)
+    return PretrainedWeights(path, config, state, tokenizer)
 
 
-def _take(theirs: dict[str, Tensor], name: str, shape: list[int], path: Path) -> Tensor:
+def _checked_tensor(theirs: dict[str, Tensor], name: str, shape: list[int], path: Path) -> Tensor:
     if name not in theirs:
         raise InputError(f"{path} has no tensor {name!r} (shape {tuple(shape)})")
     value = theirs[name]
@@ -185,7 +185,7 @@ def to_format(state: dict[str, Tensor], form: Format) -> dict[str, Tensor]:
     return theirs
 
 
-def _tie(theirs: dict[str, Tensor], form: Format, config: GPTConfig, path: Path) -> GPTConfig:
+def _resolve_tied_head(theirs: dict[str, Tensor], form: Format, config: GPTConfig, path: Path) -> GPTConfig:
     """Let the head be the embedding where only one is stored; where they differ, they are not tied."""
     (head,), (embedding,) = form.names("out_head.weight"), form.names("tok_emb.weight")
     if head not in theirs and embedding in theirs:

@@ -20,7 +20,7 @@ from gptlit.checkpoint.formats import (
     NANOGPT,
     OWN,
     PREFIX,
-    Source,
+    PretrainedWeights,
     from_format,
     openai_names,
     plain_names,
@@ -48,7 +48,7 @@ ROUNDING = 128  # a vocabulary is rounded up by fewer rows
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
-def read_source(source: str | Path, n_heads: int | None = None) -> Source:
+def read_weights(source: str | Path, n_heads: int | None = None) -> PretrainedWeights:
     """Find out what a file or folder is and read it; the weights stay memory-mapped.
 
     Args:
@@ -59,13 +59,13 @@ def read_source(source: str | Path, n_heads: int | None = None) -> Source:
     Raises:
         InputError: There is nothing of that name, or it is something else, damaged or incomplete.
     """
-    found = _find_source(source, n_heads)
+    found = _read_any(source, n_heads)
     if n_heads is not None and found.config.n_heads != n_heads:
         raise InputError(f"n_heads is {n_heads}, but {found.path} says {found.config.n_heads}: leave it out")
     return found
 
 
-def _find_source(source: str | Path, n_heads: int | None) -> Source:
+def _read_any(source: str | Path, n_heads: int | None) -> PretrainedWeights:
     if str(source).startswith(HUB):
         return _read_huggingface(_download(str(source).removeprefix(HUB)))
     path = Path(source).expanduser()
@@ -91,7 +91,7 @@ def _config(path: Path, **values: Any) -> GPTConfig:
         raise InputError(f"{path} has no usable architecture: {error}") from error
 
 
-def _read_own(checkpoint: dict[str, Any], path: Path) -> Source:
+def _read_own(checkpoint: dict[str, Any], path: Path) -> PretrainedWeights:
     config = _config(path, **checkpoint["hyper_parameters"]["config"])
     found = plain_names(checkpoint["state_dict"], path)
     weights = {name.removeprefix(PREFIX): value for name, value in found.items() if name.startswith(PREFIX)}
@@ -100,7 +100,7 @@ def _read_own(checkpoint: dict[str, Any], path: Path) -> Source:
     return from_format(weights, OWN, config, path, tokenizer if isinstance(tokenizer, str) else None)
 
 
-def _read_safetensors(path: Path) -> Source:
+def _read_safetensors(path: Path) -> PretrainedWeights:
     weights, metadata = _open_safetensors(path)
     try:
         values = json.loads(metadata["config"])
@@ -117,7 +117,7 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise InputError(f"{path} cannot be read: it is damaged or downloaded in part ({error})") from error
 
 
-def _read_huggingface(folder: Path) -> Source:
+def _read_huggingface(folder: Path) -> PretrainedWeights:
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -207,7 +207,7 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def _read_nanogpt(content: dict[str, Any], path: Path) -> Source:
+def _read_nanogpt(content: dict[str, Any], path: Path) -> PretrainedWeights:
     args = content["model_args"]
     try:
         config = _config(
@@ -233,7 +233,7 @@ def _read_nanogpt(content: dict[str, Any], path: Path) -> Source:
     return from_format(weights, NANOGPT, config, path)
 
 
-def _read_book(content: dict[str, Any], path: Path, n_heads: int | None) -> Source:
+def _read_book(content: dict[str, Any], path: Path, n_heads: int | None) -> PretrainedWeights:
     weights = content.get("model_state_dict", content)
     weights = plain_names(weights, path) if isinstance(weights, dict) else {}
     embedding = weights.get("tok_emb.weight")
@@ -264,15 +264,15 @@ def _read_book(content: dict[str, Any], path: Path, n_heads: int | None) -> Sour
 
 
 def load_pretrained(source: str | Path, n_heads: int | None = None) -> GPTModel:
-    """Build the model of a source, in evaluation mode on the CPU; sources as in `read_source`.
+    """Build the model of a source, in evaluation mode on the CPU; sources as in `read_weights`.
 
     Raises:
-        InputError: As in `read_source`.
+        InputError: As in `read_weights`.
     """
-    return build(read_source(source, n_heads))
+    return build(read_weights(source, n_heads))
 
 
-def build(source: Source) -> GPTModel:
+def build(source: PretrainedWeights) -> GPTModel:
     """Build the model of a source that was read, in evaluation mode on the CPU."""
     with torch.device("meta"):
         model = GPTModel(source.config)
@@ -287,12 +287,12 @@ def load_model_and_tokenizer(path: str | Path) -> tuple[GPTModel, Tokenizer]:
     """Like `load_pretrained`, with the tokenizer that belongs to the model.
 
     Raises:
-        InputError: As in `read_source`, or the vocabularies do not fit together.
+        InputError: As in `read_weights`, or the vocabularies do not fit together.
     """
-    source = read_source(path)
+    source = read_weights(path)
     tokenizer = source.load_tokenizer()
     rows = source.config.vocab_size
-    if not _holds(source, tokenizer.n_vocab):
+    if not fits_vocabulary(source, tokenizer.n_vocab):
         whose = "its" if source.tokenizer else "the default"
         raise InputError(
             f"{source.path} has a vocabulary of {rows} ids, but {whose} tokenizer {tokenizer.name!r} has "
@@ -300,10 +300,10 @@ def load_model_and_tokenizer(path: str | Path) -> tuple[GPTModel, Tokenizer]:
         )
     if rows > tokenizer.n_vocab:
         note(f"{source.path}: the ids from {tokenizer.n_vocab} to {rows - 1} have no text and are left out")
-    return build(_with_rows(source, tokenizer.n_vocab)), tokenizer
+    return build(cut_vocabulary(source, tokenizer.n_vocab)), tokenizer
 
 
-def _holds(source: Source, n_vocab: int) -> bool:
+def fits_vocabulary(source: PretrainedWeights, n_vocab: int) -> bool:
     """Whether a vocabulary is one of `n_vocab` ids, but for rows at its end that no text needs: they round it up, or
     stand for tokens that were added to it.
     """
@@ -313,14 +313,14 @@ def _holds(source: Source, n_vocab: int) -> bool:
     return source.load_tokenizer().n_vocab == n_vocab
 
 
-def _with_rows(source: Source, n_vocab: int) -> Source:
+def cut_vocabulary(source: PretrainedWeights, n_vocab: int) -> PretrainedWeights:
     """Leave out the rows of a vocabulary beyond `n_vocab`."""
     rows = {"tok_emb.weight", "out_head.weight"}
     state = {name: value[:n_vocab] if name in rows else value for name, value in source.state.items()}
     return replace(source, config=replace(source.config, vocab_size=n_vocab), state=state)
 
 
-def check_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
+def check_tokenizer(source: PretrainedWeights, tokenizer: Tokenizer) -> None:
     """Check that the data have the tokenizer that the weights were trained with, where that is known.
 
     Raises:
@@ -335,22 +335,22 @@ def check_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
         )
 
 
-FREE_KEYS = ("context_length", "drop_rate", "init")  # of the architecture, what need not be as in the source
+MAY_DIFFER = ("context_length", "drop_rate", "init")  # of the architecture, what need not be as in the source
 
 
-def agree(ours: dict[str, Any], source: Source) -> Source:
-    """Check that what is given of an architecture is that of the source, but for `FREE_KEYS`; return the source,
+def check_compatible(ours: dict[str, Any], source: PretrainedWeights) -> PretrainedWeights:
+    """Check that what is given of an architecture is that of the source, but for `MAY_DIFFER`; return the source,
     without the rows of its vocabulary that are not wanted.
 
     Raises:
         InputError: A key differs; it is named, with both values.
     """
     n_vocab = ours.get("vocab_size", source.config.vocab_size)
-    if _holds(source, n_vocab):
-        source = _with_rows(source, n_vocab)
+    if fits_vocabulary(source, n_vocab):
+        source = cut_vocabulary(source, n_vocab)
     for key, value in ours.items():
         theirs = getattr(source.config, key)
-        if key not in FREE_KEYS and value != theirs:
+        if key not in MAY_DIFFER and value != theirs:
             remedy = "leave it out, it comes from there"
             if key == "vocab_size":
                 remedy = "set data.tokenizer to the one that it was trained with"
@@ -358,13 +358,13 @@ def agree(ours: dict[str, Any], source: Source) -> Source:
     return source
 
 
-def copy_weights(model: GPTModel, source: Source) -> None:
+def copy_weights(model: GPTModel, source: PretrainedWeights) -> None:
     """Copy weights into a model of the same architecture; the table of positions is cut, or keeps its new rows.
 
     Raises:
         InputError: The architectures differ.
     """
-    source = agree(asdict(model.config), source)
+    source = check_compatible(asdict(model.config), source)
     positions = gathered(model.pos_emb.weight).detach().clone()
     common = min(len(positions), source.config.context_length)
     positions[:common] = source.state["pos_emb.weight"][:common]
@@ -375,6 +375,6 @@ def copy_weights(model: GPTModel, source: Source) -> None:
 # --- writing ----------------------------------------------------------------------------------------------------
 
 
-def _spec(source: Source) -> str | None:
+def embedded_tokenizer(source: PretrainedWeights) -> str | None:
     """Return the tokenizer so that no other file is needed."""
     return None if source.tokenizer is None else tokenizer_spec(source.load_tokenizer())

@@ -15,8 +15,8 @@ def export(
 ) -> None:
     """Write a model for other projects: a Hugging Face folder, the book's .pth, or plain safetensors."""
     from gptlit.checkpoint.export import save_pretrained
-    from gptlit.checkpoint.pretrained import build, read_source
+    from gptlit.checkpoint.pretrained import build, read_weights
 
-    found = read_source(checkpoint)
+    found = read_weights(checkpoint)
     save_pretrained(build(found), out, to, found.tokenizer)
     print(f"{out}: " + ", ".join(sorted(path.name for path in Path(out).iterdir())))

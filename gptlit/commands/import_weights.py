@@ -32,9 +32,9 @@ def import_weights(
     if path.exists():
         raise InputError(f"--out {out!r} exists: name a new file")
     from gptlit.checkpoint.export import save_checkpoint
-    from gptlit.checkpoint.pretrained import read_source
+    from gptlit.checkpoint.pretrained import read_weights
 
-    found = read_source(source, n_heads)
+    found = read_weights(source, n_heads)
     if tokenizer:
         found.tokenizer = tokenizer
         if found.load_tokenizer().n_vocab > found.config.vocab_size:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from gptlit.checkpoint.formats import Source
+from gptlit.checkpoint.formats import PretrainedWeights
 from gptlit.checkpoint.io import read_checkpoint
-from gptlit.checkpoint.pretrained import agree
+from gptlit.checkpoint.pretrained import check_compatible
 from gptlit.config import PRESETS, GPTConfig
 from gptlit.data.compatibility import check_division, micro_batch_size
 from gptlit.data.datamodule import TokenDataModule
@@ -44,7 +44,7 @@ class PlanCLI(TrainingCLI):
                 return
         preset = replace(PRESETS[f"gpt2-{size}"], qkv_bias=True, tie_weights=True)  # without a download
         given = self._given("model", "config")
-        agree(given, Source(Path(config.model.init_from), preset, {}))
+        check_compatible(given, PretrainedWeights(Path(config.model.init_from), preset, {}))
         for key, value in {**asdict(preset), **given}.items():
             config.model.config[key] = value
 
