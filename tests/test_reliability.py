@@ -455,7 +455,7 @@ def test_a_folder_that_goes_away_is_said(fit: Fit, at: Any, capsys: pytest.Captu
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip"])
-def test_a_damaged_newest_checkpoint_is_passed_over_but_not_when_it_is_named(
+def test_a_damaged_newest_checkpoint_is_skipped_but_not_when_it_is_named(
     fit: Fit, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
     fit("--trainer.max_steps=4", "--run.save_every_n_steps=2")
@@ -469,7 +469,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_but_not_when_it_is_named(
     assert f"error: {path}" in capsys.readouterr().err.replace(str(Path.cwd()) + "/", "")
     fit("--trainer.max_steps=6", "--ckpt_path=last")
     said = capsys.readouterr().err
-    assert "passed over: " in said
+    assert "skipped: " in said
     assert "resuming from runs/t/version_0/checkpoints/step-00000002.ckpt" in said
 
 
