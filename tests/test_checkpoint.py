@@ -118,6 +118,19 @@ def test_no_flipped_bit_changes_what_is_loaded(tmp_path: Path, flips: int) -> No
     assert 0 < refused < flips * len(starts)
 
 
+def test_a_file_is_checked_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[str | None] = []
+    testzip = zipfile.ZipFile.testzip
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda file: checked.append(file.filename) or testzip(file))
+    path = save(tmp_path / "a.ckpt")
+    for _ in range(3):
+        read_checkpoint(path)
+    assert len(checked) == 1
+    os.utime(path, (0, 0))
+    read_checkpoint(path)
+    assert len(checked) == 2
+
+
 def test_a_checksum_of_an_earlier_version_goes_with_its_checkpoint(tmp_path: Path) -> None:
     path = save(tmp_path / "a.ckpt")
     (tmp_path / "a.ckpt.sha256").write_text("of another file, and not looked at")

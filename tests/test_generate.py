@@ -211,6 +211,12 @@ def test_an_unknown_quantization_is_named(model: GPTModel) -> None:
         for_generation(model, "int3")
 
 
+def test_compiling_without_a_compiler_is_named(model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(InputError, match=r"compile needs a C\+\+ compiler"):
+        for_generation(model, compile=True)
+
+
 @pytest.mark.slow
 def test_compiled_text_is_the_same(model: GPTModel) -> None:
     model.eval()

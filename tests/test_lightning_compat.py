@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import ModelParallelStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -161,3 +161,17 @@ def test_torch_has_the_queries_and_settings() -> None:
             assert torch._functorch.config.cse is False
         finally:
             torch._functorch.config.cse, torch._functorch.config.ban_recompute_materialized_backward = before
+
+
+def test_a_parser_has_a_schema() -> None:
+    class Parsing(LightningCLI):
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return {"fit": LightningCLI.subcommands()["fit"]}
+
+        def _run_subcommand(self, subcommand: str) -> None:
+            pass
+
+    cli = Parsing(BoringModel, args=["fit"], save_config_callback=None, auto_configure_optimizers=False)
+    trainer_keys = lightning_compat.parser_schema(cli, "fit")["properties"]["trainer"]["properties"]
+    assert trainer_keys["max_steps"]["type"] == "integer"

@@ -4,6 +4,11 @@ BLAS reaches a fraction of that bandwidth. A compiled multiply-and-sum comes clo
 of the bytes.
 """
 
+import os
+import shlex
+import shutil
+import sys
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -119,10 +124,6 @@ def for_generation(model: GPTModel, quantize: str | None = None, compile: bool =
 
 
 def _check_compiler() -> None:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise InputError("compile needs a C++ compiler: install g++ or clang, or leave it out") from error
+    default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if shutil.which(shlex.split(os.environ.get("CXX", default))[0]) is None:
+        raise InputError("compile needs a C++ compiler: install g++ or clang, or leave it out")
