@@ -15,6 +15,7 @@ from typer.main import get_command
 
 from conftest import ROOT, run_script
 from gptlit.commands.main import app, main
+from gptlit.errors import InputError
 
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 
@@ -119,6 +120,22 @@ def test_python_m_gptlit_is_the_command(tmp_path: Path) -> None:
     result = run_script("-m", "gptlit", "generate", "--checkpoint=x", "--prompt=a", cwd=tmp_path)
     assert result.returncode == 1
     assert result.stderr.startswith("error: checkpoint 'x' does not exist")
+
+
+def test_ctrl_c_ends_with_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gptlit.commands.inspect.user_path", interrupted)
+    with pytest.raises(SystemExit) as exit_:
+        main(["inspect", "folder"])
+    assert exit_.value.code == 130
+
+
+def test_a_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPTLIT_TRACEBACK", "1")
+    with pytest.raises(InputError, match="nowhere is no folder of tokens"):
+        main(["inspect", "nowhere"])
 
 
 def test_several_prompts_and_samples_as_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -285,7 +302,6 @@ def test_weights_are_trained_further_with_their_own_tokenizer(
     from gptlit.checkpoint.export import save_pretrained
     from gptlit.checkpoint.pretrained import read_weights
     from gptlit.data.tokenizer import load_tokenizer
-    from gptlit.errors import InputError
     from gptlit.training.cli import main as train
 
     rows = load_tokenizer(str(tokenizer_json)).n_vocab + 1  # one that no text needs
