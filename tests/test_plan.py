@@ -100,7 +100,7 @@ def test_a_gpu_that_is_not_here_is_not_measured(capsys: pytest.CaptureFixture[st
         (["--config=nowhere.yaml"], "nowhere.yaml"),
         (["--config", str(ROOT / "configs/quickstart.yaml"), "--model.lr=-1"], "model.lr must be a number"),
         (["--config", str(ROOT / "configs/quickstart.yaml"), "--model.learning_rate=1"], "learning_rate"),
-        (["--config", str(ROOT / "configs/quickstart.yaml"), "--json=maybe"], "--json is true or false, got 'maybe'"),
+        (["--config", str(ROOT / "configs/quickstart.yaml"), "--json=maybe"], "Option '--json' does not take a value"),
         (["--config", str(ROOT / "configs/quickstart.yaml"), "--trainer.devices=3"], "not divisible by 3 of them"),
         (["--config", str(ROOT / "configs/quickstart.yaml"), "--trainer.devices=0"], "one is the least"),
         (["--config", str(ROOT / "configs/quickstart.yaml"), "--trainer.accelerator=tpu"], "use auto, cpu, gpu or mps"),

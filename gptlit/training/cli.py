@@ -21,7 +21,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from torch.distributed import DistNetworkError
 
 from gptlit.checkpoint.io import DurableCheckpointIO, read_checkpoint
-from gptlit.checkpoint.pretrained import agree, check_tokenizer, read_source
+from gptlit.checkpoint.pretrained import check_compatible, check_tokenizer, read_weights
 from gptlit.checkpoint.runs import (
     best_path,
     checkpoint_path,
@@ -163,13 +163,13 @@ class TrainingCLI(LightningCLI):
         if config.ckpt_path is not None:
             found = read_checkpoint(Path(config.ckpt_path))["hyper_parameters"]["config"]
         elif config.model.init_from is not None:
-            source = read_source(config.model.init_from)
+            source = read_weights(config.model.init_from)
             name = tokenizer_for(config.data.source, config.data.tokenizer, source.tokenizer_name or "gpt2")
             if name == source.tokenizer_name:
                 config.data.tokenizer = name  # what trained the weights, unless the data say otherwise
             check_tokenizer(source, load_tokenizer(name))
             rows = source.config.vocab_size
-            source = agree({"vocab_size": load_tokenizer(name).n_vocab, **given}, source)
+            source = check_compatible({"vocab_size": load_tokenizer(name).n_vocab, **given}, source)
             if source.config.vocab_size < rows:
                 note(f"the vocabulary is cut: from {rows} to {source.config.vocab_size} ids")
             found = asdict(source.config)

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Timer
 from torch import Tensor
 from torch.optim import AdamW
 
-from gptlit.checkpoint.pretrained import check_tokenizer, copy_weights, read_source
+from gptlit.checkpoint.pretrained import check_tokenizer, copy_weights, read_weights
 from gptlit.config import GPTConfig
 from gptlit.errors import InputError, note
 from gptlit.model.gpt import GPTModel, TransformerBlock
@@ -140,7 +140,7 @@ class GPTModule(pl.LightningModule):
         else:
             self.model = sharded_model(self.config, mesh["data_parallel"], device)
         if self.init_from is not None:
-            source = read_source(self.init_from)
+            source = read_weights(self.init_from)
             if (data := getattr(self._trainer, "datamodule", None)) is not None and hasattr(data, "tokenizer"):
                 check_tokenizer(source, data.tokenizer)
             copy_weights(self.model, source)
