@@ -175,7 +175,7 @@ def test_less_memory_with_shards_recomputing_and_half_precision() -> None:
     def total(**changes: Any) -> int:
         return int(make_plan(replace(SMALL, **changes))["memory"]["total"])
 
-    assert total(recompute=True) < total()
+    assert total(activation_checkpointing=True) < total()
     assert total(precision="bf16-mixed") < total()
     assert total(shards=True, devices=8) < total(devices=8)
     assert total(optimizer="muon") < total()
@@ -223,7 +223,7 @@ def test_the_table_of_activations_is_what_a_plan_says(preset: str) -> None:
     config = replace(PRESETS[preset], tie_weights=True, qkv_bias=True, drop_rate=0.0)
     spec = RunSpec(config, precision="bf16-mixed", device="cuda", devices=8, compile=True, micro_batch_size=8)
     for cell, recompute in zip(cells, (False, True), strict=True):
-        found = make_plan(replace(spec, recompute=recompute))["memory"]
+        found = make_plan(replace(spec, activation_checkpointing=recompute))["memory"]
         assert f"{(found['activations'] + found['logits']) / 1e9:.1f}" == cell.strip()
 
 

@@ -114,7 +114,7 @@ def run_spec(config: Any, run: Path) -> RunSpec:
         devices=devices,
         nodes=int(trainer.num_nodes),
         shards=trainer.strategy == "fsdp2",
-        recompute=model.activation_checkpointing,
+        activation_checkpointing=model.activation_checkpointing,
         compile=model.compile,
         batch_size=data.batch_size,
         micro_batch_size=micro_batch_size(data.batch_size, devices, data.micro_batch_size),

@@ -62,7 +62,7 @@ class RunSpec:
         devices: How many, over all nodes.
         nodes: Machines.
         shards: Whether weights, gradients and moments are split over them.
-        recompute: Whether blocks are computed again on the way back.
+        activation_checkpointing: Whether blocks are recomputed in backward.
         compile: Whether blocks are compiled.
         batch_size: Windows in an optimizer step, over all devices.
         micro_batch_size: Windows that a device takes at once.
@@ -85,7 +85,7 @@ class RunSpec:
     devices: int = 1
     nodes: int = 1
     shards: bool = False
-    recompute: bool = False
+    activation_checkpointing: bool = False
     compile: bool = False
     batch_size: int = 16
     micro_batch_size: int = 16
@@ -204,7 +204,7 @@ def memory(spec: RunSpec, total: int) -> dict[str, int | None]:
         saved += 2 * layers  # masks behind attention and feed-forward
         if spec.device == "cpu":  # torch's attention keeps its probabilities where it drops some
             saved += layers * config.n_heads * config.context_length * (2 * size + 1) // width
-    activations = tokens * width * (4 * layers + 2 * kept if spec.recompute else saved)
+    activations = tokens * width * (4 * layers + 2 * kept if spec.activation_checkpointing else saved)
     casts = 2 * 12 * width**2 * layers if "mixed" in spec.precision and not spec.compile else 0
     rows = min(tokens, ROWS.get(spec.device, 1024))
     parts: dict[str, int] = {
@@ -332,7 +332,7 @@ def measure(spec: RunSpec) -> float:
         recompute_cheap_ops(device)
     for block in model.trf_blocks:
         assert isinstance(block, TransformerBlock)
-        block.recompute = spec.recompute
+        block.activation_checkpointing = spec.activation_checkpointing
         if spec.compile:
             block.compile()
     values: Any = {"weight_decay": 0.1, "decay_all": False, "betas": (0.9, 0.95)}

@@ -148,7 +148,7 @@ class GPTModule(pl.LightningModule):
             configure_compiler(device)
         for block in self.model.trf_blocks:
             assert isinstance(block, TransformerBlock)
-            block.recompute = self.activation_checkpointing
+            block.activation_checkpointing = self.activation_checkpointing
             if self.compile_model:
                 block.compile()  # in place: the keys of the state dict stay as they are
 

@@ -158,7 +158,7 @@ def run_spec(trainer: pl.Trainer, module: GPTModule, datamodule: TokenDataModule
         devices=trainer.world_size,
         nodes=trainer.num_nodes,
         shards=module.device_mesh is not None,
-        recompute=module.activation_checkpointing,
+        activation_checkpointing=module.activation_checkpointing,
         compile=module.compile_model,
         batch_size=datamodule.batch_size,
         micro_batch_size=datamodule.micro_batch_size_used,
