@@ -17,7 +17,8 @@ from gptlit.data.compatibility import check_division, micro_batch_size
 from gptlit.data.datamodule import TokenDataModule
 from gptlit.errors import InputError, fail
 from gptlit.training.cli import TrainingCLI, command_line
-from gptlit.training.estimate import RunSpec, describe, gigabytes, make_plan, measure, warnings
+from gptlit.training.estimate import RunSpec, describe, gigabytes, make_plan, warnings
+from gptlit.training.measure import measure
 from gptlit.training.module import GPTModule
 
 HUB_NAMES = {"gpt2": "small", "gpt2-medium": "medium", "gpt2-large": "large", "gpt2-xl": "xl"}

@@ -3,7 +3,6 @@
 import math
 import os
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,9 @@ from typing import Any
 import torch
 
 from gptlit.config import GPTConfig
-from gptlit.model.gpt import GPTModel, TransformerBlock
-from gptlit.model.loss import ROWS, chunked_softmax_, linear_cross_entropy, softmax_
-from gptlit.training.lightning_compat import recompute_cheap_ops
-from gptlit.training.optimizer import make_optimizer
+from gptlit.model.gpt import GPTModel
+from gptlit.model.loss import ROWS
+from gptlit.training.optimizer import OPTIMIZERS, OptimizerName
 
 CHINCHILLA = 20  # tokens a parameter. Source: Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models"
 
@@ -79,7 +77,7 @@ class RunSpec:
     """
 
     config: GPTConfig
-    optimizer: str = "adamw"
+    optimizer: OptimizerName = "adamw"
     precision: str = "32-true"
     device: str = "cpu"
     devices: int = 1
@@ -179,11 +177,11 @@ def bytes_per_param(precision: str) -> int:
 
 
 def optimizer_bytes(spec: RunSpec) -> int:
-    """Return the bytes of the moments: two a parameter, one for what Muon moves."""
-    total = 2 * count_parameters(spec.config)["total"]
-    if spec.optimizer == "muon":
-        total -= 12 * spec.config.n_layers * spec.config.emb_dim**2
-    return bytes_per_param(spec.precision) * total
+    """Return the bytes of the optimizer state."""
+    entry = OPTIMIZERS[spec.optimizer]
+    in_blocks = 12 * spec.config.n_layers * spec.config.emb_dim**2
+    others = count_parameters(spec.config)["total"] - in_blocks
+    return bytes_per_param(spec.precision) * (entry.block_matrix_state * in_blocks + entry.other_state * others)
 
 
 def memory(spec: RunSpec, total: int) -> dict[str, int | None]:
@@ -322,49 +320,3 @@ def gigabytes(size: float) -> str:
 def _existing(path: Path) -> Path:
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.exists())
-
-
-def measure(spec: RunSpec) -> float:
-    """Return the seconds of an optimizer step, from micro-batches of random ids run here, on one device."""
-    device = torch.device(spec.device)
-    model = GPTModel(spec.config).to(device)
-    if spec.compile:
-        recompute_cheap_ops(device)
-    for block in model.trf_blocks:
-        assert isinstance(block, TransformerBlock)
-        block.activation_checkpointing = spec.activation_checkpointing
-        if spec.compile:
-            block.compile()
-    values: Any = {"weight_decay": 0.1, "decay_all": False, "betas": (0.9, 0.95)}
-    optimizer = make_optimizer(model, spec.optimizer, lr=spec.lr, **values)  # type: ignore[arg-type]
-    length = spec.config.context_length
-    ids = torch.randint(spec.config.vocab_size, (spec.micro_batch_size, length + 1), device=device)
-    softmax = torch.compile(softmax_, dynamic=False) if spec.compile else chunked_softmax_
-    dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(spec.precision.split("-")[0])
-    times: dict[str, list[float]] = {"micro": [], "step": []}
-
-    wait = getattr(torch, device.type).synchronize
-
-    def timed(name: str, action: Any) -> None:
-        wait()
-        began = time.perf_counter()
-        action()
-        wait()
-        times[name].append(time.perf_counter() - began)
-
-    def micro() -> None:
-        with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            hidden = model.hidden(ids[:, :-1])
-            loss = linear_cross_entropy(hidden, model.out_head.weight, ids[:, 1:], softmax=softmax)
-        loss.backward()  # type: ignore[no-untyped-call]
-
-    def step() -> None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    for _ in range(5):
-        timed("micro", micro)
-        timed("step", step)
-    best = {name: sorted(values[2:])[1] for name, values in times.items()}
-    return accumulation(spec) * best["micro"] + best["step"]
