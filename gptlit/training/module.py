@@ -109,12 +109,11 @@ class GPTModule(pl.LightningModule):
             return
         trainer = attached_trainer(self)
         device = torch.device("cpu") if trainer is None else trainer.strategy.root_device
-        mesh = self.device_mesh  # only a sharding strategy has one
-        if mesh is None:
+        if self.device_mesh is not None:  # only a sharding strategy has one
+            self.model = sharded_model(self.config, self.device_mesh["data_parallel"], device)
+        else:
             with torch.device("cpu"):  # a seed gives the same weights on any device
                 self.model = GPTModel(self.config)
-        else:
-            self.model = sharded_model(self.config, mesh["data_parallel"], device)
         if self.init_from is not None:
             source = read_source(self.init_from)
             if (data := getattr(trainer, "datamodule", None)) is not None and hasattr(data, "tokenizer"):
@@ -139,7 +138,7 @@ class GPTModule(pl.LightningModule):
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
         update_param_groups(optimizer, **self._group_values)
-        self._seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        self._run_seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self.guard.reset(self.device)
         self._losses.clear()
         self._step_tokens = 0  # a previous fit may have ended inside an accumulation window
@@ -150,7 +149,7 @@ class GPTModule(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         inputs, targets = batch
         if self.config.drop_rate:
-            torch.manual_seed(self._micro_batch_seed())
+            torch.manual_seed(_seed(self._run_seed, self.global_step, len(self._losses), self.global_rank))
         loss = self._loss(inputs, targets, "mean")
         self._losses.append(loss.detach())
         self._step_tokens += inputs.numel() * self.trainer.world_size
@@ -159,11 +158,6 @@ class GPTModule(pl.LightningModule):
     def _loss(self, inputs: Tensor, targets: Tensor, reduction: Literal["mean", "sum"]) -> Tensor:
         hidden = self.model.hidden(inputs)  # (B, T, C); before the head's weight is read: it unshards that too
         return linear_cross_entropy(hidden, self.model.out_head.weight, targets, reduction, self._softmax)
-
-    def _micro_batch_seed(self) -> int:
-        """Return a seed that depends on the run's seed, the step, the micro-batch in it, and the device."""
-        position = f"{self._seed} {self.global_step} {len(self._losses)} {self.global_rank}"
-        return int.from_bytes(hashlib.blake2b(position.encode(), digest_size=8).digest(), "big", signed=True)
 
     @property
     def is_between_steps(self) -> bool:
@@ -215,18 +209,12 @@ class GPTModule(pl.LightningModule):
         self._mean_loss = MeanMetric().to(self.device)  # a new one: an interrupted validation leaves nothing behind
 
     @override
-    def on_test_epoch_start(self) -> None:
-        self.on_validation_epoch_start()
-
-    @override
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         inputs, targets = batch
         n_targets = (targets >= 0).sum()  # without padding
         self._mean_loss.update(self._loss(inputs, targets, "sum") / n_targets.clamp(min=1), weight=n_targets)
 
-    @override
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self.validation_step(batch, batch_idx)
+    on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -260,6 +248,12 @@ class GPTModule(pl.LightningModule):
             check_optimizer(self.optimizer_name, checkpoint)
             prepare_fit(trainer, checkpoint)
         self.tokens, self.guard.before = checkpoint.get("tokens", 0), checkpoint.get("skipped_steps", 0)
+
+
+def _seed(*values: int) -> int:
+    """Return a 64-bit seed that depends on all values."""
+    text = " ".join(map(str, values))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
 
 
 def _check(arguments: dict[str, Any]) -> None:
