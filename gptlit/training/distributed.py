@@ -57,7 +57,7 @@ def sharded_meta_model(config: GPTConfig, mesh: DeviceMesh) -> GPTModel:
 class _FullInit(TorchFunctionMode):
     """Makes random initialisers fill a sharded parameter with the values that the unsharded one would have.
 
-    DTensor draws other numbers. Here each device fills the full tensor, on the CPU, and keeps its shard.
+    DTensor's own random numbers differ. Here each device fills the full tensor, on the CPU, and keeps its shard.
     """
 
     RANDOM = ("normal_", "uniform_", "kaiming_uniform_")
