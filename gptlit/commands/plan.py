@@ -18,8 +18,9 @@ from gptlit.data.compatibility import check_division, micro_batch_size
 from gptlit.data.datamodule import TokenDataModule
 from gptlit.errors import InputError, fail
 from gptlit.training.cli import TrainingCLI, command_line
-from gptlit.training.estimate import RunSpec, describe, gigabytes, make_plan, measure, warnings
+from gptlit.training.estimate import RunSpec, describe, gigabytes, make_plan, warnings
 from gptlit.training.lightning_compat import parser_schema
+from gptlit.training.measure import measure
 from gptlit.training.module import GPTModule
 
 HUB_NAMES = {"gpt2": "small", "gpt2-medium": "medium", "gpt2-large": "large", "gpt2-xl": "xl"}
@@ -94,10 +95,10 @@ def run(args: list[str], with_measure: bool, as_json: bool) -> None:
 
 
 def run_spec(config: Any, run: Path) -> RunSpec:
-    """Return the facts of a run, from a parsed configuration of `fit`."""
-    model, data, trainer = config.model, config.data, config.trainer
-    values = model.as_dict()
-    module = GPTModule(**{**values, "config": GPTConfig(**values["config"]), "init_from": None})  # checks the values
+    """Return what is to be planned, from a parsed configuration of `fit`."""
+    data, trainer = config.data, config.trainer
+    values = config.model.as_dict()
+    module = GPTModule(**{**values, "config": GPTConfig(**values["config"])})  # checks the values
     device = device_of(trainer.accelerator)
     devices = count_devices(trainer.devices, device) * int(trainer.num_nodes)
     if devices < 1:
@@ -105,33 +106,21 @@ def run_spec(config: Any, run: Path) -> RunSpec:
     check_division(data.batch_size, devices)
     datamodule = TokenDataModule(**config.data.as_dict() if isinstance(data.source, str) else _with_sources(data))
     datamodule.context_length = datamodule.check_compatible(module.config)
-    windows = val_windows = tokens = None
     if datamodule.corpora.is_prepared():
         datamodule.load("fit")
-        windows, val_windows = (len(datamodule.windows[name]) for name in ("train", "val"))
-        tokens = datamodule.data.tokens("train")
-    saves = 0 if trainer.enable_checkpointing is False else config.run.keep_last
-    return RunSpec(
-        config=module.config,
-        optimizer=model.optimizer,
+    return RunSpec.of(
+        module,
+        datamodule,
         precision=str(trainer.precision),
         device=device,
         devices=devices,
         nodes=int(trainer.num_nodes),
         shards=trainer.strategy == "fsdp2",
-        recompute=model.activation_checkpointing,
-        compile=model.compile,
-        batch_size=data.batch_size,
         micro_batch_size=micro_batch_size(data.batch_size, devices, data.micro_batch_size),
         steps=None if trainer.max_steps == -1 else trainer.max_steps,
         epochs=None if trainer.max_epochs in (None, -1) else trainer.max_epochs,
-        lr=model.lr,
-        warmup_steps=model.warmup_steps,
-        is_pretrained=model.init_from is not None,
-        windows=windows,
-        val_windows=val_windows,
-        train_tokens=tokens,
-        saves=None if saves == -1 else saves + (config.run.keep_best and saves > 0),
+        keep_last=0 if trainer.enable_checkpointing is False else config.run.keep_last,
+        keep_best=config.run.keep_best,
         folder=run.parent.parent,
     )
 
