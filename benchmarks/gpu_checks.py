@@ -91,6 +91,7 @@ def clipping_and_nan(device: str) -> dict[str, Any]:
     import torch
 
     from gptlit import GPTConfig, GPTModule
+    from gptlit.training.gradients import clip_gradients
 
     config = GPTConfig(vocab_size=100, context_length=16, emb_dim=32, n_heads=2, n_layers=2, drop_rate=0.0)
     weights = []
@@ -100,21 +101,21 @@ def clipping_and_nan(device: str) -> dict[str, Any]:
         module._trainer = SimpleNamespace(  # type: ignore[assignment]
             precision="32-true", strategy=SimpleNamespace(root_device=torch.device(device))
         )
-        module._skipped = module._in_a_row = torch.zeros((), device=device)
+        module.guard.reset(torch.device(device))
         module.configure_model()
         module.to(device)
         optimizer = module.configure_optimizers()
         for parameter in module.parameters():
             parameter.grad = torch.randn(parameter.shape).to(device)
         if is_ours:
-            module._guard(optimizer, module._clip(optimizer, 0.5, "norm"))
+            module.guard.check(optimizer, clip_gradients(optimizer, 0.5, "norm"))
         else:
             torch.nn.utils.clip_grad_norm_(module.parameters(), 0.5)
         optimizer.step()
         weights.append([p.detach().clone() for p in module.parameters()])
         if is_ours:
             next(module.parameters()).grad.fill_(math.nan)  # type: ignore[union-attr]
-            module._guard(optimizer, module._clip(optimizer, 0.5, "norm"))
+            module.guard.check(optimizer, clip_gradients(optimizer, 0.5, "norm"))
             optimizer.step()
             kept = all(torch.equal(a, b) for a, b in zip(weights[0], module.parameters(), strict=True))
     largest = max(float((a - b).abs().max()) for a, b in zip(*weights, strict=True))

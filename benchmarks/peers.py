@@ -146,6 +146,7 @@ def bare(emb_dim: int, n_heads: int, n_layers: int, inputs: Any, targets: Any, t
     import torch
 
     from gptlit import GPTConfig, GPTModule
+    from gptlit.training.gradients import clip_gradients
 
     shape = {"emb_dim": emb_dim, "n_heads": n_heads, "n_layers": n_layers, "context_length": inputs.shape[1]}
     config = GPTConfig(**shape, drop_rate=0.0, qkv_bias=True, tie_weights=True, init="gpt2")
@@ -159,7 +160,7 @@ def bare(emb_dim: int, n_heads: int, n_layers: int, inputs: Any, targets: Any, t
         with torch.autocast("cpu", torch.bfloat16):
             loss = module._loss(inputs, targets, "mean")
         loss.backward()
-        module._guard(optimizer, module._clip(optimizer, 1.0, "norm"))
+        module.guard.check(optimizer, clip_gradients(optimizer, 1.0, "norm"))
         optimizer.step()
         optimizer.zero_grad()
         timer.step()

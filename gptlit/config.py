@@ -1,4 +1,4 @@
-"""The architecture of a GPT as a handful of numbers, and the four sizes that OpenAI released."""
+"""The architecture of a GPT, and the four sizes that OpenAI released."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -27,16 +27,16 @@ class GPTConfig:
     | drop_rate | dropout | embd_pdrop, attn_pdrop, resid_pdrop |
 
     Args:
-        vocab_size: Number of token ids; the tokenizer decides it.
+        vocab_size: Number of token ids, of the tokenizer.
         context_length: Longest sequence, in tokens.
         emb_dim: Width of the residual stream.
-        n_heads: Attention heads a block; must divide `emb_dim`.
+        n_heads: Attention heads per block; must divide `emb_dim`.
         n_layers: Transformer blocks.
         drop_rate: Dropout on embeddings, attention weights and shortcuts, 0 <= drop_rate < 1.
         qkv_bias: Whether query, key and value have a bias (OpenAI's weights do).
-        tie_weights: Whether the output head is the token embedding (OpenAI's weights are tied).
-        init: "torch" draws each layer as torch does, "gpt2" as GPT-2 (normal, deviation 0.02). A tied embedding is
-            drawn as in GPT-2 in both cases: torch's N(0, 1) would make the first loss huge.
+        tie_weights: Whether the output head shares the token embedding's weight (as in OpenAI's weights).
+        init: "torch" uses the default of each layer, "gpt2" GPT-2's N(0, 0.02). A tied embedding is initialised as in
+            GPT-2 in both cases: torch's N(0, 1) would make the first loss huge.
 
     Raises:
         ValueError: A value is out of its range; the message names key, value and rule.

@@ -1,4 +1,4 @@
-"""Attention in blocks beside its definition."""
+"""Blocked attention against its definition."""
 
 import pytest
 import torch

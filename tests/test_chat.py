@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from gptlit.commands import chat as module
 from gptlit.commands.chat import Chat
 from gptlit.config import GPTConfig
 from gptlit.data.tokenizer import load_tokenizer
@@ -25,7 +24,7 @@ def chat(written: list[str]) -> Chat:
 
 
 def test_an_answer_continues_all_that_was_said(chat: Chat, written: list[str]) -> None:
-    assert chat.say("Hello")
+    chat.say("Hello")
     first = complete(chat.model, chat.tokenizer, ["Hello"], 6, Sampling(1.0), seed=1)[0].text
     assert "".join(written) == first + "\n"
     assert chat.history == "Hello" + first
@@ -37,20 +36,22 @@ def test_an_answer_continues_all_that_was_said(chat: Chat, written: list[str]) -
     assert chat.history == ""
 
 
-def test_settings_change_and_a_wrong_value_changes_nothing(chat: Chat, written: list[str]) -> None:
-    for line in ("/temperature 0.5", "/top_k 7", "/top_p 0.9", "/max_new_tokens 3"):
-        assert chat.say(line)
-    assert chat.sampling == Sampling(0.5, 7, 0.9)
-    assert chat.max_new_tokens == 3
+def test_the_temperature_changes_and_a_wrong_value_changes_nothing(chat: Chat, written: list[str]) -> None:
+    chat.say("/temperature 0.5")
+    assert chat.sampling == Sampling(0.5)
     written.clear()
-    for line in ("/temperature -1", "/top_k 0", "/top_p two", "/max_new_tokens 0", "/tmeperature 1"):
-        assert chat.say(line)
-    assert chat.sampling == Sampling(0.5, 7, 0.9)
-    assert "temperature must be at least 0" in written[0]
-    assert "top_k must be at least 1" in written[1]
-    assert "two" in written[2]
-    assert "max_new_tokens must be at least 1" in written[3]
-    assert "no command is named /tmeperature" in written[4]
+    for line in ("/temperature -1", "/temperature two", "/temperature", "/tmeperature 1", "/help"):
+        chat.say(line)
+    assert chat.sampling == Sampling(0.5)
+    text = "".join(written)
+    for words in (
+        "temperature must be at least 0",
+        "two",
+        "temperature is 0.5",
+        "unknown command /tmeperature",
+        "/reset",
+    ):
+        assert words in text
 
 
 def test_ctrl_c_stops_one_answer_only(chat: Chat, written: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,14 +59,7 @@ def test_ctrl_c_stops_one_answer_only(chat: Chat, written: list[str], monkeypatc
         on_text(0, " part")  # type: ignore[operator]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "complete", interrupted)
-    assert chat.say("Hello")
+    monkeypatch.setattr("gptlit.generation.generate.complete", interrupted)
+    chat.say("Hello")
     assert chat.history == "Hello part"
     assert "".join(written) == " part [stopped]\n"
-
-
-def test_quit_ends_and_help_helps(chat: Chat, written: list[str]) -> None:
-    assert chat.say("/help")
-    assert "/temperature" in written[0]
-    assert chat.say("")
-    assert not chat.say("/quit")

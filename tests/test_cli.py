@@ -1,6 +1,5 @@
 """The `gptlit` command."""
 
-import inspect
 import io
 import json
 import os
@@ -12,10 +11,13 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from typer.main import get_command
 
 from conftest import ROOT, run_script
-from gptlit.commands import main as cli
-from gptlit.commands.main import main
+from gptlit.commands.main import app, main
+from gptlit.errors import InputError
+
+COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def test_temperature_zero_needs_no_seed(run: Path, capsys: pytest.CaptureFixture
             "a vocabulary of 99 ids, but the default tokenizer 'gpt2' has 50257",
         ),
         (["--prompt=a", "--checkpoint=part.ckpt"], "has no tensor 'final_norm.bias' (shape (32,))"),
-        (["--prompt=a", "--topk=3"], "unrecognized arguments: --topk"),
+        (["--prompt=a", "--topk=3"], "No such option: --topk"),
         ([], "prompt"),
     ],
 )
@@ -106,7 +108,6 @@ def test_bad_input_is_one_line(run: Path, capsys: pytest.CaptureFixture[str], fl
     assert words in captured.err
 
 
-@pytest.mark.xfail(strict=True, reason="jsonargparse asks the package for every command's name")
 def test_help_does_not_wait_for_torch(tmp_path: Path) -> None:
     code = "import sys; sys.argv[1:] = ['--help']\nfrom gptlit.commands.main import main\n"
     code += "try: main()\nexcept SystemExit: pass\n"
@@ -121,18 +122,34 @@ def test_python_m_gptlit_is_the_command(tmp_path: Path) -> None:
     assert result.stderr.startswith("error: checkpoint 'x' does not exist")
 
 
+def test_ctrl_c_ends_with_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gptlit.commands.inspect.user_path", interrupted)
+    with pytest.raises(SystemExit) as exit_:
+        main(["inspect", "folder"])
+    assert exit_.value.code == 130
+
+
+def test_a_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPTLIT_TRACEBACK", "1")
+    with pytest.raises(InputError, match="nowhere is no folder of tokens"):
+        main(["inspect", "nowhere"])
+
+
 def test_several_prompts_and_samples_as_json(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("prompts.txt").write_text("The model\n\nA longer prompt about trees\n")
     flags = ["--prompts_file=prompts.txt", "--num_samples=2", "--max_new_tokens=6", "--seed=1"]
     capsys.readouterr()
-    main(["generate", f"--checkpoint={run}", *flags, "--json=true", "--stop=[zzz]"])
+    main(["generate", f"--checkpoint={run}", *flags, "--json", "--stop=zzz"])
     captured = capsys.readouterr()
     results = [json.loads(line) for line in captured.out.splitlines()]
     assert [result["prompt"] for result in results] == ["The model"] * 2 + ["A longer prompt about trees"] * 2
     assert results[0]["text"] != results[1]["text"]
     for result in results:
-        assert len(result["token_ids"]) == len(result["log_probabilities"]) <= 6
-        assert all(chance <= 0 for chance in result["log_probabilities"])
+        assert len(result["token_ids"]) == len(result["log_probs"]) <= 6
+        assert all(log_prob <= 0 for log_prob in result["log_probs"])
     assert captured.err == "no stop string was met in 4 of 4 texts\n"
     main(["generate", f"--checkpoint={run}", *flags])
     assert "--- 4 of 4 ---\nA longer prompt" in capsys.readouterr().out
@@ -167,22 +184,18 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_text_is_taken_as_it_is_typed(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[object] = []
-
-    def generate(checkpoint: str, prompt: str = "", stop: list[str] | None = None) -> None:
-        given.extend([checkpoint, prompt, stop])
-
-    monkeypatch.setitem(cli.COMMANDS, "generate", generate)
-    main(["generate", "--checkpoint", text, "--prompt", text, "--stop", text])
-    assert given == [text, text, [text]]
+def test_a_text_is_taken_as_it_is_typed(text: str) -> None:
+    words = ["--checkpoint", text, "--prompt", text, "--stop", text, f"--stop={text}"]
+    values = COMMANDS["generate"].make_context("generate", words).params
+    assert (values["checkpoint"], values["prompt"], list(values["stop"])) == (text, text, [text, text])
 
 
-def test_no_command_has_a_text_that_may_be_none() -> None:
-    """Such a value is read as YAML, in which "# Title" is nothing."""
-    for command in cli.COMMANDS.values():
-        for parameter in inspect.signature(command).parameters.values():
-            assert not re.search(r"^str \|", str(parameter.annotation)), (command, parameter)
+@pytest.mark.parametrize("name", ["--max_new_tokens", "--max-new-tokens"])
+def test_names_of_options_have_dashes_or_underscores(name: str) -> None:
+    with get_command(app).make_context("gptlit", ["generate", "--checkpoint=a", f"{name}=3"]) as context:
+        rest = [*context._protected_args, *context.args]
+        values = COMMANDS["generate"].make_context("generate", rest[1:], parent=context).params
+    assert values["max_new_tokens"] == 3
 
 
 def test_output_is_never_lost_to_its_encoding(run: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +242,7 @@ def test_evaluate_prints_a_table_or_json(run: Path, text: str, capsys: pytest.Ca
     capsys.readouterr()
     main(["evaluate", f"--checkpoint={run}", "--data=mine.txt"])
     table = capsys.readouterr().out
-    main(["evaluate", f"--checkpoint={run}", "--data=mine.txt", "--json=true", "--precision=bf16", "--quantize=int8"])
+    main(["evaluate", f"--checkpoint={run}", "--data=mine.txt", "--json", "--precision=bf16", "--quantize=int8"])
     values = json.loads(capsys.readouterr().out)
     loss = float(re.search(r"loss +([\d.]+)", table)[1])  # type: ignore[index]
     assert values["loss"] == pytest.approx(loss, rel=0.01)
@@ -240,7 +253,7 @@ def test_evaluate_prints_a_table_or_json(run: Path, text: str, capsys: pytest.Ca
 def test_chat_reads_lines_until_the_end(
     run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines = iter(["/max_new_tokens 3", "The model", ""])
+    lines = iter(["/temperature 0", "The model", ""])
 
     def read(_: str) -> str:
         try:
@@ -249,8 +262,8 @@ def test_chat_reads_lines_until_the_end(
             raise EOFError from None
 
     monkeypatch.setattr("builtins.input", read)
-    main(["chat", f"--checkpoint={run}"])
-    assert "max_new_tokens is 3" in capsys.readouterr().out
+    main(["chat", f"--checkpoint={run}", "--max_new_tokens=3"])
+    assert "temperature is 0.0" in capsys.readouterr().out
 
 
 def test_import_train_export_and_transformers_writes(
@@ -287,9 +300,8 @@ def test_weights_are_trained_further_with_their_own_tokenizer(
     from conftest import TINY
     from gptlit import GPTConfig, GPTModel, GPTModule, TokenDataModule
     from gptlit.checkpoint.export import save_pretrained
-    from gptlit.checkpoint.pretrained import read_source
+    from gptlit.checkpoint.pretrained import read_weights
     from gptlit.data.tokenizer import load_tokenizer
-    from gptlit.errors import InputError
     from gptlit.training.cli import main as train
 
     rows = load_tokenizer(str(tokenizer_json)).n_vocab + 1  # one that no text needs
@@ -298,7 +310,7 @@ def test_weights_are_trained_further_with_their_own_tokenizer(
     fit = ["fit", *TINY, f"--data.source={text_file}", "--trainer.max_steps=1", "--model.init_from=the weights"]
     train(fit)
     assert f"the vocabulary is cut: from {rows} to {rows - 1} ids" in capsys.readouterr().err
-    found = read_source("runs/t")
+    found = read_weights("runs/t")
     assert (found.tokenizer, found.config.vocab_size) == (tokenizer_json.read_text(), rows - 1)
     main(["generate", "--checkpoint=the weights", "--prompt=a", "--max_new_tokens=3"])
     main(["import", "the weights", "--out=a.ckpt"])
@@ -335,8 +347,8 @@ def test_a_tokenizer_that_cannot_be_that_of_the_weights(tokenizer: str, capsys: 
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (["import", "--source=nowhere", "--out=a.ckpt"], "checkpoint 'nowhere' does not exist"),
-        (["import", "--source=nowhere", "--out=a.pth"], "--out 'a.pth' must end in .ckpt"),
+        (["import", "nowhere", "--out=a.ckpt"], "checkpoint 'nowhere' does not exist"),
+        (["import", "nowhere", "--out=a.pth"], "--out 'a.pth' must end in .ckpt"),
         (["export", "--checkpoint=nowhere", "--out=b"], "checkpoint 'nowhere' does not exist"),
         (["export", "--checkpoint=nowhere", "--out=b", "--to=onnx"], "onnx"),
         (["evaluate", "--checkpoint=nowhere", "--data=python-docs"], "checkpoint 'nowhere' does not exist"),
@@ -378,7 +390,7 @@ def test_prepare_inspect_and_train(dump: Path, capsys: pytest.CaptureFixture[str
     main(["prepare", "dump.jsonl", "--out", "data/dump", "--text_key", "body", "--skip_bad", "--shard_tokens", "500"])
     out = capsys.readouterr().out
     assert re.search(r"^train +2\d\d +[\d,]+ +[\d,]+ +\d\.\d\d +\d$", out, re.MULTILINE), out
-    assert "left out, for they could not be read: 1 documents" in out
+    assert "skipped, unreadable: 1 documents" in out
     command = re.search(r"^next: python train.py (.*)", out, re.MULTILINE)
     assert command is not None
     assert command[1].endswith("--data.source data/dump")
@@ -398,7 +410,7 @@ def test_prepare_inspect_and_train(dump: Path, capsys: pytest.CaptureFixture[str
 def test_several_sources_and_separate_validation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "b", "c", "d"):
         (tmp_path / f"{name}.txt").write_text(f"text {name}")
-    main(["prepare", "a.txt", "b.txt", "--val_source", "c.txt", "d.txt", "--out=out"])
+    main(["prepare", "a.txt", "b.txt", "--val_source", "c.txt", "--val_source", "d.txt", "--out=out"])
     capsys.readouterr()
     main(["inspect", "out", "--split", "val"])
     out = capsys.readouterr().out
@@ -414,9 +426,8 @@ def test_several_sources_and_separate_validation(tmp_path: Path, capsys: pytest.
         (["prepare", "nowhere", "--out=o"], "'nowhere' does not exist: give a text", 1),
         (["prepare", "~nobody-here/x", "--out=o"], "'~nobody-here/x': ", 1),
         (["prepare", "", "--out=o"], "a path is empty", 1),
-        (["prepare", "--source=[]", "--val_source=dump.jsonl", "--out=o"], "no source is given", 1),
-        (["prepare", "dump.jsonl"], "the following arguments are required: prepare.out", 2),
-        (["prepare", "--out=o"], "the following arguments are required: prepare.source", 2),
+        (["prepare", "dump.jsonl"], "Missing option '--out'", 2),
+        (["prepare", "--out=o"], "Missing argument 'source'", 2),
         (["prepare", "python-docs", "--out=."], "is not empty", 1),
         (["prepare", "dump.jsonl", "--out=o", "--shard_tokens=0"], "shard_tokens must be at least 1, got 0", 1),
         (["prepare", "dump.jsonl", "--out=o", "--num_workers=-1"], "num_workers must be at least 0, got -1", 1),
@@ -473,26 +484,3 @@ def test_a_reader_that_has_read_enough_is_no_error(tmp_path: Path) -> None:
     command = f"{sys.executable} -m gptlit inspect o --length 50 | true"
     result = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
     assert (result.returncode, result.stderr) == (0, "")
-
-
-def test_short_spellings(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gptlit.commands.main import _spelt_out
-
-    for short, full in (
-        (
-            ["prepare", "a", "b", "--out", "x", "--overwrite"],
-            ["prepare", '--source=["a", "b"]', "--out=x", "--overwrite=true"],
-        ),
-        (["inspect", "f", "--verify", "false"], ["inspect", "--folder=f", "--verify=false"]),
-        (["generate", "--stop", "Q:", "z", "--prompt", "-a=b"], ["generate", '--stop=["Q:", "z"]', "--prompt=-a=b"]),
-        (["generate", '--stop=["Q:"]'], ["generate", '--stop=["Q:"]']),
-        (["nonsense", "a"], ["nonsense", "a"]),
-        (["--help"], ["--help"]),
-        (["prepare", "[ab].txt"], ["prepare", '--source=["[ab].txt"]']),
-        (
-            ["prepare", "a", "--separator", "---", "--out", "o"],
-            ["prepare", '--source=["a"]', "--separator=---", "--out=o"],
-        ),
-        (["prepare", "a", "--out", "--overwrite"], ["prepare", '--source=["a"]', "--out", "--overwrite=true"]),
-    ):
-        assert _spelt_out(short) == full

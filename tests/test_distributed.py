@@ -19,7 +19,7 @@ from gptlit.checkpoint.io import read_checkpoint
 from gptlit.checkpoint.runs import checkpoints
 from gptlit.config import PRESETS
 from gptlit.model.sharding import local
-from gptlit.training.distributed import shards_without_memory
+from gptlit.training.distributed import sharded_meta_model
 
 RUN = Path("runs/t/version_0")
 FIT = [str(ROOT / "train.py"), "fit", *TINY]
@@ -131,7 +131,7 @@ def test_shards_of_the_largest_model_are_as_the_formula_says() -> None:
     for rank in (0, 7):
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=8)
         try:
-            model = shards_without_memory(config, init_device_mesh("cpu", (8,)))
+            model = sharded_meta_model(config, init_device_mesh("cpu", (8,)))
         finally:
             torch.distributed.destroy_process_group()
         assert sum(parameter.numel() for parameter in model.parameters()) == 1_557_611_200

@@ -25,14 +25,14 @@ def model() -> GPTModel:
 def by_definition(model: GPTModel, text: str, stride: int) -> tuple[float, int]:
     """Predict each token alone: from the start while the first window lasts, then from where its window begins."""
     ids = [TOKENIZER.eot_token, *TOKENIZER.encode_ordinary(text)]
-    nats, hits = 0.0, 0
+    nats, correct = 0.0, 0
     for position in range(1, len(ids)):
         end = min(len(ids), 17 if position <= 16 else 17 + math.ceil((position - 16) / stride) * stride)
         with torch.no_grad():
             logits = model(torch.tensor([ids[max(0, end - 17) : position]]))[0, -1]
         nats -= float(logits.log_softmax(-1)[ids[position]])
-        hits += int(logits.argmax() == ids[position])
-    return nats, hits
+        correct += int(logits.argmax() == ids[position])
+    return nats, correct
 
 
 @pytest.mark.parametrize("stride", [1, 5, 16])
@@ -43,7 +43,7 @@ def test_every_token_is_predicted_once_from_its_window(model: GPTModel, stride: 
     total = result.total
     assert total.tokens == sum(len(TOKENIZER.encode_ordinary(text)) for text in DOCUMENTS)
     assert total.nats == pytest.approx(sum(nats for nats, _ in expected), rel=1e-5)
-    assert total.hits == sum(hits for _, hits in expected)
+    assert total.correct == sum(correct for _, correct in expected)
     assert total.perplexity == pytest.approx(math.exp(total.nats / total.tokens))
     text_bytes = sum(len(text.encode()) for text in DOCUMENTS)
     assert total.bits_per_byte == pytest.approx(total.nats / math.log(2) / text_bytes)

@@ -1,4 +1,4 @@
-"""Sampling: probabilities against their definition, the loop around them, and the cache against no cache."""
+"""Sampling: probs against their definition, the loop around them, and the cache against no cache."""
 
 import copy
 
@@ -39,31 +39,31 @@ def greedy_without_cache(model: GPTModel, prompt: list[int], count: int) -> list
 
 
 def test_top_k_is_the_books() -> None:
-    probabilities = Sampling(temperature=1.0, top_k=3).probabilities(LOGITS)[0]
+    probs = Sampling(temperature=1.0, top_k=3).probs(LOGITS)[0]
     expected = torch.zeros(9)
     expected[[0, 3, 7]] = torch.tensor([0.0615, 0.5775, 0.3610])
-    torch.testing.assert_close(probabilities, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(probs, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("top_p", "kept"), [(0.5, [3]), (0.6, [3, 7]), (0.95, [3, 7, 0]), (1.0, list(range(9)))])
 def test_top_p_keeps_the_smallest_set_that_reaches_it(top_p: float, kept: list[int]) -> None:
     full = torch.softmax(LOGITS[0], dim=-1)
-    probabilities = Sampling(temperature=1.0, top_p=top_p).probabilities(LOGITS)[0]
-    assert sorted(kept) == probabilities.nonzero().flatten().tolist()
-    torch.testing.assert_close(probabilities[kept], full[kept] / full[kept].sum())
+    probs = Sampling(temperature=1.0, top_p=top_p).probs(LOGITS)[0]
+    assert sorted(kept) == probs.nonzero().flatten().tolist()
+    torch.testing.assert_close(probs[kept], full[kept] / full[kept].sum())
 
 
 def test_temperature_divides_the_logits() -> None:
-    torch.testing.assert_close(Sampling(temperature=2.0).probabilities(LOGITS), torch.softmax(LOGITS / 2.0, dim=-1))
+    torch.testing.assert_close(Sampling(temperature=2.0).probs(LOGITS), torch.softmax(LOGITS / 2.0, dim=-1))
 
 
 def test_a_tiny_temperature_is_greedy() -> None:
-    probabilities = Sampling(temperature=1e-40).probabilities(LOGITS)[0]
-    assert probabilities.tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0]
+    probs = Sampling(temperature=1e-40).probs(LOGITS)[0]
+    assert probs.tolist() == [0, 0, 0, 1, 0, 0, 0, 0, 0]
 
 
 def test_top_k_keeps_k_of_equals() -> None:
-    assert int((Sampling(1.0, top_k=2).probabilities(torch.zeros(1, 5)) > 0).sum()) == 2
+    assert int((Sampling(1.0, top_k=2).probs(torch.zeros(1, 5)) > 0).sum()) == 2
 
 
 @pytest.mark.parametrize(
@@ -74,18 +74,18 @@ def test_drawn_frequencies_are_the_probabilities(sampling: Sampling) -> None:
     generator = torch.Generator().manual_seed(5)
     drawn = sampling.draw(LOGITS.expand(20_000, -1), (generator,))
     # The definition, written another way: softmax, sort, cut, renormalise.
-    chances = (LOGITS[0].double() / sampling.temperature).exp()
-    chances /= chances.sum()
-    order = chances.argsort(descending=True).tolist()
+    probs = (LOGITS[0].double() / sampling.temperature).exp()
+    probs /= probs.sum()
+    order = probs.argsort(descending=True).tolist()
     kept = order[: sampling.top_k]
     if sampling.top_p is not None:
         total, kept = 0.0, []
         for token in order:
             kept.append(token)
-            total += float(chances[token])
+            total += float(probs[token])
             if total >= sampling.top_p:
                 break
-    expected = {token: 20_000 * float(chances[token] / chances[kept].sum()) for token in kept}
+    expected = {token: 20_000 * float(probs[token] / probs[kept].sum()) for token in kept}
     counts = torch.bincount(drawn, minlength=9).tolist()
     assert sum(counts[token] for token in kept) == 20_000
     chi_square = sum((counts[token] - expected[token]) ** 2 / expected[token] for token in kept)
@@ -130,14 +130,14 @@ def test_a_batch_of_any_lengths_is_as_one_by_one_without_a_cache(model: GPTModel
         assert [int(ids[row]) for ids, _ in steps] == greedy_without_cache(model, prompt, 14)
 
 
-def test_log_probabilities_are_the_models(model: GPTModel) -> None:
+def test_log_probs_are_the_models(model: GPTModel) -> None:
     model.eval()
     ids = [3, 1, 4]
     sampling = Sampling(2.0, top_k=3)
-    for next_ids, chances in stream(model, [ids], 4, sampling, generators=(torch.Generator().manual_seed(0),)):
+    for next_ids, log_probs in stream(model, [ids], 4, sampling, generators=(torch.Generator().manual_seed(0),)):
         with torch.no_grad():
             expected = model(torch.tensor([ids]))[0, -1].log_softmax(-1)[next_ids[0]]
-        torch.testing.assert_close(chances[0], expected)
+        torch.testing.assert_close(log_probs[0], expected)
         ids = [*ids, int(next_ids[0])]
 
 
@@ -206,9 +206,15 @@ def test_packed_and_plain_8_bits_are_the_same_numbers(rows: int) -> None:
     assert not Int8Linear(torch.nn.Linear(6, 3), packed=True).packed
 
 
-def test_an_unknown_quantisation_is_named(model: GPTModel) -> None:
-    with pytest.raises(InputError, match="no quantisation is named 'int3'"):
+def test_an_unknown_quantization_is_named(model: GPTModel) -> None:
+    with pytest.raises(InputError, match="quantize 'int3' is unknown"):
         for_generation(model, "int3")
+
+
+def test_compiling_without_a_compiler_is_named(model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(InputError, match=r"compile needs a C\+\+ compiler"):
+        for_generation(model, compile=True)
 
 
 @pytest.mark.slow
@@ -248,7 +254,7 @@ def test_text_comes_in_pieces_that_add_up(writer: tuple[GPTModel, tiktoken.Encod
     tokenizer = writer[1]
     for row, result in enumerate(results):
         assert result.text == pieces[row] == tokenizer.decode(result.token_ids)
-        assert len(result.log_probabilities) == len(result.token_ids) == 40
+        assert len(result.log_probs) == len(result.token_ids) == 40
         assert result.reason == "length"
 
 

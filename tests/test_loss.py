@@ -10,7 +10,7 @@ from gptlit.model import loss as loss_module
 from gptlit.model.loss import linear_cross_entropy, next_token_loss
 
 
-def test_mean_and_sum_leave_out_what_has_no_target() -> None:
+def test_mean_and_sum_ignore_targets_of_minus_100() -> None:
     torch.manual_seed(0)
     logits = torch.randn(2, 3, 7, dtype=torch.float64)
     targets = torch.tensor([[1, -100, 6], [0, 2, -100]])
@@ -23,7 +23,7 @@ def test_mean_and_sum_leave_out_what_has_no_target() -> None:
 
 
 def plain(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> list[Tensor]:
-    """Return loss and gradients in float64, as the textbook has them."""
+    """Return loss and gradients in float64, by definition."""
     hidden, weight = (value.detach().double().requires_grad_() for value in (hidden, weight))
     loss = next_token_loss(hidden @ weight.T, targets, reduction)  # type: ignore[arg-type]
     (loss * 0.5).backward()
@@ -38,16 +38,16 @@ def plain(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> li
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
     reduction=st.sampled_from(["mean", "sum"]),
     seed=st.integers(0, 2**31),
-    spread=st.sampled_from([0.1, 1.0, 30.0]),
+    scale=st.sampled_from([0.1, 1.0, 30.0]),
 )
-def test_the_loss_with_the_head_is_that_of_the_textbook(
-    rows: int, vocabulary: int, at_once: int, dtype: torch.dtype, reduction: str, seed: int, spread: float
+def test_linear_cross_entropy_equals_the_definition(
+    rows: int, vocabulary: int, at_once: int, dtype: torch.dtype, reduction: str, seed: int, scale: float
 ) -> None:
-    """Loss and gradients beside float64: equal there, to 1e-4 in float32. In bf16 a logit has 8 bits, and
-    its error is a relative one of the token's chance: to a hundredth, and more where logits are large.
+    """Loss and gradients against float64: equal there, to 1e-4 in float32. In bf16 a logit has 8 bits, and
+    its error is a relative error of the probability: a hundredth, and more for large logits.
     """
     torch.manual_seed(seed)
-    hidden = (spread * torch.randn(1, rows, 8)).to(dtype).requires_grad_()
+    hidden = (scale * torch.randn(1, rows, 8)).to(dtype).requires_grad_()
     weight = torch.randn(vocabulary, 8).to(dtype).requires_grad_()
     targets = torch.randint(vocabulary, (1, rows))
     targets[0, torch.rand(rows) < 0.2] = -100
@@ -65,7 +65,7 @@ def test_the_loss_with_the_head_is_that_of_the_textbook(
 
 
 def test_small_gradients_survive_fp16() -> None:
-    """A gradient scaler multiplies them by thousands, but only what is still there."""
+    """A gradient scaler multiplies them by thousands, but not those that were rounded to 0."""
     torch.manual_seed(0)
     hidden = torch.randn(1, 4096, 8).half().requires_grad_()
     weight = (torch.randn(2000, 8) / 10).half().requires_grad_()
@@ -77,7 +77,7 @@ def test_small_gradients_survive_fp16() -> None:
         assert float((ours.double() / 8192.0 - theirs).norm()) < 1e-2 * float(theirs.norm())
 
 
-def test_without_gradients_only_the_loss_is_made() -> None:
+def test_under_no_grad_only_the_loss_is_computed() -> None:
     torch.manual_seed(0)
     hidden, weight, targets = torch.randn(2, 3, 4), torch.randn(9, 4, requires_grad=True), torch.randint(9, (2, 3))
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_without_gradients_only_the_loss_is_made() -> None:
     torch.testing.assert_close(found, next_token_loss(hidden @ weight.T, targets).detach())
 
 
-def test_its_gradients_are_given_once() -> None:
+def test_a_second_backward_is_refused() -> None:
     hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     loss = linear_cross_entropy(hidden, weight, torch.zeros(2, 3, dtype=torch.int64))
     loss.backward(retain_graph=True)
@@ -94,19 +94,22 @@ def test_its_gradients_are_given_once() -> None:
         loss.backward()
 
 
-@pytest.mark.parametrize("wants", [(True, True), (True, False), (False, True), (False, False)])
-def test_only_the_gradients_that_are_wanted_are_computed(
-    monkeypatch: pytest.MonkeyPatch, wants: tuple[bool, bool]
+@pytest.mark.parametrize("requires_grad", [(True, True), (True, False), (False, True), (False, False)])
+def test_only_the_required_gradients_are_computed(
+    monkeypatch: pytest.MonkeyPatch, requires_grad: tuple[bool, bool]
 ) -> None:
-    """A validation, where nothing is, would otherwise spend a quarter of its time on the head's."""
+    """A validation, which requires none, would otherwise spend a quarter of its time on the head's."""
     computed: list[int] = []
     original = loss_module.accumulate_product
     monkeypatch.setattr(loss_module, "accumulate_product", lambda *a: computed.append(1) or original(*a))
-    hidden, weight = torch.randn(2, 3, 8, requires_grad=wants[0]), torch.randn(11, 8, requires_grad=wants[1])
+    hidden, weight = (
+        torch.randn(2, 3, 8, requires_grad=requires_grad[0]),
+        torch.randn(11, 8, requires_grad=requires_grad[1]),
+    )
     targets = torch.randint(11, (2, 3))
     loss = linear_cross_entropy(hidden, weight, targets)
-    assert bool(computed) is wants[1]
-    assert loss.requires_grad is any(wants)
+    assert bool(computed) is requires_grad[1]
+    assert loss.requires_grad is any(requires_grad)
     computed.clear()
     with torch.no_grad():
         torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets), loss)

@@ -143,7 +143,7 @@ def test_tied_head_is_the_embedding() -> None:
     assert model.out_head.weight is model.tok_emb.weight
 
 
-def test_too_long_a_sequence_is_refused() -> None:
+def test_a_sequence_longer_than_the_context_is_refused() -> None:
     with pytest.raises(ValueError, match="a sequence of 13 tokens is longer than context_length 12"):
         GPTModel(SMALL)(torch.zeros(1, 13, dtype=torch.int64))
 
@@ -168,8 +168,8 @@ def test_the_compiled_gelu_is_torchs(dtype: torch.dtype, bound: float) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it is a setting for CPUs")
-def test_a_compiled_block_keeps_little_for_the_way_back() -> None:
-    """Its input and its first half in float32, qkv, attention's output, and what GELU reads; no scores, no norms."""
+def test_a_compiled_block_saves_few_activations_for_backward() -> None:
+    """Its input and the first residual in float32, qkv, attention's output, and GELU's input; no scores, no norms."""
     model = GPTModel(GPTConfig(context_length=256, emb_dim=256, n_heads=4, n_layers=1, drop_rate=0.0))
     recompute_cheap_ops(torch.device("cpu"))
     block = model.trf_blocks[0]
@@ -184,5 +184,5 @@ def test_a_compiled_block_keeps_little_for_the_way_back() -> None:
     hidden = torch.randn(2, 256, 256, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         block(hidden)
-    kept = sum(size for address, size in saved.items() if address not in parameters)
-    assert 16 < kept / hidden.numel() < 24
+    n_bytes = sum(size for address, size in saved.items() if address not in parameters)
+    assert 16 < n_bytes / hidden.numel() < 24

@@ -46,7 +46,7 @@ def test_only_matrices_decay(decay_all: bool) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_one_batch_can_be_learnt_by_heart(optimizer: Any) -> None:
+def test_one_batch_can_be_overfitted(optimizer: Any) -> None:
     torch.manual_seed(0)
     module = GPTModule(TINY, lr=1e-2, schedule="constant", optimizer=optimizer)
     loader = batches(1)
@@ -57,7 +57,7 @@ def test_one_batch_can_be_learnt_by_heart(optimizer: Any) -> None:
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_the_logged_loss_is_that_of_the_whole_step(accumulation: int) -> None:
+def test_the_logged_loss_is_the_mean_of_the_global_batch(accumulation: int) -> None:
     torch.manual_seed(0)
     module = GPTModule(TINY)
     module.configure_model()
@@ -97,7 +97,7 @@ def test_clipping_is_honoured_and_the_norm_logged_is_from_before(algorithm: str)
     assert seen["norm" if algorithm == "norm" else "largest"] == pytest.approx(1e-3, rel=1e-2)
 
 
-def test_gradients_are_there_from_the_first_micro_batch_of_a_step_to_its_last() -> None:
+def test_gradients_are_zeroed_right_after_the_step() -> None:
     seen = []
 
     class Watch(pl.Callback):

@@ -357,7 +357,7 @@ def test_a_folder_in_use_for_something_else_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.tex").exists()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"splits": 3}', '{"splits": {"train": {"position": [0]}}}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"splits": 3}', '{"splits": {"train": {"shards": [3]}}}'])
 def test_a_damaged_progress_is_refused(tmp_path: Path, content: str) -> None:
     corpus = corpus_of("one", "two")
 

@@ -1,4 +1,4 @@
-"""What of Lightning's Trainer is refused, by name and before the first step; weight averaging works."""
+"""Trainer settings that are refused by name before the first step; weight averaging works."""
 
 import os
 import signal
@@ -61,7 +61,7 @@ TINY_GPT2 = replace(TINY, vocab_size=50257, context_length=16)
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_a_plain_trainer_is_refused_what_would_train_wrongly(options: dict[str, Any], words: str) -> None:
+def test_settings_that_would_train_wrongly_are_refused(options: dict[str, Any], words: str) -> None:
     module = GPTModule(TINY)
     fitter = trainer(**options)
     with pytest.raises(InputError, match=words):
@@ -85,7 +85,7 @@ def test_no_limit_is_no_clipping(options: dict[str, Any]) -> None:
         assert torch.equal(one, other)
 
 
-def test_a_metric_of_ones_own_may_be_monitored() -> None:
+def test_a_custom_metric_may_be_monitored() -> None:
     class Own(Callback):
         def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
             trainer.callback_metrics["own"] = torch.zeros(())

@@ -251,10 +251,10 @@ def test_a_run_goes_on_without_what_it_was_started_from(fit: Fit) -> None:
 
 def test_imported_weights_can_be_validated(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     from gptlit.checkpoint.export import save_checkpoint
-    from gptlit.checkpoint.pretrained import read_source
+    from gptlit.checkpoint.pretrained import read_weights
 
     fit("--trainer.max_steps=1")
-    save_checkpoint(read_source(RUN), Path("weights.ckpt"))
+    save_checkpoint(read_weights(RUN), Path("weights.ckpt"))
     fit("--ckpt_path=weights.ckpt", command="validate")
     assert f"{losses(RUN, 'val/loss')[1]:.4f}" in capsys.readouterr().out
     fit(command="validate")

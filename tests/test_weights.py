@@ -17,14 +17,14 @@ from llms_from_scratch.ch04 import GPTModel as BookModel
 from torch import Tensor
 
 from gptlit.checkpoint.export import save_checkpoint, save_pretrained
-from gptlit.checkpoint.formats import Source
+from gptlit.checkpoint.formats import PretrainedWeights
 from gptlit.checkpoint.io import DurableCheckpointIO
 from gptlit.checkpoint.pretrained import (
     check_tokenizer,
     copy_weights,
     load_model_and_tokenizer,
     load_pretrained,
-    read_source,
+    read_weights,
 )
 from gptlit.config import GPT_CONFIG_124M, GPTConfig
 from gptlit.data.tokenizer import load_tokenizer, tokenizer_spec
@@ -109,7 +109,7 @@ def test_every_round_trip_is_exact(tmp_path: Path, to: str, changes: dict[str, A
     model = random_model(**changes)
     if to == "checkpoint":
         save_pretrained(model, tmp_path / "first", "safetensors")
-        source = read_source(tmp_path / "first" / "model.safetensors")
+        source = read_weights(tmp_path / "first" / "model.safetensors")
         save_checkpoint(source, tmp_path / "a.ckpt")
         path = tmp_path / "a.ckpt"
     else:
@@ -226,7 +226,7 @@ def test_nanogpts_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str],
     content = nanogpt(bias=bias)
     torch.save(content, tmp_path / "ckpt.pt")
     ours = load_pretrained(tmp_path / "ckpt.pt")
-    assert "nanoGPT has the exact GELU" in capsys.readouterr().err
+    assert "nanoGPT uses the exact GELU" in capsys.readouterr().err
     theirs = {name.removeprefix("_orig_mod."): value for name, value in content["model"].items()}
     config = ours.config
     assert (config.vocab_size, config.n_heads, config.qkv_bias, config.tie_weights) == (50304, 4, bias, True)
@@ -252,14 +252,14 @@ def test_rows_beyond_the_tokenizer_are_kept_by_files_and_left_out_where_there_is
     tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: int
 ) -> None:
     huggingface(tmp_path / "hf", vocab_size=rows)
-    save_checkpoint(read_source(tmp_path / "hf"), tmp_path / "a.ckpt")
+    save_checkpoint(read_weights(tmp_path / "hf"), tmp_path / "a.ckpt")
     save_pretrained(load_pretrained(tmp_path / "a.ckpt"), tmp_path / "out")
     assert equal_weights(load_pretrained(tmp_path / "hf"), load_pretrained(tmp_path / "out"))
     model, tokenizer = load_model_and_tokenizer(tmp_path / "a.ckpt")
-    assert f"the ids from 50257 to {rows - 1} have no text" in capsys.readouterr().err
+    assert f"the ids from 50257 to {rows - 1} are not in the tokenizer" in capsys.readouterr().err
     assert model.config.vocab_size == tokenizer.n_vocab == 50257
     trained = GPTModel(model.config)
-    copy_weights(trained, read_source(tmp_path / "hf"))
+    copy_weights(trained, read_weights(tmp_path / "hf"))
     assert equal_weights(trained, model)
 
 
@@ -269,7 +269,7 @@ def test_a_vocabulary_of_another_tokenizer_is_named(tmp_path: Path) -> None:
         load_model_and_tokenizer(tmp_path / "hf")
     for n_vocab in (299 - 128, 301):
         with pytest.raises(InputError, match=f"vocab_size is {n_vocab}, but .* has 300: set data.tokenizer"):
-            copy_weights(random_model(vocab_size=n_vocab), read_source(tmp_path / "hf"))
+            copy_weights(random_model(vocab_size=n_vocab), read_weights(tmp_path / "hf"))
 
 
 def other_tokenizer(path: Path, base: Path) -> str:
@@ -287,7 +287,7 @@ def test_a_tokenizer_json_comes_with_the_weights(tmp_path: Path, tokenizer_json:
     model = random_model(vocab_size=tokenizer.n_vocab)
     save_pretrained(model, tmp_path / "out", to, str(tokenizer_json))
     path = tmp_path / "out" / ("model.safetensors" if to == "safetensors" else "")
-    save_checkpoint(read_source(path), tmp_path / "a.ckpt")
+    save_checkpoint(read_weights(path), tmp_path / "a.ckpt")
     content = tokenizer_json.read_text()
     if to == "huggingface":
         (tmp_path / "out" / "tokenizer.json").rename(tmp_path / "gone.json")  # the checkpoint has it
@@ -302,7 +302,7 @@ def test_the_tokenizer_of_the_data_is_that_of_the_weights(tmp_path: Path, tokeni
     tokenizer = load_tokenizer(str(tokenizer_json))
     save_pretrained(random_model(vocab_size=tokenizer.n_vocab), tmp_path / "out", tokenizer=str(tokenizer_json))
     other_tokenizer(tmp_path / "other.json", tokenizer_json)
-    source = read_source(tmp_path / "out")
+    source = read_weights(tmp_path / "out")
     check_tokenizer(source, tokenizer)
     with pytest.raises(InputError, match=r"trained with the tokenizer .*: set data.tokenizer to .*out/tokenizer.json"):
         check_tokenizer(source, load_tokenizer(str(tmp_path / "other.json")))
@@ -313,7 +313,7 @@ def test_gpt2s_own_tokenizer_is_known_in_each_of_its_forms(tmp_path: Path) -> No
     """As vocab.json, as tokenizer.json, and with a special token for which the model has no row."""
     folder = tmp_path / "out"
     save_pretrained(random_model(), folder)
-    assert read_source(folder).tokenizer == "gpt2"
+    assert read_weights(folder).tokenizer == "gpt2"
     vocabulary = json.loads((folder / "vocab.json").read_text())
     merges = (folder / "merges.txt").read_text().splitlines()[1:]
     (folder / "vocab.json").unlink()
@@ -327,14 +327,14 @@ def test_gpt2s_own_tokenizer_is_known_in_each_of_its_forms(tmp_path: Path) -> No
     }
     path = folder / "tokenizer.json"
     path.write_text(json.dumps(settings))
-    assert read_source(folder).tokenizer == "gpt2"
-    check_tokenizer(read_source(folder), load_tokenizer(str(path)))
+    assert read_weights(folder).tokenizer == "gpt2"
+    check_tokenizer(read_weights(folder), load_tokenizer(str(path)))
     merges.reverse()
     path.write_text(json.dumps(settings))
-    assert read_source(folder).tokenizer == str(path)
+    assert read_weights(folder).tokenizer == str(path)
     path.rename(folder / "vocab.json")
     with pytest.raises(InputError, match=r"vocab.json is of a tokenizer that cannot be read: have Transformers"):
-        read_source(folder)
+        read_weights(folder)
 
 
 # --- heads, prefixes, NaN ---------------------------------------------------------------------------------------
@@ -409,7 +409,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, kind: str, value:
         path = tmp_path / "ckpt.pt"
     elif kind == "own":
         path = tmp_path / "a.ckpt"
-        save_checkpoint(Source(path, model.config, model.state_dict()), path)
+        save_checkpoint(PretrainedWeights(path, model.config, model.state_dict()), path)
     else:
         save_pretrained(model, tmp_path / "out", kind)
         path = tmp_path / "out" / {"book": "model.pth", "safetensors": "model.safetensors"}.get(kind, "")
@@ -450,7 +450,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "missing": (lambda f: edit_state(f, lambda s: s.pop(C_FC)), rf"has no tensor '{C_FC}' \(shape \(64, 256\)\)"),
     "wrong": (
         lambda f: edit_state(f, lambda s: s.update({C_FC: torch.zeros(64, 128)})),
-        rf"has '{C_FC}' of shape \(64, 128\), its architecture asks for \(64, 256\)",
+        rf"has '{C_FC}' of shape \(64, 128\), the architecture needs \(64, 256\)",
     ),
     "left over": (
         lambda f: edit_state(f, lambda s: s.update(x=torch.zeros(1))),
@@ -500,7 +500,7 @@ def test_a_closed_network_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("no network in this test")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
-    with pytest.raises(InputError, match=r"hf:gpt2 could not be fetched from the hub \(OSError\)"):
+    with pytest.raises(InputError, match=r"hf:gpt2 could not be downloaded from the hub \(OSError\)"):
         load_pretrained("hf:gpt2")
 
 
@@ -539,7 +539,7 @@ def test_a_book_without_heads_is_asked_for_them(tmp_path: Path) -> None:
 
 def test_other_files_are_named(tmp_path: Path) -> None:
     torch.save({"weight": torch.zeros(2)}, tmp_path / "a.pth")
-    with pytest.raises(InputError, match="holds no GPT-2 that is known here"):
+    with pytest.raises(InputError, match="is of an unknown format"):
         load_pretrained(tmp_path / "a.pth")
     torch.save([1, 2], tmp_path / "b.pth")
     with pytest.raises(InputError, match="it holds a list, no dict"):

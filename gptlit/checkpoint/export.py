@@ -1,4 +1,4 @@
-"""Weights out: Hugging Face folders and the book's `.pth`."""
+"""Export weights: checkpoints, Hugging Face folders, the book's `.pth`, safetensors."""
 
 import json
 import tempfile
@@ -11,24 +11,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gptlit import __version__
-from gptlit.checkpoint.formats import BOOK, HUGGINGFACE, OWN, PREFIX, Source, to_format
+from gptlit.checkpoint.formats import BOOK, HUGGINGFACE, OWN, PREFIX, PretrainedWeights, to_format
 from gptlit.checkpoint.io import DurableCheckpointIO
-from gptlit.checkpoint.pretrained import _holds, _spec
-from gptlit.data.tokenizer import (
-    HuggingFaceTokenizer,
-    save_huggingface,
-)
+from gptlit.checkpoint.pretrained import embedded_tokenizer, fits_vocabulary
+from gptlit.config import GPTConfig
+from gptlit.data.tokenizer import HuggingFaceTokenizer, save_huggingface
 from gptlit.errors import InputError
 from gptlit.model.gpt import GPTModel
 
 
-def save_checkpoint(source: Source, path: Path) -> None:
-    """Write weights as a checkpoint of this project: for `--model.init_from`, generate, export and evaluate."""
+def save_checkpoint(source: PretrainedWeights, path: Path) -> None:
+    """Write weights as a checkpoint for `--model.init_from`, generate, export and evaluate; it cannot be resumed."""
     checkpoint = {
         "state_dict": {PREFIX + name: value.contiguous() for name, value in source.state.items()},
         "hyper_parameters": {"config": asdict(source.config)},
         "global_step": 0,
-        "TokenDataModule": {"tokenizer": _spec(source)},
+        "TokenDataModule": {"tokenizer": embedded_tokenizer(source)},
     }
     DurableCheckpointIO().save_checkpoint(checkpoint, path)
 
@@ -36,17 +34,17 @@ def save_checkpoint(source: Source, path: Path) -> None:
 def save_pretrained(
     model: GPTModel, folder: str | Path, to: str = "huggingface", tokenizer: str | None = "gpt2"
 ) -> None:
-    """Write a model into a new folder, whole or not at all.
+    """Write a model to a new folder, atomically.
 
     Args:
         model: The model.
         folder: Must not exist, or be empty.
-        to: "huggingface" (a folder that Transformers loads, with its tokenizer), "book" (`model.pth`, a state dict
-            under the book's names) or "safetensors" (`model.safetensors` under the names used here).
-        tokenizer: What `load_tokenizer` makes the tokenizer of; it is written along. None: it is not known.
+        to: "huggingface" (a folder that Transformers loads, with the tokenizer), "book" (`model.pth`, a state dict
+            under the book's names) or "safetensors" (`model.safetensors` under this project's names).
+        tokenizer: Argument of `load_tokenizer`, to save the tokenizer too; None if it is unknown.
 
     Raises:
-        InputError: The folder is in use, or the format is unknown.
+        InputError: The folder is not empty, or the format is unknown.
     """
     writers = {"huggingface": _write_huggingface, "book": _write_book, "safetensors": _write_safetensors}
     if to not in writers:
@@ -55,7 +53,7 @@ def save_pretrained(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty: name a new folder")
     state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    source = Source(folder, model.config, state, tokenizer)
+    source = PretrainedWeights(folder, model.config, state, tokenizer)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         content = Path(temporary, folder.name)
@@ -64,32 +62,44 @@ def save_pretrained(
         content.replace(folder)
 
 
-def _write_safetensors(source: Source, folder: Path) -> None:
+def _write_safetensors(source: PretrainedWeights, folder: Path) -> None:
     metadata = {"format": "pt", "config": json.dumps(asdict(source.config))}
-    if (spec := _spec(source)) is not None:
+    if (spec := embedded_tokenizer(source)) is not None:
         metadata["tokenizer"] = spec
     save_file(_untied(to_format(source.state, OWN), "out_head", source), folder / "model.safetensors", metadata)
 
 
-def _write_book(source: Source, folder: Path) -> None:
+def _write_book(source: PretrainedWeights, folder: Path) -> None:
     torch.save(to_format(source.state, BOOK), folder / "model.pth")
 
 
-def _untied(weights: dict[str, Tensor], head: str, source: Source) -> dict[str, Tensor]:
-    """Leave out the head where it is the embedding."""
+def _untied(weights: dict[str, Tensor], head: str, source: PretrainedWeights) -> dict[str, Tensor]:
+    """Drop the head if it is tied to the embedding."""
     return {
         name: value for name, value in weights.items() if not (source.config.tie_weights and name == f"{head}.weight")
     }
 
 
-def _write_huggingface(source: Source, folder: Path) -> None:
-    config = source.config
-    tokenizer = source.load_tokenizer()
-    has_tokenizer = _holds(source, tokenizer.n_vocab)
-    is_written = has_tokenizer and (tokenizer.name == "gpt2" or isinstance(tokenizer, HuggingFaceTokenizer))
-    named = {"tokenizer": tokenizer.name} if has_tokenizer and not is_written else {}
-    end = tokenizer.eot_token if has_tokenizer else None
-    values = {
+def _write_huggingface(source: PretrainedWeights, folder: Path) -> None:
+    config, tokenizer = source.config, source.load_tokenizer()
+    is_known = fits_vocabulary(source, tokenizer.n_vocab)
+    is_written = is_known and (tokenizer.name == "gpt2" or isinstance(tokenizer, HuggingFaceTokenizer))
+    weights = to_format(source.state, HUGGINGFACE)
+    for block in range(0 if config.qkv_bias else config.n_layers):
+        weights[f"transformer.h.{block}.attn.c_attn.bias"] = torch.zeros(3 * config.emb_dim)
+    save_file(_untied(weights, "lm_head", source), folder / "model.safetensors", {"format": "pt"})
+    end = tokenizer.eot_token if is_known else None
+    own = {"version": __version__, "qkv_bias": config.qkv_bias}
+    if is_known and not is_written:
+        own["tokenizer"] = tokenizer.name
+    _write_json(folder / "config.json", {**_huggingface_config(config, end), "gptlit": own})
+    _write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end})
+    if is_written:
+        save_huggingface(tokenizer, config.context_length, folder)
+
+
+def _huggingface_config(config: GPTConfig, end: int | None) -> dict[str, Any]:
+    return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "vocab_size": config.vocab_size,
@@ -107,16 +117,7 @@ def _write_huggingface(source: Source, folder: Path) -> None:
         "bos_token_id": end,
         "eos_token_id": end,
         "torch_dtype": "float32",
-        "gptlit": {"version": __version__, "qkv_bias": config.qkv_bias, **named},
     }
-    weights = to_format(source.state, HUGGINGFACE)
-    for block in range(0 if config.qkv_bias else config.n_layers):
-        weights[f"transformer.h.{block}.attn.c_attn.bias"] = torch.zeros(3 * config.emb_dim)
-    save_file(_untied(weights, "lm_head", source), folder / "model.safetensors", {"format": "pt"})
-    _write_json(folder / "config.json", values)
-    _write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end})
-    if is_written:
-        save_huggingface(tokenizer, config.context_length, folder)
 
 
 def _write_json(path: Path, values: Any) -> None:

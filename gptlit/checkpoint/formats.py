@@ -1,4 +1,7 @@
-"""Parameter names and layouts of other projects."""
+"""Parameter names and layouts of other projects.
+
+A format maps each parameter to one of theirs, or to several stacked along dimension 0, possibly transposed.
+"""
 
 import re
 from collections.abc import Callable
@@ -17,14 +20,14 @@ from gptlit.model.gpt import GPTModel
 
 
 @dataclass
-class Source:
-    """What a file or folder holds: an architecture and the weights for it, under the names used here.
+class PretrainedWeights:
+    """An architecture and its weights, under this project's names.
 
     Args:
-        path: The file or folder.
+        path: The file or folder they were read from.
         config: The architecture.
-        state: The weights.
-        tokenizer: What `load_tokenizer` makes the tokenizer of; None where the source does not say it.
+        state: The state dict of a GPTModel.
+        tokenizer: Argument of `load_tokenizer`; None if unknown.
     """
 
     path: Path
@@ -33,18 +36,16 @@ class Source:
     tokenizer: str | None = None
 
     def load_tokenizer(self) -> Tokenizer:
-        """Return the tokenizer, or GPT-2's where none is known."""
+        """Return the tokenizer; GPT-2's if it is unknown."""
         return load_tokenizer(self.tokenizer or "gpt2")
 
     @property
     def tokenizer_name(self) -> str | None:
-        """The tokenizer by name or path; None where it is not known, or there is only its content."""
+        """Name or path of the tokenizer; None if it is unknown, or only its content is stored."""
         return None if (self.tokenizer or "{").startswith("{") else self.tokenizer
 
 
-PREFIX = "model."  # the GPTModel inside a GPTModule
-
-
+PREFIX = "model."  # the GPTModel in the state dict of a GPTModule
 WRAPPERS = r"(^|(?<=\.))(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."  # compile, DDP, FSDP
 
 
@@ -66,7 +67,7 @@ OPENAI_MODULES = {
 
 
 def openai_names(name: str) -> list[str]:
-    """Return the name in OpenAI's, Hugging Face's and nanoGPT's code."""
+    """Return the name used by OpenAI, Hugging Face and nanoGPT."""
     match = re.fullmatch(r"(?:trf_blocks\.(\d+)\.)?(.+)\.(weight|bias)", name)
     assert match is not None
     block, module, kind = match.groups()
@@ -75,7 +76,7 @@ def openai_names(name: str) -> list[str]:
 
 
 def book_names(name: str) -> list[str]:
-    """Return the names in the book's code, where query, key and value are apart."""
+    """Return the names used by the book, where query, key and value are separate."""
     if ".att.qkv." in name:
         return [name.replace("qkv", part) for part in ("W_query", "W_key", "W_value")]
     if "norm" in name:
@@ -90,12 +91,12 @@ def own_names(name: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Format:
-    """How another project stores these weights.
+    """How another project stores the weights.
 
     Args:
-        names: Their name, or names, of a weight here.
-        transposed: Whether linear weights are stored [in, out].
-        ignored: Names, as a pattern, of buffers that are no weights.
+        names: Maps a parameter name to theirs; several are stacked along dimension 0.
+        transposed: Whether linear weights are stored as (in, out).
+        ignored: Pattern of the names of buffers.
     """
 
     names: Callable[[str], list[str]]
@@ -104,14 +105,8 @@ class Format:
 
 
 OWN = Format(own_names)
-
-
 HUGGINGFACE = Format(openai_names, transposed=True, ignored=r".*\.attn\.(masked_)?bias")
-
-
 NANOGPT = Format(openai_names, ignored=r".*\.attn\.bias")
-
-
 BOOK = Format(book_names, ignored=r".*\.att\.mask")
 
 
@@ -120,10 +115,10 @@ def _is_transposed(form: Format, name: str, value: Tensor) -> bool:
 
 
 def plain_names(theirs: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Remove what compiling and wrapping a model puts into the names of its weights.
+    """Remove the prefixes that compiling and wrapping a model add to parameter names.
 
     Raises:
-        InputError: Two names are the same without it.
+        InputError: Two names are equal without them.
     """
     plain = {re.sub(WRAPPERS, "", str(name)): value for name, value in theirs.items()}
     if len(plain) < len(theirs):
@@ -135,18 +130,18 @@ def plain_names(theirs: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def from_format(
     theirs: dict[str, Tensor], form: Format, config: GPTConfig, path: Path, tokenizer: str | None = None
-) -> Source:
-    """Rename, stack and transpose another project's weights.
+) -> PretrainedWeights:
+    """Convert another project's state dict: rename, stack and transpose.
 
     Raises:
-        InputError: A tensor is missing, left over, of another shape, or not finite; it is named.
+        InputError: A tensor is missing, unexpected, of another shape or dtype, or not finite; it is named.
     """
     with torch.device("meta"):
         expected = GPTModel(config).state_dict()
     theirs = {name: value for name, value in theirs.items() if not re.fullmatch(form.ignored, name)}
     check_finite(theirs, path)
     if config.tie_weights:
-        config = _tie(theirs, form, config, path)
+        config = _resolve_tied_head(theirs, form, config, path)
     state: dict[str, Tensor] = {}
     for name, value in expected.items():
         names = form.names(name)
@@ -154,28 +149,28 @@ def from_format(
         shape[0] //= len(names)
         if _is_transposed(form, name, value):
             shape.reverse()
-        parts = [_take(theirs, part, shape, path) for part in names]
+        parts = [_checked_tensor(theirs, part, shape, path) for part in names]
         stacked = parts[0] if len(parts) == 1 else torch.cat(parts)
         state[name] = stacked.t() if _is_transposed(form, name, value) else stacked
     if left := theirs.keys() - {part for name in expected for part in form.names(name)}:
         raise InputError(f"{path} has the unknown tensor {min(left)!r}: it is no GPT-2 of {config.n_layers} layers")
-    return Source(path, config, state, tokenizer)
+    return PretrainedWeights(path, config, state, tokenizer)
 
 
-def _take(theirs: dict[str, Tensor], name: str, shape: list[int], path: Path) -> Tensor:
+def _checked_tensor(theirs: dict[str, Tensor], name: str, shape: list[int], path: Path) -> Tensor:
     if name not in theirs:
         raise InputError(f"{path} has no tensor {name!r} (shape {tuple(shape)})")
     value = theirs[name]
     if not isinstance(value, Tensor) or list(value.shape) != shape:
         found = tuple(getattr(value, "shape", ()))
-        raise InputError(f"{path} has {name!r} of shape {found}, its architecture asks for {tuple(shape)}")
+        raise InputError(f"{path} has {name!r} of shape {found}, the architecture needs {tuple(shape)}")
     if value.dtype not in FLOATS:
-        raise InputError(f"{path} has {name!r} of type {value.dtype}: weights must be floating-point numbers")
+        raise InputError(f"{path} has {name!r} of type {value.dtype}: weights must be floating-point")
     return value
 
 
 def to_format(state: dict[str, Tensor], form: Format) -> dict[str, Tensor]:
-    """Return copies of the weights as another project stores them."""
+    """Convert a state dict to another project's format; the tensors are copies."""
     theirs: dict[str, Tensor] = {}
     for name, value in state.items():
         names = form.names(name)
@@ -185,8 +180,8 @@ def to_format(state: dict[str, Tensor], form: Format) -> dict[str, Tensor]:
     return theirs
 
 
-def _tie(theirs: dict[str, Tensor], form: Format, config: GPTConfig, path: Path) -> GPTConfig:
-    """Let the head be the embedding where only one is stored; where they differ, they are not tied."""
+def _resolve_tied_head(theirs: dict[str, Tensor], form: Format, config: GPTConfig, path: Path) -> GPTConfig:
+    """Use one of head and embedding for both if only one is stored; untie them if they differ."""
     (head,), (embedding,) = form.names("out_head.weight"), form.names("tok_emb.weight")
     if head not in theirs and embedding in theirs:
         theirs[head] = theirs[embedding]
@@ -194,6 +189,6 @@ def _tie(theirs: dict[str, Tensor], form: Format, config: GPTConfig, path: Path)
         theirs[embedding] = theirs[head]
     first, second = (getattr(theirs.get(name), "shape", None) for name in (embedding, head))
     if first == second is not None and not torch.equal(theirs[embedding].float(), theirs[head].float()):
-        note(f"{path}: {head} differs from {embedding}: they are read as two matrices, though the model ties them")
+        note(f"{path}: {head} differs from {embedding}: they are read as two matrices, although the model ties them")
         return replace(config, tie_weights=False)
     return config

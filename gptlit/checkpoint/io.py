@@ -1,11 +1,9 @@
-"""Checkpoints on disk: durable writes, safe reads, and which one to go on from.
+"""Checkpoint files: atomic, durable writes and safe reads.
 
-A run's folder is `<root>/<name>/version_<n>`; its checkpoints are `checkpoints/step-00000500.ckpt`, each with a
-checksum beside it, and `best.ckpt` is a link to the one with the lowest validation loss. They are plain
-dicts and tensors and are only ever read with `weights_only=True`, so that none can run code.
+A checkpoint is a zip file of plain dicts and tensors, as `torch.save` writes it, with a CRC-32 for each record. It is
+only ever read with `weights_only=True`, so that it cannot execute code.
 """
 
-import hashlib
 import os
 import pickle
 import shutil
@@ -21,6 +19,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
+from typing_extensions import override
 
 from gptlit.errors import InputError, note
 
@@ -30,26 +29,26 @@ SUFFIX = ".ckpt"
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-PIECE = 2**26  # bytes of a checkpoint that are brought to the disk at once
+PIECE = 2**26  # bytes per fsync
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
-    """Writes a temporary file and a checksum beside the final file, makes them durable, then renames: a checkpoint is
-    whole or absent, and damage that comes later is found.
+    """Writes to a temporary file in the same folder, fsyncs it and renames it: a checkpoint is complete or absent.
 
     Args:
-        asynchronous: Take a copy in memory and write it while training goes on, one checkpoint at a time.
+        asynchronous: Copy to memory and write while training continues, one checkpoint at a time.
     """
 
     def __init__(self, asynchronous: bool = False) -> None:
         super().__init__()
         self.asynchronous = asynchronous
-        self.then: Callable[[], None] | None = None  # done once, after the next write is durable
+        self.then: Callable[[], None] | None = None  # called once, after the next write is durable
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write atomically; an asynchronous write returns when it has its copy.
+        """Write atomically; an asynchronous write returns once the checkpoint is copied.
 
         Raises:
             InputError: This or the write before it failed.
@@ -65,12 +64,12 @@ class DurableCheckpointIO(TorchCheckpointIO):
             _write(checkpoint, Path(path), then)
 
     def check(self) -> None:
-        """Raise what went wrong in a write that has ended; cost nothing while one goes on."""
+        """Raise the error of a finished write; do not wait for one in progress."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait until everything is on the disk.
+        """Wait until the checkpoint is on disk.
 
         Raises:
             InputError: The write failed.
@@ -79,23 +78,25 @@ class DurableCheckpointIO(TorchCheckpointIO):
         if writing is not None:
             writing.result()
 
+    @override
     def teardown(self) -> None:
-        """Let a write end that is under way when a run ends by an error of its own."""
+        # After an error of the run: report that of the write too, instead of replacing it.
         try:
             self.wait()
         except InputError as error:
             note(f"error: {error}")
 
+    @override
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read without executing anything, whatever `weights_only` says."""
+        # Never executes anything, whatever `weights_only` says.
         checkpoint = read_checkpoint(Path(path))
         check_finite(checkpoint["state_dict"], Path(path))
-        checkpoint.setdefault("pytorch-lightning_version", version("lightning"))  # weights that were imported
+        checkpoint.setdefault("pytorch-lightning_version", version("lightning"))  # missing in imported weights
         return checkpoint
 
 
 def snapshot(value: Any, memo: dict[int, torch.UntypedStorage] | None = None) -> Any:
-    """Copy a tree of dicts, lists, tuples and tensors to CPU memory; tensors that share memory still do.
+    """Copy nested dicts, lists, tuples and tensors to CPU memory, preserving shared storages.
 
     Copies from a GPU are asynchronous.
     """
@@ -103,7 +104,7 @@ def snapshot(value: Any, memo: dict[int, torch.UntypedStorage] | None = None) ->
     if isinstance(value, torch.Tensor):
         storage = value.untyped_storage()
         if storage.data_ptr() not in memo:
-            pin = value.device.type == "cuda"  # many times as fast; torch keeps the memory for the next snapshot
+            pin = value.device.type == "cuda"  # much faster; torch caches pinned memory for the next snapshot
             target = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pin).untyped_storage()
             memo[storage.data_ptr()] = target.copy_(storage, non_blocking=pin)
         copy = torch.empty(0, dtype=value.dtype)
@@ -115,20 +116,19 @@ def snapshot(value: Any, memo: dict[int, torch.UntypedStorage] | None = None) ->
     return value
 
 
-class _Hashing:
-    """A file for torch.save that hashes what is written, and brings it to the disk piece by piece.
+class _SyncedFile:
+    """A file for torch.save that is written back to disk piece by piece.
 
-    What is on the disk leaves the page cache at once: the next piece takes its memory, the data that is trained on
-    keeps its own, and gigabytes of fresh pages, which a virtual machine is given one by one, are not needed.
+    Written pieces leave the page cache at once: it keeps the training data instead, and a virtual machine need not
+    supply gigabytes of fresh pages.
     """
 
     def __init__(self, file: FileIO) -> None:
-        self._file, self._digest, self._cached = file, hashlib.sha256(), 0
+        self._file, self._cached = file, 0
 
     def write(self, data: bytes) -> int:
-        self._digest.update(data)
         left = memoryview(data)
-        while left:  # an unbuffered file may take less than all
+        while left:  # an unbuffered file may write less than all
             done = self._file.write(left[:PIECE])
             left = left[done:]
             self._cached += done
@@ -142,18 +142,12 @@ class _Hashing:
     def flush(self) -> None:
         self._file.flush()
 
-    def hexdigest(self) -> str:
-        return self._digest.hexdigest()
-
 
 def _write(checkpoint: dict[str, Any], path: Path, then: Callable[[], None] | None) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _replacing(path) as file:
-            hashing = _Hashing(file)
-            torch.save(checkpoint, hashing)  # type: ignore[arg-type]
-            with _replacing(checksum_path(path)) as beside:  # first: a checkpoint that is there has its checksum
-                beside.write(f"{hashing.hexdigest()}  {path.name}\n".encode())
+            torch.save(checkpoint, _SyncedFile(file))  # type: ignore[arg-type]
         sync_folder(path.parent)
         if then is not None:
             then()
@@ -163,7 +157,7 @@ def _write(checkpoint: dict[str, Any], path: Path, then: Callable[[], None] | No
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[FileIO]:
-    """Give a temporary file in the same folder; it gets its name when it is whole and on the disk."""
+    """Yield a temporary file in the same folder, renamed to `path` once it is complete and on disk."""
     temporary = path.with_name(f".{path.name}-{os.getpid()}.partial")
     try:
         with temporary.open("wb", buffering=0) as file:  # a buffer would copy gigabytes in small pieces
@@ -176,8 +170,8 @@ def _replacing(path: Path) -> Iterator[FileIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    if os.name != "nt":  # Windows has no such call; its rename is journalled
+    """fsync a folder, which makes renames in it durable."""
+    if os.name != "nt":  # no such call; renames are journalled
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -186,7 +180,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _reason(error: BaseException | None) -> str:
-    """Return the first line of what the operating system said."""
+    """Return the operating system's message."""
     while error is not None:
         if isinstance(error, OSError) and error.strerror:
             return error.strerror
@@ -195,25 +189,20 @@ def _reason(error: BaseException | None) -> str:
 
 
 def _space(folder: Path) -> str:
-    """Say what the disk of a folder has left."""
+    """Describe the free space of a folder's disk."""
     if not folder.is_dir():
-        return f"the folder {folder} has gone"
-    return f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB are free in {folder}; earlier checkpoints are whole"
-
-
-def checksum_path(path: Path) -> Path:
-    """Return where the SHA-256 of a checkpoint is, as `sha256sum` writes it."""
-    return path.with_name(f"{path.name}.sha256")
+        return f"the folder {folder} no longer exists"
+    return f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB are free in {folder}; earlier checkpoints are intact"
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint and its checksum."""
+    """Delete a checkpoint, and the checksum file that earlier versions wrote beside it."""
     path.unlink(missing_ok=True)
-    checksum_path(path).unlink(missing_ok=True)
+    path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)
 
 
 def tidy(folder: Path) -> None:
-    """Delete what a killed process left half-written in a folder of checkpoints."""
+    """Delete partial files of a killed process from a folder of checkpoints, and checksums without a checkpoint."""
     for path in folder.glob(".*.partial"):
         path.unlink(missing_ok=True)
     for path in folder.glob(f"*{SUFFIX}.sha256"):
@@ -221,40 +210,25 @@ def tidy(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _check_sum(path: Path) -> None:
-    """Compare a checkpoint with its checksum, if it has one."""
-    path = path.resolve()  # of the best one, to which a link points
-    beside = checksum_path(path)
-    if not beside.is_file():
-        return
-    state = path.stat()
-    if _digest(path, state.st_size, state.st_mtime_ns) not in beside.read_text(errors="replace").split():
-        raise InputError(f"{path} does not match the checksum in {beside.name}: it was damaged after it was written")
-
-
-@lru_cache(maxsize=8)
-def _digest(path: Path, size: int, mtime: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def load_plain(path: Path) -> dict[str, Any]:
-    """Load a file that torch saved, on the CPU and memory-mapped, without executing anything in it.
+    """Load a file written by `torch.save`, memory-mapped on the CPU, without executing anything in it.
 
     Raises:
-        InputError: The file is missing, damaged, no dict, or holds more than tensors and plain values.
+        InputError: The file is missing, damaged, not a dict, or holds more than tensors and plain values.
     """
     if not path.is_file():
         raise InputError(f"checkpoint {str(path)!r} does not exist")
     is_zip = _is_zip(path)
     if not is_zip and path.suffix == SUFFIX:
         raise InputError(f"{path} is truncated or no checkpoint: it has {path.stat().st_size} bytes and no end")
-    _check_sum(path)
+    if is_zip:
+        state = path.stat()
+        _check_crc(path.resolve(), state.st_size, state.st_mtime_ns)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} is damaged, or holds more than tensors and plain values: it is not opened") from error
-    except Exception as error:  # bytes that are no pickle make the reader fail in a dozen ways
+    except Exception as error:  # bytes that are no pickle raise a dozen types
         raise InputError(f"{path} cannot be read ({type(error).__name__}): it is damaged or no checkpoint") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is a checkpoint of another kind: it holds a {type(content).__name__}, no dict")
@@ -264,12 +238,28 @@ def load_plain(path: Path) -> dict[str, Any]:
 def _is_zip(path: Path) -> bool:
     try:
         return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:  # one whose end is damaged in a certain way
+    except zipfile.BadZipFile:  # some damage to the end of the file
         return False
 
 
+@lru_cache(maxsize=8)
+def _check_crc(path: Path, size: int, mtime: int) -> None:
+    """Check the CRC-32 of every record of a zip file, which `torch.load` does not; once per process and file.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except Exception as error:  # a damaged directory raises a dozen types
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {error})") from error
+    if damaged is not None:
+        raise InputError(f"{path} is damaged: {damaged} does not match its checksum")
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint of this project; as `load_plain`.
+    """Load a checkpoint of this project with `load_plain`.
 
     Raises:
         InputError: As in `load_plain`, or it is of another project.
@@ -283,7 +273,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def check_finite(weights: Mapping[str, Any], path: Path) -> None:
-    """Refuse weights with which nothing can be computed.
+    """Check that no weight is NaN or Inf.
 
     Raises:
         InputError: A tensor has NaN or Inf; it is named.

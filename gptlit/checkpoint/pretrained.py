@@ -1,7 +1,6 @@
-"""Weights in and out: this project's checkpoints, Hugging Face, nanoGPT, the book's `.pth`, plain safetensors.
+"""Load pretrained weights: checkpoints, Hugging Face, nanoGPT, the book's `.pth`, safetensors.
 
-A format is a map of names: each weight here is one of theirs, or several stacked along the first axis, possibly
-transposed. Nothing is ever unpickled but tensors and plain values.
+Pickles are only loaded with `weights_only=True`.
 """
 
 import json
@@ -20,7 +19,7 @@ from gptlit.checkpoint.formats import (
     NANOGPT,
     OWN,
     PREFIX,
-    Source,
+    PretrainedWeights,
     from_format,
     openai_names,
     plain_names,
@@ -28,44 +27,37 @@ from gptlit.checkpoint.formats import (
 from gptlit.checkpoint.io import load_plain, read_checkpoint
 from gptlit.checkpoint.runs import find_checkpoint
 from gptlit.config import GPTConfig
-from gptlit.data.tokenizer import (
-    TOKENIZER_JSON,
-    Tokenizer,
-    folder_spec,
-    same_ids,
-    tokenizer_spec,
-)
+from gptlit.data.tokenizer import TOKENIZER_JSON, Tokenizer, folder_spec, same_ids, tokenizer_spec
 from gptlit.errors import InputError, note
 from gptlit.model.gpt import GPTModel
 from gptlit.model.sharding import gathered, shard_like
 
 HUB = "hf:"
-
-
-ROUNDING = 128  # a vocabulary is rounded up by fewer rows
+ROUNDING = 128  # vocabularies are padded to a multiple of it
+MAY_DIFFER = ("context_length", "drop_rate", "init")  # keys that need not match those of pretrained weights
 
 
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
-def read_source(source: str | Path, n_heads: int | None = None) -> Source:
-    """Find out what a file or folder is and read it; the weights stay memory-mapped.
+def read_weights(source: str | Path, n_heads: int | None = None) -> PretrainedWeights:
+    """Detect the format of a file or folder and read it; tensors stay memory-mapped.
 
     Args:
         source: A `.ckpt` of this project or a run's folder; a Hugging Face folder, or `hf:NAME` on the hub; the
-            book's `.pth`; nanoGPT's `ckpt.pt`; a `.safetensors` file that `gptlit export` wrote.
-        n_heads: For the book's `.pth`, which does not say it; None: heads of 64, as in every GPT-2.
+            book's `.pth`; nanoGPT's `ckpt.pt`; a `.safetensors` file written by `gptlit export`.
+        n_heads: For the book's `.pth`, which does not store it; None: heads of size 64, as in every GPT-2.
 
     Raises:
-        InputError: There is nothing of that name, or it is something else, damaged or incomplete.
+        InputError: It does not exist, is of an unknown format, damaged or incomplete.
     """
-    found = _find_source(source, n_heads)
+    found = _read_any(source, n_heads)
     if n_heads is not None and found.config.n_heads != n_heads:
         raise InputError(f"n_heads is {n_heads}, but {found.path} says {found.config.n_heads}: leave it out")
     return found
 
 
-def _find_source(source: str | Path, n_heads: int | None) -> Source:
+def _read_any(source: str | Path, n_heads: int | None) -> PretrainedWeights:
     if str(source).startswith(HUB):
         return _read_huggingface(_download(str(source).removeprefix(HUB)))
     path = Path(source).expanduser()
@@ -91,7 +83,7 @@ def _config(path: Path, **values: Any) -> GPTConfig:
         raise InputError(f"{path} has no usable architecture: {error}") from error
 
 
-def _read_own(checkpoint: dict[str, Any], path: Path) -> Source:
+def _read_own(checkpoint: dict[str, Any], path: Path) -> PretrainedWeights:
     config = _config(path, **checkpoint["hyper_parameters"]["config"])
     found = plain_names(checkpoint["state_dict"], path)
     weights = {name.removeprefix(PREFIX): value for name, value in found.items() if name.startswith(PREFIX)}
@@ -100,7 +92,7 @@ def _read_own(checkpoint: dict[str, Any], path: Path) -> Source:
     return from_format(weights, OWN, config, path, tokenizer if isinstance(tokenizer, str) else None)
 
 
-def _read_safetensors(path: Path) -> Source:
+def _read_safetensors(path: Path) -> PretrainedWeights:
     weights, metadata = _open_safetensors(path)
     try:
         values = json.loads(metadata["config"])
@@ -117,7 +109,7 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise InputError(f"{path} cannot be read: it is damaged or downloaded in part ({error})") from error
 
 
-def _read_huggingface(folder: Path) -> Source:
+def _read_huggingface(folder: Path) -> PretrainedWeights:
     path = folder / "config.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -135,7 +127,7 @@ def _read_huggingface(folder: Path) -> Source:
             (name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}", value)
             for name, value in plain_names(part, file).items()
         )
-    if not config.qkv_bias:  # an export of a model without them: they are zeros
+    if not config.qkv_bias:  # exported from a model without them, as zeros
         weights = {name: value for name, value in weights.items() if not name.endswith("attn.c_attn.bias")}
     return from_format(weights, HUGGINGFACE, config, folder, tokenizer)
 
@@ -172,7 +164,7 @@ def _huggingface_config(values: dict[str, Any], path: Path) -> GPTConfig:
 
 
 def _huggingface_files(folder: Path) -> list[Path]:
-    """Return the weight files of a Hugging Face folder: one, or the shards that an index names."""
+    """Return the weight files of a Hugging Face folder: one, or the shards named by an index."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return [folder / name]
@@ -190,7 +182,7 @@ def _huggingface_files(folder: Path) -> list[Path]:
 
 
 def _download(name: str) -> Path:
-    """Fetch a model from the Hugging Face hub, or find it in the hub's cache."""
+    """Download a model from the Hugging Face hub, or find it in its cache."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
@@ -200,14 +192,14 @@ def _download(name: str) -> Path:
         if not any(folder.glob("*.safetensors")):
             folder = Path(snapshot_download(name, allow_patterns="pytorch_model*.bin"))
         return folder
-    except Exception as error:  # the hub's client raises a dozen kinds, none of them ours
+    except Exception as error:  # the hub's client raises a dozen types
         raise InputError(
-            f"hf:{name} could not be fetched from the hub ({type(error).__name__}): check the name and the network, "
+            f"hf:{name} could not be downloaded from the hub ({type(error).__name__}): check the name and the network, "
             "or download the folder elsewhere and name it"
         ) from error
 
 
-def _read_nanogpt(content: dict[str, Any], path: Path) -> Source:
+def _read_nanogpt(content: dict[str, Any], path: Path) -> PretrainedWeights:
     args = content["model_args"]
     try:
         config = _config(
@@ -225,20 +217,20 @@ def _read_nanogpt(content: dict[str, Any], path: Path) -> Source:
         weights = plain_names(content["model"], path)
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no checkpoint of nanoGPT ({type(error).__name__}: {error})") from error
-    if not config.qkv_bias:  # then nothing there has a bias, and a bias of zero is none
+    if not config.qkv_bias:  # nanoGPT then has no biases at all; the others are zeros here
         with torch.device("meta"):
             shapes = {openai_names(name)[0]: value.shape for name, value in GPTModel(config).state_dict().items()}
         weights = {name: torch.zeros(shape) for name, shape in shapes.items() if name.endswith("bias")} | weights
-    note(f"{path}: nanoGPT has the exact GELU, GPT-2 and this project its tanh form: logits differ in the third digit")
+    note(f"{path}: nanoGPT uses the exact GELU, GPT-2 a tanh approximation: logits differ in the third digit")
     return from_format(weights, NANOGPT, config, path)
 
 
-def _read_book(content: dict[str, Any], path: Path, n_heads: int | None) -> Source:
+def _read_book(content: dict[str, Any], path: Path, n_heads: int | None) -> PretrainedWeights:
     weights = content.get("model_state_dict", content)
     weights = plain_names(weights, path) if isinstance(weights, dict) else {}
     embedding = weights.get("tok_emb.weight")
     if not isinstance(embedding, Tensor) or embedding.dim() != 2:
-        raise InputError(f"{path} holds no GPT-2 that is known here: no hyper_parameters, model_args or tok_emb.weight")
+        raise InputError(f"{path} is of an unknown format: no hyper_parameters, model_args or tok_emb.weight")
     blocks = {int(m[1]) for name in weights if (m := re.match(r"trf_blocks\.(\d+)\.", name))}
     vocab_size, emb_dim = embedding.shape
     if n_heads is None and emb_dim % 64:
@@ -264,16 +256,16 @@ def _read_book(content: dict[str, Any], path: Path, n_heads: int | None) -> Sour
 
 
 def load_pretrained(source: str | Path, n_heads: int | None = None) -> GPTModel:
-    """Build the model of a source, in evaluation mode on the CPU; sources as in `read_source`.
+    """Build the model of `source` (as in `read_weights`), in evaluation mode on the CPU.
 
     Raises:
-        InputError: As in `read_source`.
+        InputError: As in `read_weights`.
     """
-    return build(read_source(source, n_heads))
+    return build(read_weights(source, n_heads))
 
 
-def build(source: Source) -> GPTModel:
-    """Build the model of a source that was read, in evaluation mode on the CPU."""
+def build(source: PretrainedWeights) -> GPTModel:
+    """Build the model of weights that were read, in evaluation mode on the CPU."""
     with torch.device("meta"):
         model = GPTModel(source.config)
     model.to_empty(device="cpu")
@@ -284,47 +276,45 @@ def build(source: Source) -> GPTModel:
 
 
 def load_model_and_tokenizer(path: str | Path) -> tuple[GPTModel, Tokenizer]:
-    """Like `load_pretrained`, with the tokenizer that belongs to the model.
+    """Like `load_pretrained`, with the tokenizer of the model.
 
     Raises:
-        InputError: As in `read_source`, or the vocabularies do not fit together.
+        InputError: As in `read_weights`, or the vocabularies do not match.
     """
-    source = read_source(path)
+    source = read_weights(path)
     tokenizer = source.load_tokenizer()
     rows = source.config.vocab_size
-    if not _holds(source, tokenizer.n_vocab):
+    if not fits_vocabulary(source, tokenizer.n_vocab):
         whose = "its" if source.tokenizer else "the default"
         raise InputError(
             f"{source.path} has a vocabulary of {rows} ids, but {whose} tokenizer {tokenizer.name!r} has "
-            f"{tokenizer.n_vocab}: its text cannot be read; name the right one with `gptlit import --tokenizer`"
+            f"{tokenizer.n_vocab}: set the right one with `gptlit import --tokenizer`"
         )
     if rows > tokenizer.n_vocab:
-        note(f"{source.path}: the ids from {tokenizer.n_vocab} to {rows - 1} have no text and are left out")
-    return build(_with_rows(source, tokenizer.n_vocab)), tokenizer
+        note(f"{source.path}: the ids from {tokenizer.n_vocab} to {rows - 1} are not in the tokenizer and are dropped")
+    return build(cut_vocabulary(source, tokenizer.n_vocab)), tokenizer
 
 
-def _holds(source: Source, n_vocab: int) -> bool:
-    """Whether a vocabulary is one of `n_vocab` ids, but for rows at its end that no text needs: they round it up, or
-    stand for tokens that were added to it.
-    """
+def fits_vocabulary(source: PretrainedWeights, n_vocab: int) -> bool:
+    """Whether the weights have `n_vocab` ids, not counting unused rows at the end: padding, or added tokens."""
     beyond = source.config.vocab_size - n_vocab
     if beyond < ROUNDING or source.tokenizer is None:
         return 0 <= beyond < ROUNDING
     return source.load_tokenizer().n_vocab == n_vocab
 
 
-def _with_rows(source: Source, n_vocab: int) -> Source:
-    """Leave out the rows of a vocabulary beyond `n_vocab`."""
+def cut_vocabulary(source: PretrainedWeights, n_vocab: int) -> PretrainedWeights:
+    """Drop the rows of embedding and head beyond `n_vocab`."""
     rows = {"tok_emb.weight", "out_head.weight"}
     state = {name: value[:n_vocab] if name in rows else value for name, value in source.state.items()}
     return replace(source, config=replace(source.config, vocab_size=n_vocab), state=state)
 
 
-def check_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
-    """Check that the data have the tokenizer that the weights were trained with, where that is known.
+def check_tokenizer(source: PretrainedWeights, tokenizer: Tokenizer) -> None:
+    """Check that the data have the tokenizer that the weights were trained with, if it is known.
 
     Raises:
-        InputError: It is another one.
+        InputError: They have another one.
     """
     theirs = source.load_tokenizer()
     is_known = source.tokenizer is not None and theirs.n_vocab <= source.config.vocab_size
@@ -335,22 +325,18 @@ def check_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
         )
 
 
-FREE_KEYS = ("context_length", "drop_rate", "init")  # of the architecture, what need not be as in the source
-
-
-def agree(ours: dict[str, Any], source: Source) -> Source:
-    """Check that what is given of an architecture is that of the source, but for `FREE_KEYS`; return the source,
-    without the rows of its vocabulary that are not wanted.
+def check_compatible(ours: dict[str, Any], source: PretrainedWeights) -> PretrainedWeights:
+    """Check the given keys of an architecture against pretrained weights; return these cut to the given vocabulary.
 
     Raises:
-        InputError: A key differs; it is named, with both values.
+        InputError: A key not in `MAY_DIFFER` differs; it is named, with both values.
     """
     n_vocab = ours.get("vocab_size", source.config.vocab_size)
-    if _holds(source, n_vocab):
-        source = _with_rows(source, n_vocab)
+    if fits_vocabulary(source, n_vocab):
+        source = cut_vocabulary(source, n_vocab)
     for key, value in ours.items():
         theirs = getattr(source.config, key)
-        if key not in FREE_KEYS and value != theirs:
+        if key not in MAY_DIFFER and value != theirs:
             remedy = "leave it out, it comes from there"
             if key == "vocab_size":
                 remedy = "set data.tokenizer to the one that it was trained with"
@@ -358,13 +344,13 @@ def agree(ours: dict[str, Any], source: Source) -> Source:
     return source
 
 
-def copy_weights(model: GPTModel, source: Source) -> None:
-    """Copy weights into a model of the same architecture; the table of positions is cut, or keeps its new rows.
+def copy_weights(model: GPTModel, source: PretrainedWeights) -> None:
+    """Copy weights into a model of the same architecture; position embeddings are cut, or keep their additional rows.
 
     Raises:
         InputError: The architectures differ.
     """
-    source = agree(asdict(model.config), source)
+    source = check_compatible(asdict(model.config), source)
     positions = gathered(model.pos_emb.weight).detach().clone()
     common = min(len(positions), source.config.context_length)
     positions[:common] = source.state["pos_emb.weight"][:common]
@@ -372,9 +358,6 @@ def copy_weights(model: GPTModel, source: Source) -> None:
     model.load_state_dict({name: shard_like(value, own[name]) for name, value in state.items()})
 
 
-# --- writing ----------------------------------------------------------------------------------------------------
-
-
-def _spec(source: Source) -> str | None:
-    """Return the tokenizer so that no other file is needed."""
+def embedded_tokenizer(source: PretrainedWeights) -> str | None:
+    """Return an argument for `load_tokenizer` that needs no other file; None if the tokenizer is unknown."""
     return None if source.tokenizer is None else tokenizer_spec(source.load_tokenizer())

@@ -1,4 +1,4 @@
-"""Run folders: where checkpoints lie, and which one is the newest."""
+"""Run folders `<root>/<name>/version_<n>` and the checkpoints in them."""
 
 import re
 import shutil
@@ -15,20 +15,20 @@ LOCK = ".lock"
 
 
 def run_folders(root: Path, name: str) -> list[Path]:
-    """Return the folders of the runs of that name, oldest first."""
+    """Return the folders of all runs of a name, oldest first."""
     folders = {int(m[1]): p for p in (root / name).glob("version_*") if (m := re.fullmatch(r"version_(\d+)", p.name))}
     return [folders[version] for version in sorted(folders)]
 
 
 def new_run_folder(root: Path, name: str) -> Path:
-    """Return the folder that the next run of that name gets; nothing is made yet."""
+    """Return the folder of the next run of a name, without creating it."""
     folders = run_folders(root, name)
     version = int(folders[-1].name.removeprefix("version_")) + 1 if folders else 0
     return root / name / f"version_{version}"
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
-    """Return the file of the checkpoint after `step` optimizer steps."""
+    """Return the path of the checkpoint after `step` optimizer steps."""
     return run / "checkpoints" / f"step-{step:08d}{SUFFIX}"
 
 
@@ -39,10 +39,10 @@ def checkpoints(run: Path) -> list[Path]:
 
 @contextmanager
 def locked(run: Path) -> Iterator[Path]:
-    """Keep other processes out of a run's folder. The lock ends with this process, however that ends.
+    """Lock a run's folder for this process; the lock is released even if the process is killed.
 
     Raises:
-        BlockingIOError: Another process has it.
+        BlockingIOError: Another process holds it.
     """
     lock = FileLock(run / LOCK)
     try:
@@ -57,9 +57,9 @@ def locked(run: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked_new_run(root: Path, name: str) -> Iterator[Path]:
-    """Make and lock the folder of a new run; each of several processes that do so at once gets its own.
+    """Create and lock the folder of a new run; concurrent processes get different ones.
 
-    It is removed again, with the parents that were made for it, if nothing is written into it.
+    It is removed again, with the parents created for it, if nothing is written to it.
     """
     while True:
         run = new_run_folder(root, name)
@@ -73,7 +73,7 @@ def locked_new_run(root: Path, name: str) -> Iterator[Path]:
         with locked(run):
             yield run
     finally:
-        with suppress(OSError):  # the folder has gone, or a parent holds other runs
+        with suppress(OSError):  # the folder no longer exists, or a parent holds other runs
             if all(path.name == LOCK for path in run.iterdir()):
                 shutil.rmtree(run)
                 for folder in parents:
@@ -86,10 +86,10 @@ def best_path(run: Path) -> Path:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """Return the newest checkpoint of a run that loads, or None when there is none at all.
+    """Return the newest checkpoint of a run that loads; None if it has none.
 
     Raises:
-        InputError: There are checkpoints, and not one of them loads.
+        InputError: It has checkpoints, but none of them loads.
     """
     errors: list[str] = []
     for path in reversed(checkpoints(run)):
@@ -99,7 +99,7 @@ def newest_checkpoint(run: Path) -> Path | None:
             errors.append(str(error))
             continue
         for error_text in errors:
-            note(f"passed over: {error_text}")
+            note(f"skipped: {error_text}")
         return path
     if errors:
         raise InputError(f"none of the {len(errors)} checkpoints of {run} loads: {errors[0]}")
@@ -107,7 +107,7 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return a checkpoint file: the path itself, or the newest one of a run's folder (or of a folder of its versions).
+    """Return a checkpoint file: the path itself, or the newest one in a run's folder or in a folder of its versions.
 
     Raises:
         InputError: There is none.
@@ -125,10 +125,10 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def last_run(root: Path, name: str, must_exist: bool = False) -> Path | None:
-    """Return the newest run of that name that has a checkpoint; None when there is none.
+    """Return the newest run of a name that has a checkpoint; None if there is none.
 
     Raises:
-        InputError: There is none and there must be.
+        InputError: There is none, and `must_exist`.
     """
     for folder in reversed(run_folders(root, name)):
         if checkpoints(folder):
@@ -141,7 +141,7 @@ def last_run(root: Path, name: str, must_exist: bool = False) -> Path | None:
 
 
 def folder_to_continue(path: Path, name: str) -> Path | None:
-    """Return the run of that name that a checkpoint is the newest of; from any other one a new run branches off."""
+    """Return the run to resume in: that of the checkpoint if it has this name and no newer one; None: a new run."""
     run = path.resolve().parent.parent
     if run.parent.name != name:
         return None

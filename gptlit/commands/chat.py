@@ -1,37 +1,78 @@
-"""A prompt loop: what you type is put behind the text so far, and the model goes on from there."""
+"""`gptlit chat`: a prompt loop. Each line is appended to the text so far, and the model continues it."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
-from gptlit.data.tokenizer import Tokenizer
+import typer
+
+from gptlit.commands.options import (
+    Checkpoint,
+    Compile,
+    Precision,
+    Quantize,
+    Temperature,
+    TopK,
+    TopP,
+    load_for_generation,
+)
 from gptlit.errors import InputError
-from gptlit.generation.generate import complete
-from gptlit.generation.sampling import Sampling
-from gptlit.model.gpt import GPTModel
 
-HELP = """What you type is added to the text, and the model continues it. Ctrl-C stops an answer, Ctrl-D ends.
-  /temperature 0.7   /top_k 50   /top_p 0.9   /max_new_tokens 200   (a word alone shows its value)
-  /reset  forgets the text   /history  shows it   /help   /quit"""
+if TYPE_CHECKING:
+    from gptlit.data.tokenizer import Tokenizer
+    from gptlit.generation.sampling import Sampling
+    from gptlit.model.gpt import GPTModel
+
+HELP = """What you type is appended to the text, and the model continues it. Ctrl-C stops an answer, Ctrl-D ends.
+  /temperature 0.7  sets it   /reset  clears the text   /help"""
+
+
+def chat(
+    checkpoint: Checkpoint,
+    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer.")] = 200,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 50,
+    top_p: TopP = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed and lines give the same answers.")] = None,
+    precision: Precision = "32",
+    quantize: Quantize = None,
+    compile: Compile = False,
+) -> None:
+    """Type a text, let the model continue it, type again; /help lists the commands."""
+    from gptlit.generation.sampling import Sampling
+
+    sampling = Sampling(temperature, top_k, top_p)
+    if None in (sys.stdin, sys.stdout):
+        raise InputError("chat reads standard input and writes standard output: one of them is closed")
+    model, tokenizer = load_for_generation(checkpoint, precision, quantize, compile)
+    talk = Chat(model, tokenizer, sampling, max_new_tokens, seed, lambda text: print(text, end="", flush=True))
+    print(HELP)
+    while True:
+        try:
+            talk.say(input("> "))
+        except EOFError:
+            print()
+            return
 
 
 class Chat:
-    """The state of a conversation, and what a line typed does to it.
+    """The state of a conversation.
 
     Args:
         model: In evaluation mode.
-        tokenizer: The one it was trained with.
-        sampling: How to draw.
-        max_new_tokens: Longest answer.
-        seed: Of the first answer; None: a random one each time.
-        write: Where text goes.
+        tokenizer: The one the model was trained with.
+        sampling: How to sample.
+        max_new_tokens: Maximum length of an answer.
+        seed: Of the first answer, incremented for each one; None: random.
+        write: Receives all text.
     """
 
     def __init__(
         self,
-        model: GPTModel,
-        tokenizer: Tokenizer,
-        sampling: Sampling,
+        model: "GPTModel",
+        tokenizer: "Tokenizer",
+        sampling: "Sampling",
         max_new_tokens: int,
         seed: int | None,
         write: Callable[[str], None],
@@ -44,62 +85,39 @@ class Chat:
         self.write = write
         self.history = ""
 
-    def say(self, line: str) -> bool:
-        """Obey a command or answer a line; return whether the conversation goes on."""
-        if line.startswith("/"):
-            return self._obey(*line[1:].split(maxsplit=1))
-        if line:
+    def say(self, line: str) -> None:
+        """Run a slash command, or answer a line."""
+        command, _, value = line.partition(" ")
+        if command == "/reset":
+            self.history = ""
+        elif command == "/temperature":
+            self._set_temperature(value)
+        elif command.startswith("/"):
+            self.write(HELP + "\n" if command == "/help" else f"unknown command {command}: try /help\n")
+        elif line:
             self._answer(line)
-        return True
 
     def _answer(self, line: str) -> None:
-        """Continue the text; what came before a Ctrl-C stays in it."""
+        """Continue the text; what was generated before a Ctrl-C stays in it."""
+        from gptlit.generation.generate import complete
+
         self.history += ("\n" if self.history else "") + line
 
         def show(_: int, text: str) -> None:
             self.history += text
             self.write(text)
 
+        model, prompts, length = self.model, [self.history], self.max_new_tokens
         try:
-            complete(
-                self.model,
-                self.tokenizer,
-                [self.history],
-                self.max_new_tokens,
-                self.sampling,
-                seed=self.seed,
-                on_text=show,
-            )
+            complete(model, self.tokenizer, prompts, length, self.sampling, seed=self.seed, on_text=show)
         except KeyboardInterrupt:
             self.write(" [stopped]")
         self.write("\n")
         self.seed = None if self.seed is None else self.seed + 1
 
-    def _obey(self, command: str = "help", value: str | None = None) -> bool:
-        if command in ("quit", "exit"):
-            return False
-        if command == "reset":
-            self.history = ""
-        elif command == "history":
-            self.write(self.history + "\n")
-        elif command in ("temperature", "top_k", "top_p", "max_new_tokens"):
-            self._set(command, value)
-        else:
-            self.write(HELP + "\n" if command == "help" else f"no command is named /{command}: try /help\n")
-        return True
-
-    def _set(self, key: str, value: str | None) -> None:
-        """Change a setting, or show it; a wrong value changes nothing."""
+    def _set_temperature(self, value: str) -> None:
         try:
-            if value is not None and key == "max_new_tokens":
-                if int(value) < 1:
-                    raise InputError(f"max_new_tokens must be at least 1, got {value}")
-                self.max_new_tokens = int(value)
-            elif value is not None:
-                changed: Any = {key: int(value) if key == "top_k" else float(value)}
-                self.sampling = replace(self.sampling, **changed)
+            self.sampling = replace(self.sampling, temperature=float(value))
         except ValueError as error:
             self.write(f"{error}\n")
-        else:
-            now = self.max_new_tokens if key == "max_new_tokens" else getattr(self.sampling, key)
-            self.write(f"{key} is {now}\n")
+        self.write(f"temperature is {self.sampling.temperature}\n")

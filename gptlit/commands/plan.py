@@ -8,28 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from typing_extensions import override
 
-from gptlit.checkpoint.formats import Source
+from gptlit.checkpoint.formats import PretrainedWeights
 from gptlit.checkpoint.io import read_checkpoint
-from gptlit.checkpoint.pretrained import agree
+from gptlit.checkpoint.pretrained import check_compatible
 from gptlit.config import PRESETS, GPTConfig
 from gptlit.data.compatibility import check_division, micro_batch_size
 from gptlit.data.datamodule import TokenDataModule
 from gptlit.errors import InputError, fail
 from gptlit.training.cli import TrainingCLI, command_line
-from gptlit.training.estimate import RunSpec, describe, gigabytes, make_plan, measure, warnings
+from gptlit.training.estimate import RunSpec, describe, gigabytes, make_plan, warnings
+from gptlit.training.lightning_compat import parser_schema
+from gptlit.training.measure import measure
 from gptlit.training.module import GPTModule
 
 HUB_NAMES = {"gpt2": "small", "gpt2-medium": "medium", "gpt2-large": "large", "gpt2-xl": "xl"}
 
 
 class PlanCLI(TrainingCLI):
-    """Reads what `fit` reads, and stops before anything is made of it."""
+    """Parses what `fit` parses, and stops before anything is instantiated."""
 
     makes_files = False
 
+    @override
     def before_instantiate_classes(self) -> None:
-        """Settle what depends on the machine; what is not here stays open."""
+        # What is missing on this machine stays open, with a line on why.
         self.open: list[str] = []
         super().before_instantiate_classes()
 
@@ -44,15 +48,17 @@ class PlanCLI(TrainingCLI):
                 return
         preset = replace(PRESETS[f"gpt2-{size}"], qkv_bias=True, tie_weights=True)  # without a download
         given = self._given("model", "config")
-        agree(given, Source(Path(config.model.init_from), preset, {}))
+        check_compatible(given, PretrainedWeights(Path(config.model.init_from), preset, {}))
         for key, value in {**asdict(preset), **given}.items():
             config.model.config[key] = value
 
+    @override
     def instantiate_classes(self) -> None:
-        """Make nothing."""
+        pass
 
+    @override
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run nothing."""
+        pass
 
 
 def run(args: list[str], with_measure: bool, as_json: bool) -> None:
@@ -60,7 +66,7 @@ def run(args: list[str], with_measure: bool, as_json: bool) -> None:
 
     Args:
         args: Files and flags of `fit`.
-        with_measure: Time a micro-batch and a step on this machine, and reckon when the run would end.
+        with_measure: Time a micro-batch and a step on this machine, and estimate when the run would end.
         as_json: Print one JSON object.
     """
     cli = command_line(PlanCLI, ["fit", *args])
@@ -90,9 +96,9 @@ def run(args: list[str], with_measure: bool, as_json: bool) -> None:
 
 def run_spec(config: Any, run: Path) -> RunSpec:
     """Return what is to be planned, from a parsed configuration of `fit`."""
-    model, data, trainer = config.model, config.data, config.trainer
-    values = model.as_dict()
-    module = GPTModule(**{**values, "config": GPTConfig(**values["config"]), "init_from": None})  # checks the values
+    data, trainer = config.data, config.trainer
+    values = config.model.as_dict()
+    module = GPTModule(**{**values, "config": GPTConfig(**values["config"])})  # checks the values
     device = device_of(trainer.accelerator)
     devices = count_devices(trainer.devices, device) * int(trainer.num_nodes)
     if devices < 1:
@@ -100,33 +106,21 @@ def run_spec(config: Any, run: Path) -> RunSpec:
     check_division(data.batch_size, devices)
     datamodule = TokenDataModule(**config.data.as_dict() if isinstance(data.source, str) else _with_sources(data))
     datamodule.context_length = datamodule.check_compatible(module.config)
-    windows = val_windows = tokens = None
     if datamodule.corpora.is_prepared():
         datamodule.load("fit")
-        windows, val_windows = (len(datamodule.windows[name]) for name in ("train", "val"))
-        tokens = datamodule.data.tokens("train")
-    saves = 0 if trainer.enable_checkpointing is False else config.run.keep_last
-    return RunSpec(
-        config=module.config,
-        optimizer=model.optimizer,
+    return RunSpec.of(
+        module,
+        datamodule,
         precision=str(trainer.precision),
         device=device,
         devices=devices,
         nodes=int(trainer.num_nodes),
         shards=trainer.strategy == "fsdp2",
-        recompute=model.activation_checkpointing,
-        compile=model.compile,
-        batch_size=data.batch_size,
         micro_batch_size=micro_batch_size(data.batch_size, devices, data.micro_batch_size),
         steps=None if trainer.max_steps == -1 else trainer.max_steps,
         epochs=None if trainer.max_epochs in (None, -1) else trainer.max_epochs,
-        lr=model.lr,
-        warmup_steps=model.warmup_steps,
-        is_pretrained=model.init_from is not None,
-        windows=windows,
-        val_windows=val_windows,
-        train_tokens=tokens,
-        saves=None if saves == -1 else saves + (config.run.keep_best and saves > 0),
+        keep_last=0 if trainer.enable_checkpointing is False else config.run.keep_last,
+        keep_best=config.run.keep_best,
         folder=run.parent.parent,
     )
 
@@ -139,10 +133,10 @@ def _with_sources(data: Any) -> dict[str, Any]:
 
 
 def device_of(accelerator: Any) -> str:
-    """Return the kind of device that Lightning's name stands for.
+    """Return the device type of one of Lightning's accelerator names.
 
     Raises:
-        InputError: It is none that this project trains on.
+        InputError: This project does not train on it.
     """
     if accelerator in ("gpu", "cuda"):
         return "cuda"
@@ -154,7 +148,7 @@ def device_of(accelerator: Any) -> str:
 
 
 def count_devices(devices: Any, device: str) -> int:
-    """Return how many devices of a machine are used; 1 for all GPUs of a machine without any."""
+    """Return the number of devices per node; 1 for "auto" without a GPU."""
     if devices in ("auto", -1, "-1"):
         return max(1, torch.cuda.device_count()) if device == "cuda" else 1
     if isinstance(devices, list):
@@ -164,10 +158,10 @@ def count_devices(devices: Any, device: str) -> int:
 
 
 def time_of(spec: RunSpec, plan: dict[str, Any], done: int) -> dict[str, Any]:
-    """Return what the run would take from step `done` on, if all devices were like the one here.
+    """Measure the time that the run takes from step `done`, if all devices are like the one here.
 
     Raises:
-        InputError: The device of the configuration is not here, or too small.
+        InputError: The device of the configuration is missing here, or too small.
     """
     need, have = plan["memory"]["total"], plan["memory"]["available"]
     if have is not None and need > have:
@@ -184,15 +178,5 @@ def time_of(spec: RunSpec, plan: dict[str, Any], done: int) -> dict[str, Any]:
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON schema of the YAML files of `train.py fit`; jsonargparse makes it."""
-    from jsonargparse._completions_jsonschema import ParserJsonschema
-
-    class Schema(ParserJsonschema):  # type: ignore[misc,unused-ignore]
-        def action_type_schema(self, action: Any, consts: Any) -> Any:
-            try:
-                return super().action_type_schema(action, consts)  # type: ignore[no-untyped-call,unused-ignore]
-            except TypeError:  # one of Lightning's plugins takes a metaclass, whose subclasses cannot be listed
-                return {}
-
-    cli = command_line(PlanCLI, ["fit", "--trainer.max_steps=1", "--trainer.precision=32-true"])
-    return dict(Schema().generate(cli._parser("fit")))  # type: ignore[no-untyped-call,unused-ignore]
+    """Return the JSON schema of the YAML files of `train.py fit`."""
+    return parser_schema(command_line(PlanCLI, ["fit", "--trainer.max_steps=1", "--trainer.precision=32-true"]), "fit")

@@ -39,7 +39,9 @@ class Boundary:
     def from_dict(cls, values: dict[str, Any]) -> "Boundary":
         """Undo `asdict` after a round trip through JSON."""
         counts = {key: int(values[key]) for key in ("tokens", "documents", "text_bytes")}
-        return cls(Position(*map(int, values["position"])), shards=list(values["shards"]), **counts)
+        types = {"file": str, "tokens": int, "sha256": str}
+        shards = [{key: type_(shard[key]) for key, type_ in types.items()} for shard in values["shards"]]
+        return cls(Position(*map(int, values["position"])), shards=shards, **counts)
 
 
 class SplitWriter:

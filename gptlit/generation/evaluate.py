@@ -1,4 +1,4 @@
-"""How well a model predicts a corpus: loss, perplexity, bits per byte, accuracy, and the documents it knows least."""
+"""Evaluation on a corpus: loss, perplexity, bits per byte, accuracy, and the documents with the highest loss."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -15,25 +15,25 @@ from gptlit.model.gpt import GPTModel
 
 @dataclass
 class Score:
-    """What predicting some tokens cost.
+    """Sums over predicted tokens.
 
     Args:
-        tokens: How many were predicted.
-        text_bytes: How many bytes of text they are.
+        tokens: Number of tokens.
+        text_bytes: UTF-8 bytes of their text.
         nats: Sum of their losses.
-        hits: How many were the likeliest.
+        correct: Number of tokens that were predicted as the most likely one.
         start: The beginning of the text, for a document.
     """
 
     tokens: int = 0
     text_bytes: int = 0
     nats: float = 0.0
-    hits: int = 0
+    correct: int = 0
     start: str = ""
 
     @property
     def loss(self) -> float:
-        """Nats a token."""
+        """Mean loss, in nats per token."""
         return self.nats / self.tokens
 
     @property
@@ -43,13 +43,13 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits a byte of text: the same whatever the tokenizer."""
+        """Bits per byte of text, comparable across tokenizers."""
         return self.nats / math.log(2) / self.text_bytes
 
     @property
     def accuracy(self) -> float:
-        """Share of tokens that were the likeliest."""
-        return self.hits / self.tokens
+        """Fraction of tokens that were predicted as the most likely one."""
+        return self.correct / self.tokens
 
 
 @dataclass
@@ -73,21 +73,21 @@ def evaluate(
 ) -> Evaluation:
     """Predict every token of every document once.
 
-    A document follows the end-of-text token. Where it is longer than the context, a window of `context_length` ids
-    moves on by `stride`, and only the ids that are new in it are counted: each has seen at least
-    `context_length - stride` ids before it.
+    A document follows the end-of-text token. In one longer than the context, a window of `context_length` ids moves by
+    `stride`, and only ids that are new in it are counted: each is predicted from at least `context_length - stride`
+    ids.
 
     Args:
         model: In evaluation mode.
-        tokenizer: The one it was trained with.
+        tokenizer: The one the model was trained with.
         documents: Texts.
-        stride: New ids a window, from 1 (exact and slow) to `context_length`.
-        batch_size: Windows at once.
-        worst: How many documents to keep.
+        stride: New ids per window, from 1 (exact and slow) to `context_length`.
+        batch_size: Windows in a batch.
+        worst: Number of documents with the highest loss to keep.
         on_document: Called with the score of each document.
 
     Raises:
-        InputError: The stride is out of its range, or there is no text.
+        InputError: `stride` or `batch_size` is out of range, or there is no text.
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
@@ -96,11 +96,11 @@ def evaluate(
     result = Evaluation()
     windows = _windows(documents, tokenizer, model.config.context_length, stride)
     while batch := list(islice(windows, batch_size)):
-        for (score, _, _, is_last), nats, hits in zip(batch, *_predict(model, batch), strict=True):
+        for (score, _, _, is_last), nats, correct in zip(batch, *_predict(model, batch), strict=True):
             score.nats += nats
-            score.hits += hits
+            score.correct += correct
             if is_last:
-                _count(result, score, worst)
+                _add(result, score, worst)
                 if on_document is not None:
                     on_document(score)
     if not result.total.tokens:
@@ -108,14 +108,14 @@ def evaluate(
     return result
 
 
-Window = tuple[Score, list[int], int, bool]  # its document's score, its ids, how many of them are new, the last one?
+Window = tuple[Score, list[int], int, bool]  # score of its document, ids, number of new ids, is it the last?
 
 
 def _windows(documents: Iterable[str], tokenizer: Tokenizer, length: int, stride: int) -> Iterator[Window]:
     for text in documents:
         ids = [tokenizer.eot_token, *tokenizer.encode_ordinary(text)]
         score = Score(len(ids) - 1, len(text.encode()), start=" ".join(text[:200].split())[:60])
-        done = 1  # ids that need no prediction any more
+        done = 1  # ids already predicted
         while done < len(ids):
             end = min(len(ids), done + (length if done == 1 else stride))
             yield score, ids[max(0, end - length - 1) : end], end - done, end == len(ids)
@@ -123,20 +123,20 @@ def _windows(documents: Iterable[str], tokenizer: Tokenizer, length: int, stride
 
 
 def _predict(model: GPTModel, batch: list[Window]) -> tuple[list[float], list[int]]:
-    """Return the sum of losses and the hits over the new ids of each window."""
+    """Return the sum of losses and the number of correct predictions over the new ids of each window."""
     device = model.pos_emb.weight.device
     rows = [torch.tensor(ids) for _, ids, _, _ in batch]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
     logits: Tensor = model(ids[:, :-1]).float()
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    right = logits.argmax(dim=-1) == ids[:, 1:]
+    is_correct = logits.argmax(dim=-1) == ids[:, 1:]  # (B, T)
     spans = [slice(len(row) - 1 - new, len(row) - 1) for row, (_, _, new, _) in zip(rows, batch, strict=True)]
     nats = [float(losses[row, span].double().sum()) for row, span in enumerate(spans)]
-    return nats, [int(right[row, span].sum()) for row, span in enumerate(spans)]
+    return nats, [int(is_correct[row, span].sum()) for row, span in enumerate(spans)]
 
 
-def _count(result: Evaluation, score: Score, worst: int) -> None:
+def _add(result: Evaluation, score: Score, worst: int) -> None:
     result.documents += 1
-    for key in ("tokens", "text_bytes", "nats", "hits"):
+    for key in ("tokens", "text_bytes", "nats", "correct"):
         setattr(result.total, key, getattr(result.total, key) + getattr(score, key))
     result.worst = sorted([*result.worst, score], key=lambda document: -document.loss)[:worst]

@@ -1,8 +1,13 @@
-"""Linear layers for generation on a CPU: one row at a time, a product reads every weight once, and memory is the limit.
+"""Linear layers for generation on a CPU, where a matrix-vector product is bound by memory bandwidth.
 
-BLAS reads weights at a fraction of the memory's speed there. The product written as multiply-and-sum, and compiled,
-comes close to it; with 8-bit weights a quarter of the bytes is read.
+BLAS reaches a fraction of that bandwidth. A compiled multiply-and-sum comes close to it, and int8 weights are a quarter
+of the bytes.
 """
+
+import os
+import shlex
+import shutil
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +18,7 @@ from gptlit.model.gpt import GPTModel
 
 
 class RowLinear(nn.Module):
-    """A linear layer that multiplies a single row without BLAS: (..., I) -> (..., O). Only fast when compiled."""
+    """A linear layer without BLAS for a single row: (..., I) -> (..., O). Only fast when compiled."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -27,12 +32,12 @@ class RowLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with 8-bit weights and one scale an output: (..., I) -> (..., O).
+    """A linear layer with int8 weights and one scale per output: (..., I) -> (..., O).
 
     Args:
         linear: The layer to copy.
-        packed: Keep four weights in an int32, which a compiled product with a single row reads fastest; everything
-            else has to unpack them first.
+        packed: Pack four weights into an int32, which is fastest for a compiled product with a single row; other
+            products unpack them first.
     """
 
     weight: Tensor  # int8 (O, I), or packed: int32 (O, I/4), whose byte k of word j is the weight k * I/4 + j
@@ -70,7 +75,7 @@ class Int8Linear(nn.Module):
 
 
 def _packed_row_product(weight: Tensor, x: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
-    """Return weight @ x for a single row and packed weights: a shift up and one down bring out a signed byte."""
+    """Return weight @ x for a single row and packed weights: a left and a right shift sign-extend a byte."""
     planes = x.reshape(4, -1).float()  # (4, I/4)
     parts = [((weight << (24 - 8 * k)) >> 24).float() * planes[k] for k in range(4)]
     product = (parts[0] + parts[1] + parts[2] + parts[3]).sum(dim=-1) * scale.float()  # (O,)
@@ -88,42 +93,37 @@ def _row_product(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def for_generation(model: GPTModel, quantize: str | None = None, compile: bool = False) -> GPTModel:
-    """Make a model fast for one row at a time, in place.
+    """Optimize a model for generating one row, in place.
 
     Args:
-        model: The model, not to be trained afterwards.
-        quantize: "int8" keeps the matrices in 8 bits; None leaves them as they are.
-        compile: Compile block by block: seconds at first, and faster from then on for one row at a time. Only a CPU
-            has anything to gain; on another device nothing is compiled.
+        model: The model, which cannot be trained afterwards.
+        quantize: "int8" stores the matrices in 8 bits; None leaves them as they are.
+        compile: Compile each block, which pays off for one row on a CPU; ignored on other devices.
 
     Raises:
-        InputError: The quantisation is unknown, or there is no compiler.
+        InputError: The quantization is unknown or not for this device, or there is no compiler.
     """
     device = model.pos_emb.weight.device.type
     if quantize not in (None, "int8"):
-        raise InputError(f"no quantisation is named {quantize!r}: 'int8' is the only one")
+        raise InputError(f"quantize {quantize!r} is unknown: 'int8' is supported")
     if quantize and device == "cuda":
         raise InputError("quantize 'int8' is for a CPU; on a GPU bf16 is faster: leave it out")
     compile = compile and device == "cpu"
     if quantize and compile:
-        model.float()  # the weights are in 8 bits; activations in bf16 would only be converted back and forth
+        model.float()  # bf16 activations would only be converted back and forth
     if quantize or compile:
         for module in list(model.modules()):
             for name, child in module.named_children():
                 if type(child) is nn.Linear:
                     setattr(module, name, Int8Linear(child, packed=compile) if quantize else RowLinear(child))
     if compile:
-        _insist_on_a_compiler()
+        _check_compiler()
         for module in (*model.trf_blocks, model.out_head):
             module.compile(dynamic=False)
     return model
 
 
-def _insist_on_a_compiler() -> None:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler as error:
-        raise InputError("compile needs a C++ compiler: install g++ or clang, or leave it out") from error
+def _check_compiler() -> None:
+    default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if shutil.which(shlex.split(os.environ.get("CXX", default))[0]) is None:
+        raise InputError("compile needs a C++ compiler: install g++ or clang, or leave it out")

@@ -1,6 +1,6 @@
-"""Sampling: logits -> the next token, and the loop around it, with a cache of keys and values.
+"""Autoregressive generation with a key-value cache.
 
-Shapes: B rows, T tokens, V vocabulary. Rows may be of different lengths: row b holds `lengths[b]` ids, flush left.
+Shapes: B rows, T tokens, C emb_dim, V vocabulary. Rows of different lengths are padded on the right.
 """
 
 import codecs
@@ -29,21 +29,20 @@ def stream(
     use_cache: bool = True,
     cuda_graph: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Continue several prompts at once, of any lengths; yield (ids, log-probabilities) of the next tokens, (B,) each.
+    """Continue several prompts of any lengths; yield the next ids and their log-probabilities, (B,) each.
 
-    While a row fits the context, keys and values are cached. Beyond it the window slides, which moves every position,
-    so that the rows are read anew for each token: the text is the same as without a cache.
+    Keys and values are cached while all rows fit the context. After that the window slides, which changes every
+    position, so that each token takes a full forward pass. The text is the same as without a cache.
 
     Args:
         model: In evaluation mode.
-        prompts: Token ids, at least one a row.
-        max_new_tokens: How often to yield.
-        sampling: How to draw. Log-probabilities are the model's own, before temperature and cuts.
-        generators: One source of randomness for all rows, or one for each, so that a row's text does not depend on
-            its neighbours.
-        use_cache: False reads everything anew for each token.
-        cuda_graph: On a GPU, capture the step with the cache once and replay it: a step of one token is bound by the
-            launches of its kernels. Not for a sharded model.
+        prompts: Token ids, at least one per row.
+        max_new_tokens: Number of steps.
+        sampling: How to sample. Log-probabilities are the model's own, before temperature, top-k and top-p.
+        generators: One for all rows, or one per row, so that a row's text does not depend on the others.
+        use_cache: False runs a full forward pass for each token.
+        cuda_graph: On a GPU, capture the cached step once and replay it: a step of one token is bound by kernel
+            launches. Not for a sharded model.
 
     Raises:
         InputError: A prompt is empty, or max_new_tokens is negative.
@@ -53,8 +52,7 @@ def stream(
         raise InputError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
     if not prompts or not all(prompts):
         raise InputError("the prompt is empty: at least one token is needed")
-    device = model.pos_emb.weight.device
-    context_length = model.config.context_length
+    context_length, device = model.config.context_length, model.pos_emb.weight.device
     rows = [list(prompt) for prompt in prompts]
     longest = max(map(len, rows))
     next_ids = torch.tensor([row[-1] for row in rows], device=device)
@@ -62,32 +60,35 @@ def stream(
     decode: Callable[[Tensor], Tensor] | None = None
     for step in range(max_new_tokens):
         if not use_cache or longest + step > context_length:
-            with torch.compiler.set_stance("force_eager"):
-                hidden = model.hidden(_padded(rows, context_length, device))
-            last = torch.tensor([min(len(row), context_length) - 1 for row in rows], device=device)
+            logits = _forward(model, rows)
         elif cache is None:
             capacity = min(context_length, longest + max_new_tokens)
             cache = KVCache(model.config, len(rows), capacity, device, _activation_dtype(model))
-            with torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
-                hidden = model.hidden(_padded(rows, context_length, device), cache)
-            cache.advance(torch.tensor([len(row) for row in rows], device=device))
-            last = cache.lengths - 1
+            logits = _forward(model, rows, cache)
         else:
             decode = decode or _decoder(model, cache, cuda_graph and device.type == "cuda")
             logits = decode(next_ids)
             cache.advance(1)
-            last = None
-        if last is not None:
-            logits = model.out_head(hidden[torch.arange(len(rows), device=device), last])  # (B, V)
         next_ids = sampling.draw(logits, generators)
-        chances = torch.log_softmax(logits.float(), dim=-1)
-        yield next_ids, chances.gather(-1, next_ids[:, None])[:, 0]
+        log_probs = torch.log_softmax(logits.float(), dim=-1)
+        yield next_ids, log_probs.gather(-1, next_ids[:, None])[:, 0]
         for row, next_id in zip(rows, next_ids.tolist(), strict=True):
             row.append(next_id)
 
 
+def _forward(model: GPTModel, rows: Sequence[Sequence[int]], cache: KVCache | None = None) -> Tensor:
+    """Return the logits (B, V) that follow the last `context_length` ids of each row, and fill an empty cache."""
+    context_length, device = model.config.context_length, model.pos_emb.weight.device
+    lengths = torch.tensor([min(len(row), context_length) for row in rows], device=device)
+    with torch.compiler.set_stance("force_eager"):  # it would be compiled again for each length
+        hidden = model.hidden(_padded(rows, context_length, device), cache)  # (B, T, C)
+    if cache is not None:
+        cache.advance(lengths)
+    return model.out_head(hidden[torch.arange(len(rows), device=device), lengths - 1])  # type: ignore[no-any-return]
+
+
 def _decoder(model: GPTModel, cache: KVCache, cuda_graph: bool) -> Callable[[Tensor], Tensor]:
-    """Return the function from the next ids (B,) to logits (B, V), with the cache; perhaps captured in a CUDA graph."""
+    """Return the cached step, next ids (B,) -> logits (B, V), optionally captured in a CUDA graph."""
 
     def decode(ids: Tensor) -> Tensor:
         return model.out_head(model.hidden(ids[:, None], cache)[:, 0])  # type: ignore[no-any-return]
@@ -98,7 +99,7 @@ def _decoder(model: GPTModel, cache: KVCache, cuda_graph: bool) -> Callable[[Ten
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        decode(static_ids)  # warms up; the keys and values that it writes are overwritten
+        decode(static_ids)  # warm-up; the keys and values that it writes are overwritten
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -113,7 +114,7 @@ def _decoder(model: GPTModel, cache: KVCache, cuda_graph: bool) -> Callable[[Ten
 
 
 def _padded(rows: Sequence[Sequence[int]], context_length: int, device: torch.device) -> Tensor:
-    """Return the last `context_length` ids of each row, flush left, (B, T)."""
+    """Return the last `context_length` ids of each row, padded on the right, int64 (B, T)."""
     tails = [torch.tensor(row[-context_length:]) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(tails, batch_first=True).to(device)
 
@@ -134,20 +135,20 @@ def generate(
     eos_id: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Continue each row of `token_ids`, int64 (B, T); return prompt and new ids, int64 (B, T + n).
+    """Continue each row of `token_ids`, int64 (B, T); return prompts and new ids, int64 (B, T + n).
 
     Args:
-        model: The model; put back into its mode afterwards.
-        token_ids: The prompts, all of one length of at least 1.
-        max_new_tokens: n; fewer when every row has met `eos_id`.
+        model: The model; its training mode is restored afterwards.
+        token_ids: The prompts, all of the same length of at least 1.
+        max_new_tokens: n; fewer if every row has reached `eos_id`.
         temperature: As in `Sampling`, like `top_k` and `top_p`.
-        top_k: Draw from the k likeliest tokens.
-        top_p: Draw from the smallest set of tokens that has this probability.
-        eos_id: A row that has drawn it is filled up with it.
-        generator: Source of randomness, on the device of the model.
+        top_k: Sample from the k most likely tokens.
+        top_p: Sample from the smallest set of tokens with this total probability.
+        eos_id: A row that has sampled it is padded with it.
+        generator: On the device of the model.
 
     Raises:
-        InputError: A setting is out of its range, or the prompt is empty.
+        InputError: A setting is out of range, or the prompt is empty.
         ValueError: An id is outside the vocabulary.
     """
     sampling = Sampling(temperature, top_k, top_p)
@@ -179,22 +180,22 @@ class Completion:
     Args:
         prompt: The text that was continued.
         text: The continuation, without the stop string.
-        token_ids: The ids drawn, the last one included where it ended the text.
-        log_probabilities: Of each of them, in nats, under the model itself.
-        reason: Why it ends: "length", "stop" (a stop string) or "end" (the end-of-text token).
+        token_ids: The sampled ids, including the end-of-text token.
+        log_probs: Log-probability of each, in nats, before temperature, top-k and top-p.
+        reason: Why it ended: "length", "stop" (a stop string) or "end" (the end-of-text token).
     """
 
     prompt: str
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    log_probabilities: list[float] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
     reason: Literal["length", "stop", "end"] = "length"
 
 
 class _Writer:
-    """Turns the ids of one row into text as they come, and ends it at a stop string or at the end of text.
+    """Incrementally detokenizes one row, up to a stop string or the end-of-text token.
 
-    Text is held back while it may still be the beginning of a stop string or of a character.
+    Text is held back while it may still be the beginning of a stop string or of a multi-byte character.
     """
 
     def __init__(self, tokenizer: Tokenizer, completion: Completion, stop: Sequence[str]) -> None:
@@ -205,10 +206,10 @@ class _Writer:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
 
-    def add(self, token_id: int, log_probability: float) -> str:
-        """Take the next id; return the text that is certain now."""
+    def add(self, token_id: int, log_prob: float) -> str:
+        """Append an id; return the text that has become final."""
         self.completion.token_ids.append(token_id)
-        self.completion.log_probabilities.append(log_probability)
+        self.completion.log_probs.append(log_prob)
         if token_id == self._tokenizer.eot_token:
             return self.close("end")
         self._held += self._decoder.decode(self._tokenizer.decode_single_token_bytes(token_id))
@@ -227,14 +228,13 @@ class _Writer:
         return self._release(0)
 
     def _release(self, keep: int) -> str:
-        certain = self._held[: len(self._held) - keep]
-        self._held = self._held[len(certain) :]
-        self.completion.text += certain
-        return certain
+        released, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        self.completion.text += released
+        return released
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return how much of the end of `text` is a beginning of `stop`."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
@@ -249,17 +249,18 @@ def complete(
     seed: int | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Completion]:
-    """Continue texts, all at once.
+    """Continue a batch of texts.
 
     Args:
         model: In evaluation mode.
-        tokenizer: The one it was trained with.
+        tokenizer: The one the model was trained with.
         prompts: Texts of at least one character, of any lengths.
-        max_new_tokens: Longest continuation.
-        sampling: How to draw.
-        stop: Texts that end a continuation and are not part of it.
-        seed: Row n draws from a stream of its own, `seed + n`, whatever its neighbours are; None: a random seed.
-        on_text: Called with (row, text) as soon as text is certain.
+        max_new_tokens: Maximum length of a continuation, in tokens.
+        sampling: How to sample.
+        stop: Strings that end a continuation and are not part of it.
+        seed: Row n has its own generator, seeded with `seed + n`, so that it does not depend on the other rows; None:
+            random.
+        on_text: Called with (row, text) as soon as text is final.
 
     Raises:
         InputError: A prompt or a stop string is empty.
@@ -267,25 +268,26 @@ def complete(
     if not all(prompts):
         raise InputError("a prompt is empty: give at least one character")
     if not all(stop):
-        raise InputError("a stop string is empty: it would end every text at once")
+        raise InputError("a stop string is empty: it would end every text immediately")
     device = model.pos_emb.weight.device
     first = torch.seed() if seed is None else seed
     generators = [torch.Generator(device).manual_seed((first + row) % 2**63) for row in range(len(prompts))]
     writers = [_Writer(tokenizer, Completion(prompt), stop) for prompt in prompts]
 
-    def tell(row: int, text: str) -> None:
+    def emit(row: int, text: str) -> None:
         if text and on_text is not None:
             on_text(row, text)
 
     ids = [tokenizer.encode_ordinary(prompt) for prompt in prompts]
     steps = stream(model, ids, max_new_tokens, sampling, generators=generators, cuda_graph=True)
-    for next_ids, chances in steps:
-        for row, (writer, next_id, chance) in enumerate(zip(writers, next_ids.tolist(), chances.tolist(), strict=True)):
+    for next_ids, log_probs in steps:
+        values = zip(writers, next_ids.tolist(), log_probs.tolist(), strict=True)
+        for row, (writer, next_id, log_prob) in enumerate(values):
             if not writer.finished:
-                tell(row, writer.add(next_id, chance))
+                emit(row, writer.add(next_id, log_prob))
         if all(writer.finished for writer in writers):
             break
     for row, writer in enumerate(writers):
         if not writer.finished:
-            tell(row, writer.close("length"))
+            emit(row, writer.close("length"))
     return [writer.completion for writer in writers]

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that were read, for generation."""
+"""Keys and values of previous tokens, for generation."""
 
 import torch
 from torch import Tensor
@@ -7,13 +7,13 @@ from gptlit.config import GPTConfig
 
 
 class KVCache:
-    """Keys and values of the tokens that were read, for rows of different lengths.
+    """Keys and values of previous tokens, for rows of different lengths.
 
     Args:
         config: The model's architecture.
         rows: B.
-        capacity: S, tokens that a row can hold; at most `context_length`.
-        device: Of the model.
+        capacity: S, the most tokens of a row; at most `context_length`.
+        device: The model's device.
         dtype: Of the model's activations.
     """
 
@@ -23,21 +23,21 @@ class KVCache:
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)  # tokens in each row
         shape = (rows, config.n_heads, capacity, config.emb_dim // config.n_heads)
         self.layers = [LayerCache(self, shape, device, dtype) for _ in range(config.n_layers)]
-        self._steps = torch.arange(capacity, device=device)
+        self._slots = torch.arange(capacity, device=device)
 
     def positions(self, count: int) -> Tensor:
-        """Return the positions (B, count) of the next tokens, and point the layers at them."""
-        self.write = (self.lengths[:, None] + self._steps[:count]).clamp(max=len(self._steps) - 1)
-        self.seen = self._steps <= self.write[:, None, :, None]  # (B, 1, T, S)
-        return self.write
+        """Return the positions (B, T) of the next `count` tokens, and let the layers write there."""
+        self.write_positions = (self.lengths[:, None] + self._slots[:count]).clamp(max=len(self._slots) - 1)  # (B, T)
+        self.mask = self._slots <= self.write_positions[:, None, :, None]  # (B, 1, T, S)
+        return self.write_positions
 
     def advance(self, counts: Tensor | int) -> None:
-        """Count tokens in: as many for each row as were real, and not padding on its right."""
+        """Add to the length of each row: the tokens that were real, without the padding on the right."""
         self.lengths += counts  # in place: a CUDA graph reads this tensor
 
 
 class LayerCache:
-    """The part of a KVCache that belongs to one block: keys and values, (B, H, S, D) each."""
+    """Keys and values of one block, (B, H, S, D) each."""
 
     def __init__(
         self, cache: KVCache, shape: tuple[int, int, int, int], device: torch.device | str, dtype: torch.dtype
@@ -45,11 +45,11 @@ class LayerCache:
         self.cache = cache
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self._rows = torch.arange(shape[0], device=device)[:, None]
+        self._rows = torch.arange(shape[0], device=device)[:, None]  # (B, 1)
 
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Write (B, H, T, D) where it belongs; return all keys and values so far and which a token may see."""
-        cache = self.cache
-        self.keys[self._rows, :, cache.write] = key.transpose(1, 2).to(self.keys.dtype)
-        self.values[self._rows, :, cache.write] = value.transpose(1, 2).to(self.values.dtype)
-        return self.keys, self.values, cache.seen
+        """Write (B, H, T, D) keys and values; return all (B, H, S, D) and the attention mask (B, 1, T, S)."""
+        where = self._rows, slice(None), self.cache.write_positions
+        self.keys[where] = key.transpose(1, 2).to(self.keys.dtype)  # (B, T, H, D)
+        self.values[where] = value.transpose(1, 2).to(self.values.dtype)
+        return self.keys, self.values, self.cache.mask

@@ -6,20 +6,19 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
-def shard_like(whole: Tensor, like: Tensor) -> Tensor:
-    """Return this device's shard of a whole tensor, placed as `like` is; the tensor itself where that is whole too."""
+def shard_like(full: Tensor, like: Tensor) -> Tensor:
+    """Shard a full tensor, which every device holds, as `like` is; return it unchanged if `like` is not sharded."""
     if not isinstance(like, DTensor):
-        return whole
-    whole = whole.detach().to(like.device)
-    everywhere = None  # every device has it, so that none needs to send it
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=everywhere)
+        return full
+    full = full.detach().to(like.device)
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)  # None: no communication
 
 
 def local(value: Tensor) -> Tensor:
-    """Return this device's shard of a tensor, or the whole where it is not sharded."""
+    """Return this device's shard of a tensor; the tensor itself if it is not sharded."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
 def gathered(value: Any) -> Any:
-    """Return a sharded tensor whole, on every device; anything else as it is."""
+    """Return the full tensor of a sharded one, on every device; anything else unchanged."""
     return value.full_tensor() if isinstance(value, DTensor) else value

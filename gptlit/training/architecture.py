@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gptlit.checkpoint.io import read_checkpoint
-from gptlit.checkpoint.pretrained import agree, check_tokenizer, read_source
+from gptlit.checkpoint.pretrained import check_compatible, check_tokenizer, read_weights
 from gptlit.data.corpora import tokenizer_for
 from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import note
@@ -30,13 +30,13 @@ def complete_architecture(config: Any, given: dict[str, Any]) -> None:
 
 def _of_pretrained(config: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Return the architecture of `model.init_from`, and set the tokenizer it was trained with if none is given."""
-    source = read_source(config.model.init_from)
+    source = read_weights(config.model.init_from)
     name = tokenizer_for(config.data.source, config.data.tokenizer, source.tokenizer_name or "gpt2")
     if name == source.tokenizer_name:
         config.data.tokenizer = name
     check_tokenizer(source, load_tokenizer(name))
     rows = source.config.vocab_size
-    source = agree({"vocab_size": load_tokenizer(name).n_vocab, **given}, source)
+    source = check_compatible({"vocab_size": load_tokenizer(name).n_vocab, **given}, source)
     if source.config.vocab_size < rows:
         note(f"the vocabulary is cut: from {rows} to {source.config.vocab_size} ids")
     found = asdict(source.config)

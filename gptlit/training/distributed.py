@@ -1,7 +1,4 @@
-"""A model in shards (FSDP2): every device holds a part of each parameter, and gathers a block when it computes it.
-
-Plain torch; the strategy that uses it is in `strategies.py`. Source: Zhao et al. 2023, "PyTorch FSDP".
-"""
+"""Training on several devices: sharded models (FSDP2), the norm of their gradient, and the strategies."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,41 +7,46 @@ from itertools import chain
 from typing import Any
 
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.linalg import vector_norm
 from torch.optim import Optimizer
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 from gptlit.config import GPTConfig
 from gptlit.model.gpt import GPTModel
 from gptlit.model.sharding import gathered, local, shard_like
+from gptlit.training.lightning_compat import set_data_parallel_size
 
 TIMEOUT = timedelta(minutes=10)  # after which a process that waits for a silent one gives up
 
 
 def sharded_model(config: GPTConfig, mesh: DeviceMesh, device: torch.device) -> GPTModel:
-    """Build a GPTModel in shards, with the weights that `GPTModel(config)` would draw.
+    """Build a sharded GPTModel with the weights that `GPTModel(config)` would have.
 
-    No device ever holds more than its shards and one whole layer, which is drawn on the CPU.
+    No device ever holds more than its shards and one full parameter, which is initialised on the CPU.
 
     Args:
         config: The architecture.
         mesh: The devices, in one dimension.
         device: This process's own.
     """
-    model = shards_without_memory(config, mesh)
+    model = sharded_meta_model(config, mesh)
     model.to_empty(device=device)
     if config.tie_weights:
         model.out_head.weight = model.tok_emb.weight
-    model.init_weights(_whole)
+    with _FullInit():
+        model.init_weights()
     return model
 
 
-def shards_without_memory(config: GPTConfig, mesh: DeviceMesh) -> GPTModel:
-    """Build a GPTModel in shards on the meta device: shapes, but no numbers."""
+def sharded_meta_model(config: GPTConfig, mesh: DeviceMesh) -> GPTModel:
+    """Build a sharded GPTModel on the meta device: shapes without storage. Source: Zhao et al. 2023, "PyTorch FSDP"."""
     with torch.device("meta"):
         model = GPTModel(config)
     for block in model.trf_blocks:
@@ -54,31 +56,38 @@ def shards_without_memory(config: GPTConfig, mesh: DeviceMesh) -> GPTModel:
     return model
 
 
-@contextmanager
-def _whole(layer: nn.Module) -> Iterator[None]:
-    """Give a layer whole parameters while they are drawn: each device draws the same and keeps its shard."""
-    shards = dict(layer.named_parameters(recurse=False))
-    layer._parameters.update({name: nn.Parameter(torch.empty(shard.shape)) for name, shard in shards.items()})
-    yield
-    with torch.no_grad():
-        for name, shard in shards.items():
-            whole, layer._parameters[name] = layer._parameters[name], shard
-            shard.copy_(shard_like(whole, shard))  # type: ignore[arg-type]
+class _FullInit(TorchFunctionMode):
+    """Makes random initialisers fill a sharded parameter with the values that the unsharded one would have.
+
+    DTensor's own random numbers differ. Here each device fills the full tensor, on the CPU, and keeps its shard.
+    """
+
+    RANDOM = ("normal_", "uniform_", "kaiming_uniform_")
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func.__name__ not in self.RANDOM:
+            return func(*args, **kwargs)
+        shard, *rest = args or (kwargs.pop("tensor"),)  # nn.init passes its tensor by name
+        full = func(torch.empty(shard.shape, dtype=shard.dtype), *rest, **kwargs)
+        with torch.no_grad():
+            return shard.copy_(shard_like(full, shard))
 
 
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Return the L2 norm of all gradients together, over the shards of all devices.
+    """Return the L2 norm of all gradients, over the shards of all devices.
 
-    torch's own norm adds up a large tensor in one float32 on a CPU, and is 0.3% low for GPT-2 small's embedding. Row by
-    row, and the rows in float64, it is exact to the last digits at the same speed.
+    On a CPU torch's own norm accumulates a large tensor in one float32, and is 0.3% low for GPT-2 small's embedding.
+    Row by row, with the rows' norms in float64, it is exact to the last digits at the same speed.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    parts = [local(gradient) for gradient in gradients]
-    if parts[0].device.type == "cpu":
-        norms = [vector_norm(vector_norm(part, dim=-1), dtype=torch.float64) for part in parts]
+    shards = [local(gradient) for gradient in gradients]
+    if shards[0].device.type == "cpu":
+        norms = [vector_norm(vector_norm(shard, dim=-1), dtype=torch.float64) for shard in shards]
         total: Tensor = vector_norm(torch.stack(norms))
     else:
-        total = torch.nn.utils.get_total_norm(parts)
+        total = torch.nn.utils.get_total_norm(shards)
     if isinstance(gradients[0], DTensor):
         square = total.square()
         torch.distributed.all_reduce(square, group=gradients[0].device_mesh.get_group())
@@ -87,11 +96,11 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Parameters, gradients and moments in shards over all devices; checkpoints are whole, as any strategy writes them.
+    """Shards parameters, gradients and optimizer state over all devices; saves full state dicts.
 
     Args:
-        process_group_backend: "nccl" or "gloo"; None: what suits the device.
-        timeout: How long a process waits for the others.
+        process_group_backend: "nccl" or "gloo"; None: the default for the device.
+        timeout: Of a collective.
     """
 
     def __init__(self, process_group_backend: str | None = None, timeout: timedelta | None = TIMEOUT) -> None:
@@ -102,14 +111,15 @@ class FSDP2Strategy(ModelParallelStrategy):
             timeout=timeout,
         )
 
+    @override
     def setup_environment(self) -> None:
-        """Shard over all devices of all nodes."""
-        self._data_parallel_size = self.num_processes * self.num_nodes
+        set_data_parallel_size(self, self.num_processes * self.num_nodes)
         super().setup_environment()
 
+    @override
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """Inside an accumulation window gradients stay where they are: whole, on each device."""
+        """Accumulate unsharded gradients on each device, without communication."""
         assert self.lightning_module is not None
         modules = [module for module in self.lightning_module.modules() if isinstance(module, FSDPModule)]
         for module in modules:
@@ -118,59 +128,62 @@ class FSDP2Strategy(ModelParallelStrategy):
         for module in modules:
             module.set_requires_gradient_sync(True, recurse=False)
 
-    # --- whole checkpoints --------------------------------------------------------------------------------------
+    # --- full state dicts ---------------------------------------------------------------------------------------
 
     @property
+    @override
     def lightning_restore_optimizer(self) -> bool:
-        """Lightning calls `load_optimizer_state_dict`."""
         return True
 
+    @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Gather the weights, one after the other; only the first device keeps them."""
+        """Gather one parameter at a time; only rank 0 keeps it."""
         assert self.lightning_module is not None
-        found: dict[int, Any] = {}  # what is shared (a tied head) is gathered once
+        found: dict[int, Any] = {}  # a tied parameter is gathered once
         state = self.lightning_module.state_dict(keep_vars=True)
         for value in state.values():
             if id(value) not in found:
-                found[id(value)] = self._first_keeps(value)
+                found[id(value)] = self._gather_to_rank_0(value)
         return {name: found[id(value)] for name, value in state.items()} if self.is_global_zero else {}
 
+    @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Gather the optimizer's state."""
-        state = getattr(optimizer, "_optimizer", optimizer).state_dict()
-        moments = {
-            index: {key: self._first_keeps(value) for key, value in values.items()}
+        state = (optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer).state_dict()
+        full = {
+            index: {key: self._gather_to_rank_0(value) for key, value in values.items()}
             for index, values in state["state"].items()
         }
-        return {"state": moments, "param_groups": state["param_groups"]}
+        return {"state": full, "param_groups": state["param_groups"]}
 
-    def _first_keeps(self, value: Any) -> Any:
-        """Gather a tensor: the first device gets it in the memory of the CPU, the others let it go at once."""
+    def _gather_to_rank_0(self, value: Any) -> Any:
+        """Return the full tensor in CPU memory on rank 0, an empty one on the other devices."""
         if not isinstance(value, Tensor):
             return value
-        whole: Tensor = gathered(value).detach()
-        return whole.cpu() if self.is_global_zero else whole.new_empty(0)
+        full: Tensor = gathered(value).detach()
+        return full.cpu() if self.is_global_zero else full.new_empty(0)
 
+    @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any | None = None) -> None:
-        """Let the first device write it."""
         Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
 
+    @override
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read it, memory-mapped: each device brings only its shards into memory."""
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
+    @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Take the shards of whole weights."""
+        """Load a full state dict into the sharded model. It is memory-mapped: each device reads only its shards."""
         assert self.lightning_module is not None
         own = self.lightning_module.state_dict()
         state = {name: shard_like(v, own[name]) if name in own else v for name, v in checkpoint["state_dict"].items()}
         self.lightning_module.load_state_dict(state, strict=strict)
 
+    @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take the shards of whole moments; parameters are counted in the order of the optimizer's groups."""
+        """Shard a full optimizer state, whose parameters are numbered in the order of the optimizer's groups."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
-            moments = {
+            sharded = {
                 index: {
                     key: shard_like(value, parameters[index])
                     if isinstance(value, Tensor) and value.shape == parameters[index].shape
@@ -179,15 +192,15 @@ class FSDP2Strategy(ModelParallelStrategy):
                 }
                 for index, values in state["state"].items()
             }
-            optimizer.load_state_dict({"state": moments, "param_groups": state["param_groups"]})
+            optimizer.load_state_dict({"state": sharded, "param_groups": state["param_groups"]})
 
 
 def register_strategies() -> None:
-    """Let `trainer.strategy` know "fsdp2", and give "ddp" (and "auto", where there are several devices) gradients that
-    are views of its buckets: one copy of them less.
+    """Register "fsdp2" for `trainer.strategy`. Also let "ddp" (and "auto" on several devices) use gradients that are
+    views of its communication buckets, which saves a copy of them.
     """
     StrategyRegistry.register(
         "ddp", DDPStrategy, override=True, start_method="popen", gradient_as_bucket_view=True, timeout=TIMEOUT
     )
     if "fsdp2" not in StrategyRegistry:
-        StrategyRegistry.register("fsdp2", FSDP2Strategy, description="Parameters in shards over all devices")
+        StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all devices")

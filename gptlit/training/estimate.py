@@ -1,9 +1,8 @@
-"""What a run will cost, before its first step: parameters, memory, steps, tokens, disk, and what looks wrong."""
+"""Estimates of a run before its first step: parameters, memory, steps, tokens, disk; and warnings."""
 
 import math
 import os
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,19 @@ from typing import Any
 import torch
 
 from gptlit.config import GPTConfig
-from gptlit.model.gpt import GPTModel, TransformerBlock
-from gptlit.model.loss import ROWS, chunked_softmax_, linear_cross_entropy, softmax_
-from gptlit.training.lightning_compat import recompute_cheap_ops
-from gptlit.training.optimizer import make_optimizer
+from gptlit.data.datamodule import TokenDataModule
+from gptlit.model.gpt import GPTModel
+from gptlit.model.loss import ROWS
+from gptlit.training.module import GPTModule
+from gptlit.training.optimizer import OPTIMIZERS, OptimizerName
 
 CHINCHILLA = 20  # tokens a parameter. Source: Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models"
 
 
-PROGRAM = 0.7e9  # bytes that Python, torch and Lightning take in main memory
-
-
+PROGRAM = 0.7e9  # bytes of main memory that Python, torch and Lightning take
 COMPILER = 0.25e9  # and torch.compile
 
-
-# 10^12 dense bf16 operations a second, by a part of the device's name. Source: NVIDIA's datasheets.
+# Dense bf16 TFLOPS, by a part of the device's name. Source: NVIDIA's datasheets.
 DATASHEET_PEAKS = {
     "B200": 2250,
     "GH200": 989,
@@ -42,50 +39,50 @@ DATASHEET_PEAKS = {
 }
 
 
-# Bytes that a token leaves in a block for the way back, over emb_dim, by the size of an activation.
+# Bytes of activations that a block saves for backward, per token and emb_dim, by the size of an activation.
 SAVED = {2: 42, 4: 68, 8: 136}
 
 
-# The same where the compiler recomputes cheap operations in backward. On CUDA, 2 is measured, the others are estimated.
+# The same with torch.compile, which recomputes cheap operations. On CUDA, 2 is measured, the others are estimated.
 SAVED_COMPILED = {"cpu": {2: 24, 4: 44, 8: 88}, "cuda": {2: 30, 4: 60, 8: 120}}
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What a plan is made for. None: not known.
+    """What the estimates depend on. None: not known yet.
 
     Args:
         config: The architecture.
-        optimizer: "adamw" or "muon".
-        precision: Lightning's name, "bf16-mixed" for example.
+        optimizer: A key of `OPTIMIZERS`.
+        precision: Lightning's name, for example "bf16-mixed".
         device: "cpu", "cuda" or "mps".
-        devices: How many, over all nodes.
-        nodes: Machines.
-        shards: Whether weights, gradients and moments are split over them.
-        recompute: Whether blocks are computed again on the way back.
+        devices: Number of devices, over all nodes.
+        nodes: Number of machines.
+        shards: Whether parameters, gradients and optimizer state are sharded over the devices.
+        activation_checkpointing: Whether blocks are recomputed in backward.
         compile: Whether blocks are compiled.
         batch_size: Windows in an optimizer step, over all devices.
-        micro_batch_size: Windows that a device takes at once.
+        micro_batch_size: Windows in a micro-batch of one device.
         steps: Optimizer steps of the run.
-        epochs: Passes over the training windows, where they limit the run.
+        epochs: Epochs over the training windows, if they limit the run.
         lr: The peak of the learning rate.
-        warmup_steps: Steps until it is reached.
-        is_pretrained: Whether the weights come from somewhere.
-        windows: Of the training part.
-        val_windows: Of the validation part; 0 where none is wanted.
-        train_tokens: Of the training part.
-        saves: Checkpoints that are kept; None keeps all.
-        folder: Where they go.
+        warmup_steps: Optimizer steps until the peak.
+        is_pretrained: Whether the initial weights are pretrained.
+        windows: Training windows.
+        val_windows: Validation windows; 0 for no validation.
+        train_tokens: Training tokens.
+        saves: Checkpoints that are kept; None for all.
+        folder: Where checkpoints go.
     """
 
     config: GPTConfig
-    optimizer: str = "adamw"
+    optimizer: OptimizerName = "adamw"
     precision: str = "32-true"
     device: str = "cpu"
     devices: int = 1
     nodes: int = 1
     shards: bool = False
-    recompute: bool = False
+    activation_checkpointing: bool = False
     compile: bool = False
     batch_size: int = 16
     micro_batch_size: int = 16
@@ -100,22 +97,58 @@ class RunSpec:
     saves: int | None = 3
     folder: Path = Path("runs")
 
+    @classmethod
+    def of(
+        cls, module: GPTModule, data: TokenDataModule, *, keep_last: int, keep_best: bool, **of_trainer: Any
+    ) -> "RunSpec":
+        """Describe a run: `of_trainer` are the fields that depend on the Trainer."""
+        is_loaded = hasattr(data, "windows")
+        return cls(
+            config=module.config,
+            optimizer=module.optimizer_name,
+            activation_checkpointing=module.activation_checkpointing,
+            compile=module.compile_model,
+            batch_size=data.batch_size,
+            lr=module.schedule.peak,
+            warmup_steps=module.schedule.warmup_steps,
+            is_pretrained=module.init_from is not None,
+            windows=len(data.windows["train"]) if is_loaded else None,
+            val_windows=len(data.windows["val"]) if is_loaded else None,
+            train_tokens=data.data.tokens("train") if is_loaded else None,
+            saves=None if keep_last == -1 else keep_last + (keep_best and keep_last > 0),
+            **of_trainer,
+        )
+
 
 def make_plan(spec: RunSpec) -> dict[str, Any]:
-    """Return the plan as nested values: bytes, tokens, steps, seconds; None for what is not known."""
+    """Return the estimates as nested values: bytes, tokens, steps, seconds; None for what is not known."""
     parameters = count_parameters(spec.config)
-    steps, per_epoch = spec.steps, None
+    size = bytes_per_param(spec.precision) * parameters["total"] + optimizer_bytes(spec)
+    return {
+        "parameters": parameters,
+        "memory": memory(spec, parameters["total"]),
+        **_steps(spec, parameters),
+        "checkpoint": {
+            "bytes": size,
+            "bytes_kept": None if spec.saves is None else size * spec.saves,
+            "free": shutil.disk_usage(_existing(spec.folder)).free,
+        },
+        "time": {"seconds_a_step": None, "seconds": None, "tokens_per_second": None, "end": None},
+    }
+
+
+def _steps(spec: RunSpec, parameters: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """Return what a step, the data and the run amount to."""
+    steps, per_epoch, epochs = spec.steps, None, None
     if spec.windows is not None:
         per_epoch = math.ceil(spec.windows / spec.batch_size)
         if spec.epochs is not None:
             limit = math.ceil(spec.epochs * spec.windows / spec.batch_size)
             steps = limit if steps is None else min(steps, limit)
+        epochs = None if steps is None or not spec.windows else steps * spec.batch_size / spec.windows
     tokens_a_step = spec.batch_size * spec.config.context_length
     tokens = None if steps is None else steps * tokens_a_step
-    size = bytes_per_param(spec.precision) * parameters["total"] + optimizer_bytes(spec)
     return {
-        "parameters": parameters,
-        "memory": memory(spec, parameters["total"]),
         "step": {
             "windows": spec.batch_size,
             "tokens": tokens_a_step,
@@ -128,7 +161,7 @@ def make_plan(spec: RunSpec) -> dict[str, Any]:
             "train_windows": spec.windows,
             "val_windows": spec.val_windows,
             "steps_per_epoch": per_epoch,
-            "epochs": None if tokens is None or not spec.windows else steps * spec.batch_size / spec.windows,  # type: ignore[operator]
+            "epochs": epochs,
         },
         "run": {
             "steps": steps,
@@ -136,17 +169,11 @@ def make_plan(spec: RunSpec) -> dict[str, Any]:
             "tokens_per_parameter": None if tokens is None else tokens / parameters["total"],
             "flops": None if tokens is None else tokens * flops_per_token(spec.config, parameters),
         },
-        "checkpoint": {
-            "bytes": size,
-            "bytes_kept": None if spec.saves is None else size * spec.saves,
-            "free": shutil.disk_usage(_existing(spec.folder)).free,
-        },
-        "time": {"seconds_a_step": None, "seconds": None, "tokens_per_second": None, "end": None},
     }
 
 
 def count_parameters(config: GPTConfig) -> dict[str, int]:
-    """Return the exact number of parameters by part, and in all; a tied head has none of its own."""
+    """Return the exact number of parameters by module, and the total; a tied head counts as 0."""
     with torch.device("meta"):
         model = GPTModel(config)
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
@@ -155,13 +182,13 @@ def count_parameters(config: GPTConfig) -> dict[str, int]:
 
 
 def flops_per_token(config: GPTConfig, parameters: dict[str, int]) -> int:
-    """Return the floating-point operations of training on one token. Source: Chowdhery et al. 2022, appendix B."""
-    multiplied = parameters["total"] - parameters["pos_emb"] - (0 if config.tie_weights else parameters["tok_emb"])
-    return 6 * multiplied + 12 * config.n_layers * config.emb_dim * config.context_length
+    """Return the FLOPs of training on one token. Source: Chowdhery et al. 2022, "PaLM", appendix B."""
+    in_matmuls = parameters["total"] - parameters["pos_emb"] - (0 if config.tie_weights else parameters["tok_emb"])
+    return 6 * in_matmuls + 12 * config.n_layers * config.emb_dim * config.context_length
 
 
 def datasheet_peak(device_name: str, precision: str) -> float | None:
-    """Return the operations a second of a GPU's datasheet, in 16-bit precision; None where they are not known here."""
+    """Return the peak FLOPS of a GPU's datasheet in 16-bit precision; None if unknown."""
     known = [name for name in DATASHEET_PEAKS if name in device_name]
     if not known or not precision.startswith(("bf16", "16")):
         return None
@@ -169,42 +196,42 @@ def datasheet_peak(device_name: str, precision: str) -> float | None:
 
 
 def accumulation(spec: RunSpec) -> int:
-    """Return the micro-batches of a step on each device."""
+    """Return the micro-batches per optimizer step on each device."""
     return math.ceil(spec.batch_size / (spec.micro_batch_size * spec.devices))
 
 
 def bytes_per_param(precision: str) -> int:
-    """Return the bytes of a weight, of its gradient and of each of its moments."""
+    """Return the bytes of a parameter, its gradient, and each value of optimizer state."""
     return {"64-true": 8, "bf16-true": 2, "16-true": 2}.get(precision, 4)
 
 
 def optimizer_bytes(spec: RunSpec) -> int:
-    """Return the bytes of the moments: two a parameter, one for what Muon moves."""
-    total = 2 * count_parameters(spec.config)["total"]
-    if spec.optimizer == "muon":
-        total -= 12 * spec.config.n_layers * spec.config.emb_dim**2
-    return bytes_per_param(spec.precision) * total
+    """Return the bytes of the optimizer state."""
+    entry = OPTIMIZERS[spec.optimizer]
+    in_blocks = 12 * spec.config.n_layers * spec.config.emb_dim**2
+    others = count_parameters(spec.config)["total"] - in_blocks
+    return bytes_per_param(spec.precision) * (entry.block_matrix_state * in_blocks + entry.other_state * others)
 
 
 def memory(spec: RunSpec, total: int) -> dict[str, int | None]:
-    """Return what one device needs at its peak, in bytes by part, and what it has.
+    """Return the peak memory of one device in bytes, by part, and what is available.
 
-    The activations are reckoned: what a block keeps of a token for the way back, as in docs/scaling.md. Gradients grow
-    while activations go, and are gone when the next ones come, but for other micro-batches and other devices: only
-    then they need room of their own. Sharded ones are whole on each device from one micro-batch of a step to the next.
+    Activations are estimated as in docs/scaling.md. During backward gradients replace activations, and they are zeroed
+    right after the step: they need memory of their own only under accumulation or on several devices. With FSDP2 they
+    are unsharded between the micro-batches of a step.
     """
     config = spec.config
     width, layers, vocabulary = config.emb_dim, config.n_layers, config.vocab_size
     tokens = spec.micro_batch_size * config.context_length
     size = {"64": 8, "32": 4}.get(spec.precision.split("-")[0], 2)
-    kept = (SAVED_COMPILED.get(spec.device, SAVED) if spec.compile else SAVED)[size]
+    per_block = (SAVED_COMPILED.get(spec.device, SAVED) if spec.compile else SAVED)[size]
     n = spec.devices if spec.shards else 1
-    saved = kept * (layers + 2)  # and what one block takes on its way back
+    saved = per_block * (layers + 2)  # and what one block takes in backward
     if config.drop_rate:
         saved += 2 * layers  # masks behind attention and feed-forward
-        if spec.device == "cpu":  # torch's attention keeps its probabilities where it drops some
+        if spec.device == "cpu":  # with dropout torch's attention saves its probabilities
             saved += layers * config.n_heads * config.context_length * (2 * size + 1) // width
-    activations = tokens * width * (4 * layers + 2 * kept if spec.recompute else saved)
+    activations = tokens * width * (4 * layers + 2 * per_block if spec.activation_checkpointing else saved)
     casts = 2 * 12 * width**2 * layers if "mixed" in spec.precision and not spec.compile else 0
     rows = min(tokens, ROWS.get(spec.device, 1024))
     parts: dict[str, int] = {
@@ -225,7 +252,7 @@ def memory(spec: RunSpec, total: int) -> dict[str, int | None]:
 
 
 def available_memory(spec: RunSpec) -> int | None:
-    """Return the bytes that a device has; None where it is not here. Processes on CPUs share those of their machine."""
+    """Return the memory of a device; None if it is not here. CPU processes share that of their machine."""
     if spec.device == "cpu" and hasattr(os, "sysconf"):
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * spec.nodes // spec.devices
     if spec.device == "cuda" and torch.cuda.is_available():
@@ -234,7 +261,7 @@ def available_memory(spec: RunSpec) -> int | None:
 
 
 def usual_lr(parameters: int) -> float:
-    """Return the learning rate that is usual for a model trained with AdamW from scratch.
+    """Return the usual peak learning rate for training from scratch with AdamW.
 
     Source: Kaplan et al. 2020, "Scaling Laws for Neural Language Models", equation D.1.
     """
@@ -242,7 +269,7 @@ def usual_lr(parameters: int) -> float:
 
 
 def warnings(spec: RunSpec, plan: dict[str, Any]) -> list[str]:
-    """Say in words what looks wrong."""
+    """Return a line for each setting that looks wrong."""
     found = []
     need, have = plan["memory"]["total"], plan["memory"]["available"]
     if have is not None and need > have:
@@ -261,14 +288,14 @@ def warnings(spec: RunSpec, plan: dict[str, Any]) -> list[str]:
     if spec.lr > 5 * usual or (spec.lr < usual / 10 and not spec.is_pretrained):
         found.append(f"model.lr {spec.lr:g} is far from the usual {usual:.1g} for a model of this size")
     kept, free = plan["checkpoint"]["bytes_kept"], plan["checkpoint"]["free"]
-    if kept and kept + plan["checkpoint"]["bytes"] > free:  # a new one is there before the oldest goes
+    if kept and kept + plan["checkpoint"]["bytes"] > free:  # the oldest is deleted after the newest is written
         need = gigabytes(kept + plan["checkpoint"]["bytes"])
         found.append(f"the checkpoints need {need} and {spec.folder} has {gigabytes(free)} left")
     return found
 
 
 def describe(spec: RunSpec, plan: dict[str, Any]) -> list[str]:
-    """Return the plan as lines to read."""
+    """Return the plan as lines of text."""
     parameters = plan["parameters"]
     counted = {"embeddings": parameters["tok_emb"] + parameters["pos_emb"], "blocks": parameters["trf_blocks"]}
     counted["head"] = parameters["out_head"]
@@ -313,7 +340,7 @@ def _memory_line(spec: RunSpec, memory: dict[str, int | None]) -> str:
 
 
 def gigabytes(size: float) -> str:
-    """Write bytes with two or three digits."""
+    """Format bytes with two or three digits."""
     if size < 0.1e9:
         return f"{size / 1e6:.0f} MB"
     return f"{size / 1e9:.2g} GB" if size < 9.95e9 else f"{size / 1e9:,.0f} GB"
@@ -322,49 +349,3 @@ def gigabytes(size: float) -> str:
 def _existing(path: Path) -> Path:
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.exists())
-
-
-def measure(spec: RunSpec) -> float:
-    """Return the seconds of an optimizer step, from micro-batches of random ids run here, on one device."""
-    device = torch.device(spec.device)
-    model = GPTModel(spec.config).to(device)
-    if spec.compile:
-        recompute_cheap_ops(device)
-    for block in model.trf_blocks:
-        assert isinstance(block, TransformerBlock)
-        block.recompute = spec.recompute
-        if spec.compile:
-            block.compile()
-    values: Any = {"weight_decay": 0.1, "decay_all": False, "betas": (0.9, 0.95)}
-    optimizer = make_optimizer(model, spec.optimizer, lr=spec.lr, **values)  # type: ignore[arg-type]
-    length = spec.config.context_length
-    ids = torch.randint(spec.config.vocab_size, (spec.micro_batch_size, length + 1), device=device)
-    softmax = torch.compile(softmax_, dynamic=False) if spec.compile else chunked_softmax_
-    dtype = {"bf16": torch.bfloat16, "16": torch.float16}.get(spec.precision.split("-")[0])
-    times: dict[str, list[float]] = {"micro": [], "step": []}
-
-    wait = getattr(torch, device.type).synchronize
-
-    def timed(name: str, action: Any) -> None:
-        wait()
-        began = time.perf_counter()
-        action()
-        wait()
-        times[name].append(time.perf_counter() - began)
-
-    def micro() -> None:
-        with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            hidden = model.hidden(ids[:, :-1])
-            loss = linear_cross_entropy(hidden, model.out_head.weight, ids[:, 1:], softmax=softmax)
-        loss.backward()  # type: ignore[no-untyped-call]
-
-    def step() -> None:
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    for _ in range(5):
-        timed("micro", micro)
-        timed("step", step)
-    best = {name: sorted(values[2:])[1] for name, values in times.items()}
-    return accumulation(spec) * best["micro"] + best["step"]

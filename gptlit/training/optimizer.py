@@ -1,4 +1,4 @@
-"""The optimizers: AdamW, or Muon for the matrices inside the blocks and AdamW for the rest."""
+"""Optimizers (AdamW, Muon), one registry entry each, and the learning-rate schedule."""
 
 import math
 from collections.abc import Callable
@@ -8,12 +8,30 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
+from typing_extensions import override
+
+from gptlit.model.gpt import GPTModel
 
 OptimizerName = Literal["adamw", "muon"]
 
 
-def make_optimizer(
-    model: nn.Module,
+@dataclass(frozen=True)
+class OptimizerEntry:
+    """An optimizer that `model.optimizer` can name.
+
+    Args:
+        build: (model, lr, fused) -> the optimizer. All its parameter groups but the last one hold matrices.
+        block_matrix_state: Values of optimizer state per parameter of the blocks' matrices, for memory estimates.
+        other_state: The same for all other parameters.
+    """
+
+    build: Callable[[GPTModel, float, bool], Optimizer]
+    block_matrix_state: int
+    other_state: int
+
+
+def build_optimizer(
+    model: GPTModel,
     name: OptimizerName,
     *,
     lr: float,
@@ -24,47 +42,60 @@ def make_optimizer(
 ) -> Optimizer:
     """Build the optimizer of a GPTModel.
 
-    Its groups are always the same, so that weight decay may change on a resume: matrices, the rest, and with "muon"
-    first the matrices inside the blocks. Source: Loshchilov and Hutter 2019 (AdamW); Jordan et al. 2024 (Muon).
-
     Args:
         model: The model; a tied head counts once.
-        name: Which one.
-        lr: Learning rate. Muon's updates are scaled to the size of AdamW's, so one rate serves both.
+        name: A key of `OPTIMIZERS`.
+        lr: Learning rate.
         weight_decay: Of matrices.
-        decay_all: Decay everything else too.
+        decay_all: Apply weight decay to biases and norms too.
         betas: AdamW's.
-        fused: Whether AdamW runs as one kernel.
+        fused: Use AdamW's fused kernel.
     """
-    hidden = {id(p) for n, p in model.named_parameters() if name == "muon" and "trf_blocks" in n and p.dim() >= 2}
-    parameters = list(model.parameters())
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.dim() >= 2 and id(p) not in hidden]},
-        {"params": [p for p in parameters if p.dim() < 2]},
-    ]
-    if name == "adamw":
-        optimizer: Optimizer = AdamW(groups, lr=lr, fused=fused)
-    else:
-        optimizer = MuonAdamW([p for p in parameters if id(p) in hidden], groups, lr=lr, fused=fused)
-    set_values(optimizer, weight_decay=weight_decay, decay_all=decay_all, betas=betas)
+    optimizer = OPTIMIZERS[name].build(model, lr, fused)
+    update_param_groups(optimizer, weight_decay=weight_decay, decay_all=decay_all, betas=betas)
     return optimizer
 
 
-def set_values(optimizer: Optimizer, *, weight_decay: float, decay_all: bool, betas: tuple[float, float]) -> None:
-    """Set what `make_optimizer` was given: after a resume the configuration holds, not the checkpoint."""
-    *matrices, rest = optimizer.param_groups
+def update_param_groups(
+    optimizer: Optimizer, *, weight_decay: float, decay_all: bool, betas: tuple[float, float]
+) -> None:
+    """Set the hyper-parameters of `build_optimizer`: after a resume the configuration's hold, not the checkpoint's."""
+    *matrices, vectors = optimizer.param_groups
     for group in matrices:
         group["weight_decay"] = weight_decay
-    rest["weight_decay"] = weight_decay if decay_all else 0.0
+    vectors["weight_decay"] = weight_decay if decay_all else 0.0
     for group in optimizer.param_groups:
         if "betas" in group:
             group["betas"] = betas
 
 
-class MuonAdamW(Optimizer):
-    """torch's Muon and AdamW behind one interface: the first group is Muon's, the others are AdamW's.
+def _adamw(model: GPTModel, lr: float, fused: bool) -> Optimizer:
+    """AdamW. Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return AdamW([{"params": matrices}, {"params": vectors}], lr=lr, fused=fused)
 
-    Groups and state live here, so that saving and loading is torch's own.
+
+def _muon(model: GPTModel, lr: float, fused: bool) -> Optimizer:
+    """Muon for the blocks' matrices, AdamW for the rest. Source: Jordan et al. 2024, "Muon"."""
+    in_blocks = [p for p in model.trf_blocks.parameters() if p.dim() >= 2]
+    known = {id(p) for p in in_blocks}
+    matrices = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in known]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return MuonAdamW(in_blocks, [{"params": matrices}, {"params": vectors}], lr=lr, fused=fused)
+
+
+OPTIMIZERS: dict[OptimizerName, OptimizerEntry] = {
+    "adamw": OptimizerEntry(_adamw, block_matrix_state=2, other_state=2),
+    "muon": OptimizerEntry(_muon, block_matrix_state=1, other_state=2),
+}
+
+
+class MuonAdamW(Optimizer):
+    """torch's Muon and AdamW as one optimizer: the first group is Muon's, the others are AdamW's.
+
+    Muon's updates are scaled to the RMS of AdamW's, so that both use the same learning rate. Groups and state are kept
+    here, so that saving and loading is torch's own.
     """
 
     def __init__(self, hidden: list[nn.Parameter], groups: list[dict[str, Any]], lr: float, fused: bool) -> None:
@@ -72,17 +103,17 @@ class MuonAdamW(Optimizer):
         self._adamw = AdamW(groups, lr=lr, fused=fused)
         super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})
 
+    @override
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Make a step with both."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._muon.param_groups, self._adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
-        for part in (self._muon, self._adamw):
-            part.state = self.state
-            part.step()  # type: ignore[no-untyped-call,unused-ignore]
+        for optimizer in (self._muon, self._adamw):
+            optimizer.state = self.state
+            optimizer.step()  # type: ignore[no-untyped-call,unused-ignore]
         return loss
 
 
@@ -91,7 +122,7 @@ ScheduleName = Literal["cosine", "constant"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate: a linear warm-up from `initial` to `peak`, then half a cosine down to `minimum`.
+    """Linear warm-up from `initial` to `peak`, then cosine decay to `minimum`.
 
     Source: Raschka, appendix D; Loshchilov and Hutter 2017, "SGDR" (cosine).
     """

@@ -1,4 +1,4 @@
-"""What of Lightning's Trainer works with GPTModule. The rest is rejected by name, before the first step."""
+"""Which Trainer settings and callbacks work with GPTModule. The others are refused by name before the first step."""
 
 import difflib
 from typing import Any
@@ -19,14 +19,14 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelPa
 
 from gptlit.errors import InputError
 
-PRECISIONS = {  # that are refused
-    "16-true": "gradients and moments overflow and underflow in fp16: use 16-mixed, bf16-mixed or bf16-true",
+REFUSED_PRECISIONS = {
+    "16-true": "gradients and optimizer state overflow and underflow in fp16: use 16-mixed, bf16-mixed or bf16-true",
     "transformer-engine": "use bf16-mixed",
     "transformer-engine-float16": "use 16-mixed",
 }
 
 
-CALLBACKS: dict[type[Callback], str] = {
+REFUSED_CALLBACKS: dict[type[Callback], str] = {
     GradientAccumulationScheduler: "the accumulation follows from data.batch_size and data.micro_batch_size",
     LearningRateFinder: "the rate of each step follows from model.lr and model.schedule: compare short runs instead",
     BatchSizeFinder: "a step has data.batch_size windows whatever fits: lower data.micro_batch_size",
@@ -51,7 +51,7 @@ METRIC_GROUPS = ("perf/", "time/", "data/")
 
 
 def check_trainer(trainer: pl.Trainer) -> None:
-    """Reject values and callbacks that Lightning accepts and that would train wrongly or not at all.
+    """Check for values and callbacks that Lightning accepts but that would train wrongly or not at all.
 
     Raises:
         InputError: One of them does not work here.
@@ -73,18 +73,18 @@ def check_trainer(trainer: pl.Trainer) -> None:
 
 
 def check_precision(precision: Any) -> None:
-    """Reject precisions that are not supported.
+    """Check `trainer.precision`.
 
     Raises:
-        InputError: It does not train, or it is not supported.
+        InputError: It is not supported.
     """
-    if precision in PRECISIONS:
-        raise InputError(f"trainer.precision {precision} is not supported: {PRECISIONS[precision]}")
+    if precision in REFUSED_PRECISIONS:
+        raise InputError(f"trainer.precision {precision} is not supported: {REFUSED_PRECISIONS[precision]}")
 
 
 def _check_callback(trainer: pl.Trainer, callback: Callback) -> None:
     name = type(callback).__name__
-    for refused, why in CALLBACKS.items():
+    for refused, why in REFUSED_CALLBACKS.items():
         if isinstance(callback, refused):
             raise InputError(f"trainer.callbacks: {name} does not work here: {why}")
     if isinstance(callback, WeightAveraging) and isinstance(trainer.strategy, ModelParallelStrategy):
@@ -98,12 +98,12 @@ def _check_callback(trainer: pl.Trainer, callback: Callback) -> None:
 
 
 def is_averaging(trainer: pl.Trainer) -> bool:
-    """Whether WeightAveraging is among the callbacks."""
+    """Whether a WeightAveraging callback is used."""
     return any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def _may_log_more(trainer: pl.Trainer) -> bool:
-    """Whether a user-defined module or callback may log metrics that are not known here."""
+    """Whether the module or a callback is the user's own: its metrics are not known here."""
     parts = [getattr(trainer, "lightning_module", None), *trainer.callbacks]  # type: ignore[attr-defined]
     packages = {type(part).__module__.split(".")[0] for part in parts if part is not None}
     return not packages <= {"gptlit", "lightning", "pytorch_lightning"}

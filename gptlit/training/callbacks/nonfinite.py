@@ -38,7 +38,7 @@ class NonFinite(Callback):
         waits = pl_module.device.type != "cpu"
         if not pl_module.is_between_steps or (waits and not is_log_step(trainer, trainer.global_step)):
             return
-        if not (count := pl_module.skipped_in_a_row):
+        if not (count := pl_module.guard.in_a_row):
             return
         step = trainer.global_step
         note(f"step {step}: the gradient is not finite, nothing was changed ({count} in a row)")

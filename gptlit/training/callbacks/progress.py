@@ -134,7 +134,7 @@ def _summary(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(datamodule, TokenDataModule):
         return []
-    spec = run_spec(trainer, pl_module, datamodule)
+    spec = _run_spec(trainer, pl_module, datamodule)
     plan = make_plan(spec)
     lines = describe(spec, plan)
     source = datamodule.source if isinstance(datamodule.source, str) else f"{len(datamodule.sources)} corpora"
@@ -142,29 +142,19 @@ def _summary(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
     return [f"corpus  {source}", *mix, *lines, *(f"warning: {line}" for line in warnings(spec, plan))]
 
 
-def run_spec(trainer: pl.Trainer, module: GPTModule, datamodule: TokenDataModule) -> RunSpec:
-    """Return the facts of a fit that is about to begin, for its estimates."""
+def _run_spec(trainer: pl.Trainer, module: GPTModule, datamodule: TokenDataModule) -> RunSpec:
     saver = next((c for c in trainer.checkpoint_callbacks if isinstance(c, StepCheckpoint)), None)
-    keep = saver.keep_last if saver is not None else 0
-    return RunSpec(
-        config=module.config,
-        optimizer=module.optimizer_name,
+    return RunSpec.of(
+        module,
+        datamodule,
         precision=str(trainer.precision),
         device=trainer.strategy.root_device.type,
         devices=trainer.world_size,
         nodes=trainer.num_nodes,
         shards=module.device_mesh is not None,
-        recompute=module.activation_checkpointing,
-        compile=module.compile_model,
-        batch_size=datamodule.batch_size,
         micro_batch_size=datamodule.micro_batch_size_used,
         steps=trainer.max_steps,
-        lr=module.schedule.peak,
-        warmup_steps=module.schedule.warmup_steps,
-        is_pretrained=module.init_from is not None,
-        windows=len(datamodule.windows["train"]),
-        val_windows=len(datamodule.windows["val"]),
-        train_tokens=datamodule.data.tokens("train"),
-        saves=None if keep == -1 else keep + (saver is not None and saver.keep_best),
+        keep_last=saver.keep_last if saver is not None else 0,
+        keep_best=saver is not None and saver.keep_best,
         folder=saver.run if saver is not None else Path("."),
     )

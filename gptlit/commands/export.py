@@ -1,0 +1,22 @@
+"""`gptlit export`: a checkpoint -> another project's format."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from gptlit.commands.options import Checkpoint
+
+
+def export(
+    checkpoint: Checkpoint,
+    out: Annotated[str, typer.Option(help="The folder to write; it must not exist, or be empty.")],
+    to: Annotated[Literal["huggingface", "book", "safetensors"], typer.Option(help="The format.")] = "huggingface",
+) -> None:
+    """Write a model for other projects: a Hugging Face folder, the book's .pth, or plain safetensors."""
+    from gptlit.checkpoint.export import save_pretrained
+    from gptlit.checkpoint.pretrained import build, read_weights
+
+    found = read_weights(checkpoint)
+    save_pretrained(build(found), out, to, found.tokenizer)
+    print(f"{out}: " + ", ".join(sorted(path.name for path in Path(out).iterdir())))

@@ -1,0 +1,50 @@
+"""`gptlit import`: another project's weights -> a checkpoint."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gptlit.errors import InputError
+
+SOURCES = "A Hugging Face folder, hf:NAME on its hub, the book's .pth, nanoGPT's ckpt.pt, or an exported .safetensors."
+
+
+def import_weights(
+    source: Annotated[str, typer.Argument(help=SOURCES)],
+    out: Annotated[str, typer.Option(help="The .ckpt file to write; it must not exist.")],
+    n_heads: Annotated[
+        int | None, typer.Option(help="For the book's .pth, which does not store it; by default heads of size 64.")
+    ] = None,
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            help="The tokenizer of the weights, where they do not store it: name of a tiktoken encoding, or path of a "
+            "Hugging Face tokenizer.json."
+        ),
+    ] = "",
+) -> None:
+    """Convert another project's weights into a checkpoint."""
+    path = Path(out)
+    if path.suffix != ".ckpt":
+        raise InputError(f"--out {out!r} must end in .ckpt")
+    if path.exists():
+        raise InputError(f"--out {out!r} exists: name a new file")
+    from gptlit.checkpoint.export import save_checkpoint
+    from gptlit.checkpoint.pretrained import read_weights
+
+    found = read_weights(source, n_heads)
+    if tokenizer:
+        found.tokenizer = tokenizer
+        if found.load_tokenizer().n_vocab > found.config.vocab_size:
+            raise InputError(
+                f"--tokenizer {tokenizer} has {found.load_tokenizer().n_vocab} ids, but {source} has a vocabulary of "
+                f"{found.config.vocab_size}: name the one that it was trained with"
+            )
+    save_checkpoint(found, path)
+    print(f"{path}: {found.config.summary}, vocabulary {found.config.vocab_size:,}")
+    flags = ["--model.init_from", out]
+    if found.tokenizer_name not in (None, "gpt2"):
+        flags += ["--data.tokenizer", str(found.tokenizer_name)]
+    print(f"next: python train.py fit --config configs/finetune.yaml {shlex.join(flags)} --data.source FILE.txt")
