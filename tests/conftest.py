@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from tensorboard.summary.writer import event_file_writer
 
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in processes of tests: threads of tiny models only wait for each other
 settings.register_profile("any_speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any_speed")
+# TensorBoard reads event files in the order of their names, which end in a count: within a second, 9 would follow 10.
+event_file_writer._global_uid = event_file_writer.AtomicCounter(10_000)
 
 ROOT = Path(__file__).parent.parent
 

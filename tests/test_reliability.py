@@ -246,8 +246,10 @@ def test_workers_of_a_loader_in_use_do_not_hold_up_the_exit(text_file: Path) -> 
     worker.terminate()
     worker.join(0.5)
     assert worker.is_alive()
+    handler = signal.getsignal(signal.SIGCHLD)
     kill_workers()
     worker.join(60)
+    signal.signal(signal.SIGCHLD, handler)
     assert not worker.is_alive()
 
 

@@ -39,6 +39,8 @@ def ignore_signals(_: int) -> None:
 @atexit.register
 def kill_workers() -> None:
     """Kill the workers of loaders that are still in use: Python would send a SIGTERM, which they ignore, and wait."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for a worker that is killed
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
