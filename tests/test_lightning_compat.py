@@ -184,3 +184,8 @@ def test_a_parser_has_a_schema(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LightningCLI, "_parser", lambda _, command: parser)  # raises if there is no such method
     schema = lightning_compat.parser_schema(LightningCLI.__new__(LightningCLI), "fit")
     assert schema["properties"]["steps"]["type"] == "integer"
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_the_distributed_sampler_is_the_trainers_flag(value: bool) -> None:
+    assert lightning_compat.uses_distributed_sampler(trainer(use_distributed_sampler=value)) is value

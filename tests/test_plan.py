@@ -102,7 +102,7 @@ def test_a_gpu_that_is_not_here_is_not_measured(capsys: pytest.CaptureFixture[st
         (["--config", str(ROOT / "configs/quickstart.yaml"), "--model.learning_rate=1"], "learning_rate"),
         (["--config", str(ROOT / "configs/quickstart.yaml"), "--json=maybe"], "Option '--json' does not take a value"),
         (["--config", str(ROOT / "configs/quickstart.yaml"), "--trainer.devices=3"], "not divisible by 3 of them"),
-        (["--config", str(ROOT / "configs/quickstart.yaml"), "--trainer.devices=0"], "one is the least"),
+        (["--config", str(ROOT / "configs/quickstart.yaml"), "--trainer.devices=0"], "must be at least 1"),
         (["--config", str(ROOT / "configs/quickstart.yaml"), "--trainer.accelerator=tpu"], "use auto, cpu, gpu or mps"),
         (
             ["--config", str(ROOT / "configs/quickstart.yaml"), "--trainer.accumulate_grad_batches=4"],

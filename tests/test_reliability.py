@@ -166,7 +166,7 @@ def test_a_signal_is_said_and_what_to_do_next(fit: Fit, at: Any, capsys: pytest.
         fit("--trainer.max_steps=9")
     said = capsys.readouterr().err
     assert "SIGTERM: saving and ending after this step (a second one, after 2 s, ends at once)" in said
-    assert "stopped by SIGTERM after step 3; --ckpt_path runs/t/version_0 goes on there" in said
+    assert "stopped by SIGTERM after step 3; continue with --ckpt_path runs/t/version_0" in said
     assert "GracefulStop" not in repr(signal.getsignal(signal.SIGTERM))
 
 
@@ -575,7 +575,7 @@ def test_max_time_is_named_and_counts_anew_at_each_start(
     monkeypatch.setattr(Timer, "time_elapsed", lambda self, *rest: sum(late) or elapsed(self, *rest))
     at[(2, 0)] = lambda: late.append(7200.0)  # inside an accumulation window
     fit(*flags)
-    why = "stopped after step 2 of 4: the time of trainer.max_time is over; --ckpt_path runs/t/version_0 goes on there"
+    why = "stopped after step 2 of 4: the time of trainer.max_time is over; continue with --ckpt_path runs/t/version_0"
     assert why in capsys.readouterr().err
     at.clear()
     late.clear()

@@ -97,7 +97,13 @@ def test_a_custom_metric_may_be_monitored() -> None:
 
 
 def test_sharded_weights_are_not_averaged() -> None:
-    fields = {"gradient_clip_val": None, "accumulate_grad_batches": 1, "log_every_n_steps": 1, "barebones": False}
+    fields = {
+        "world_size": 1,
+        "gradient_clip_val": None,
+        "accumulate_grad_batches": 1,
+        "log_every_n_steps": 1,
+        "barebones": False,
+    }
     sharded: Any = SimpleNamespace(
         **fields, precision="32-true", strategy=FSDP2Strategy(), callbacks=[EMAWeightAveraging()]
     )

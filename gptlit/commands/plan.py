@@ -102,7 +102,9 @@ def run_spec(config: Any, run: Path) -> RunSpec:
     device = device_of(trainer.accelerator)
     devices = count_devices(trainer.devices, device) * int(trainer.num_nodes)
     if devices < 1:
-        raise InputError(f"trainer.devices {trainer.devices}, trainer.num_nodes {trainer.num_nodes}: one is the least")
+        raise InputError(
+            f"trainer.devices {trainer.devices}, trainer.num_nodes {trainer.num_nodes}: each must be at least 1"
+        )
     check_division(data.batch_size, devices)
     datamodule = TokenDataModule(**config.data.as_dict() if isinstance(data.source, str) else _with_sources(data))
     datamodule.context_length = datamodule.check_compatible(module.config)

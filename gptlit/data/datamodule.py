@@ -184,8 +184,6 @@ class TokenDataModule(pl.LightningDataModule):
         devices = trainer.world_size
         check_division(self.batch_size, devices)
         size = micro_batch_size(self.batch_size, devices, self.micro_batch_size)
-        if devices > 1 and trainer._accelerator_connector.use_distributed_sampler:
-            raise InputError("trainer.use_distributed_sampler must be false: these samplers shard by rank themselves")
         return size, self.batch_size // (devices * size)
 
     def _configure(self, trainer: pl.Trainer) -> None:

@@ -37,7 +37,7 @@ def print_closing(trainer: pl.Trainer, run: Path, config: Any) -> None:
     if isinstance(saver, StepCheckpoint) and 0 <= saver.best_step < trainer.global_step:
         print(f"best        {saver.best_loss:.4f} at step {saver.best_step}: {best_path(run)}")
     if (why := early_end(trainer)) is not None:
-        saved = f"; --ckpt_path {shlex.quote(str(run))} goes on there" if newest.is_file() else ""
+        saved = f"; continue with --ckpt_path {shlex.quote(str(run))}" if newest.is_file() else ""
         note(f"stopped after step {trainer.global_step} of {trainer.max_steps}: {why}{saved}")
     if newest.is_file():
         print(f"checkpoint  {newest}\n\nwhat next:")

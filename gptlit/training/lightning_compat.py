@@ -36,6 +36,11 @@ def is_log_step(trainer: pl.Trainer, step: int) -> bool:
     return every > 0 and (step % every == 0 or trainer.should_stop)
 
 
+def uses_distributed_sampler(trainer: pl.Trainer) -> bool:
+    """Whether Lightning replaces samplers by its own where there are several devices: the flag has no public form."""
+    return bool(trainer._accelerator_connector.use_distributed_sampler)
+
+
 # --- the Trainer --------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from gptlit.errors import InputError
+from gptlit.training.lightning_compat import uses_distributed_sampler
 
 REFUSED_PRECISIONS = {
     "16-true": "gradients and optimizer state overflow and underflow in fp16: use 16-mixed, bf16-mixed or bf16-true",
@@ -56,6 +57,8 @@ def check_trainer(trainer: pl.Trainer) -> None:
     Raises:
         InputError: One of them does not work here.
     """
+    if trainer.world_size > 1 and uses_distributed_sampler(trainer):
+        raise InputError("trainer.use_distributed_sampler must be false: the data module's samplers shard by rank")
     clip = trainer.gradient_clip_val
     if clip is not None and not clip >= 0:  # nor NaN
         raise InputError(f"trainer.gradient_clip_val must be at least 0 (0: no clipping), got {clip}")

@@ -17,6 +17,7 @@ from gptlit.data.datamodule import TokenDataModule
 from gptlit.training.callbacks.checkpoint import StepCheckpoint
 from gptlit.training.callbacks.validation import SampleText
 from gptlit.training.estimate import RunSpec, describe, make_plan, warnings
+from gptlit.training.lightning_compat import is_log_step
 from gptlit.training.module import GPTModule
 
 
@@ -65,10 +66,11 @@ class StepProgress(ProgressBar):
             )
 
     @override
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, GPTModule)
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=trainer.global_step, figures=_figures(trainer))
-        elif self._enabled and trainer._logger_connector.should_update_logs:
+        elif self._enabled and pl_module.is_between_steps and is_log_step(trainer, trainer.global_step):
             self._line(trainer)
 
     def _line(self, trainer: pl.Trainer) -> None:

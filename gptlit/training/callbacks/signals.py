@@ -131,7 +131,7 @@ class GracefulStop(Callback):
             self.checkpoint.io.wait()
         next_ = "nothing is saved"
         if self.checkpoint is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            next_ = f"--ckpt_path {shlex.quote(str(self.checkpoint.run))} goes on there"
+            next_ = f"continue with --ckpt_path {shlex.quote(str(self.checkpoint.run))}"
         note(f"stopped by {number.name} after step {trainer.global_step}; {next_}")
         if number.name == "SIGUSR1" and trainer.is_global_zero and (job := os.environ.get("SLURM_JOB_ID")):
             subprocess.run(["scontrol", "requeue", job], check=False)
