@@ -25,15 +25,15 @@ def test_a_wrong_argument_is_one_line(tmp_path: Path, options: dict[str, object]
 
 
 @pytest.mark.slow
-def test_every_phase_writes_its_lines(tmp_path: Path) -> None:
-    gpu.run(str(tmp_path), device="cpu", budget=900)
+def test_phases_write_their_lines(tmp_path: Path) -> None:
+    """Those that take minutes on a CPU are left out; they differ from `step` in what they compare."""
+    phases = ("ceilings", "step", "syncs", "reliability")
+    gpu.run(str(tmp_path), device="cpu", budget=900, phases=phases)
     lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     ends = [line for line in lines if "status" in line and "check" not in line]
-    assert [line["phase"] for line in ends] == list(gpu.LIMITS)
+    assert [line["phase"] for line in ends] == list(phases)
     assert all(line["status"] == 0 for line in ends), ends
     checks = {line["check"]: line for line in lines if "check" in line}
     assert len(checks) == 9
     assert all(line.get("passed") for line in checks.values()), checks
-    rates = [line for line in lines if "tokens/s" in line]
-    assert all(line["tokens/s"] > 0 for line in rates)
-    assert len(rates) >= 10
+    assert [line["contender"] for line in lines if line.get("tokens/s")] == ["gptlit"]
