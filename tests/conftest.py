@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from hypothesis import HealthCheck, settings
 from tensorboard.summary.writer import event_file_writer
 
 os.environ["OMP_NUM_THREADS"] = "1"  # here and in processes of tests: threads of tiny models only wait for each other
+if hasattr(signal, "SIGHUP"):  # ignored under nohup, which a fit respects
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 settings.register_profile("any_speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any_speed")
 # TensorBoard reads event files in the order of their names, which end in a count: within a second, 9 would follow 10.
