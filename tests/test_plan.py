@@ -251,7 +251,7 @@ UNCOMPILED = "--model.compile=false"
 # Prints the plan's figure and the peak of a run of three steps, both in bytes.
 PEAK = """
 import json, resource, subprocess, sys
-from gptlit.training import main
+from gptlit.training.cli import main
 flags = sys.argv[1:]
 command = [sys.executable, "-m", "gptlit", "plan", "--json", *flags]
 plan = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

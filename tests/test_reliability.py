@@ -548,7 +548,9 @@ def test_a_write_that_failed_in_the_background_is_raised_once(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_all_ranks_resume_from_the_checkpoint_of_the_first(fit: Fit, text_file: Path, tmp_path: Path) -> None:
+def test_all_ranks_resume_from_the_checkpoint_of_the_first(
+    fit: Fit, text_file: Path, words_json: Path, tmp_path: Path
+) -> None:
     """The second one sees an earlier state of the disk."""
     fit("--trainer.max_steps=4", "--run.save_every_n_steps=2")
     Path("late.py").write_text(
@@ -559,6 +561,7 @@ def test_all_ranks_resume_from_the_checkpoint_of_the_first(fit: Fit, text_file: 
         "main()\n"
     )
     flags = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_steps=6", "--ckpt_path=last"]
+    flags += [f"--data.tokenizer={words_json}"]
     result = run_script("late.py", "fit", *TINY, f"--data.source={text_file}", *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     run = Path("runs/t/version_0")
