@@ -15,6 +15,7 @@ from gptlit.commands.main import main
 from gptlit.config import PRESETS, GPTConfig
 from gptlit.model.gpt import GPTModel
 from gptlit.training.estimate import RunSpec, count_parameters, describe, flops_per_token, make_plan, usual_lr, warnings
+from gptlit.training.lightning_compat import cpu_has_native_bf16
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -248,6 +249,10 @@ def test_describe_shows_every_part() -> None:
 
 
 UNCOMPILED = "--model.compile=false"
+ON_CPU = ["--trainer.accelerator=cpu", "--data.num_workers=0"]
+NATIVE_BF16 = pytest.mark.skipif(
+    not cpu_has_native_bf16(), reason="emulated bf16 takes minutes for a step of this size"
+)
 # Prints the plan's figure and the peak of a run of three steps, both in bytes.
 PEAK = """
 import json, resource, subprocess, sys
@@ -265,8 +270,8 @@ print(json.dumps([plan["memory"]["total"], resource.getrusage(resource.RUSAGE_SE
     ("config", "flags"),
     [
         ("verdict", ["--trainer.max_epochs=1"]),
-        ("gpt2-124m", ["--trainer.accelerator=cpu", "--data.batch_size=2", "--data.num_workers=0"]),
-        ("gpt2-124m", ["--trainer.accelerator=cpu", "--data.batch_size=4", "--data.num_workers=0", UNCOMPILED]),
+        pytest.param("gpt2-124m", [*ON_CPU, "--data.batch_size=2"], marks=NATIVE_BF16),
+        pytest.param("gpt2-124m", [*ON_CPU, "--data.batch_size=4", UNCOMPILED], marks=NATIVE_BF16),
     ],
 )
 def test_memory_is_that_of_a_run(config: str, flags: list[str], text: str) -> None:
