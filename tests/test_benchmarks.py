@@ -25,10 +25,11 @@ def test_a_wrong_argument_is_one_line(tmp_path: Path, options: dict[str, object]
 
 
 @pytest.mark.slow
-def test_phases_write_their_lines(tmp_path: Path) -> None:
+def test_phases_write_their_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that take minutes on a CPU are left out; they differ from `step` in what they compare."""
     phases = ("ceilings", "step", "syncs", "reliability")
-    gpu.run(str(tmp_path), device="cpu", budget=900, phases=phases)
+    monkeypatch.setattr(gpu, "LIMITS", dict.fromkeys(gpu.LIMITS, 900))  # a slow machine is no failure
+    gpu.run(str(tmp_path), device="cpu", budget=1800, phases=phases)
     lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     ends = [line for line in lines if "status" in line and "check" not in line]
     assert [line["phase"] for line in ends] == list(phases)
