@@ -1,4 +1,4 @@
-"""Randomized long version of tests/test_reliability.py: real processes with kills, signals and damaged files."""
+"""Randomized long version of tests/e2e/test_reliability.py: real processes with kills, signals and damaged files."""
 
 import hashlib
 import json

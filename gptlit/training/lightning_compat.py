@@ -1,7 +1,7 @@
 """The only place that touches private attributes of Lightning and torch.
 
-Each function says why no public API serves. tests/test_lightning_compat.py checks what each one relies on, and fails
-when a new release changes it.
+Each function says why no public API serves. tests/unit/test_lightning_compat.py checks what each one relies on, and
+fails when a new release changes it.
 """
 
 from typing import Any
