@@ -1,7 +1,7 @@
 """Contenders of a training step: gptlit under `train.py`, gptlit in a bare loop, and other projects.
 
 "Shipped" is the default of each project on a CPU: float32 (gptlit: bf16 if the CPU supports it), not compiled. "Tuned"
-is bf16, torch.compile, fused AdamW, and an allocator that keeps freed memory.
+is bf16 (float32 on a CPU without native bf16), torch.compile, fused AdamW, and an allocator that keeps freed memory.
 """
 
 import os
@@ -30,6 +30,13 @@ def make(name: str, size: str, batch_size: int, length: int, **options: Any) -> 
     peer, _, kind = name.partition(", ")
     shape = {"size": size, "batch_size": batch_size, "length": length, "kind": kind or "tuned"}
     return __name__, {"name": peer, **shape, **options}
+
+
+def tuned_precision(device: str) -> str:
+    """Return the precision of a tuned step: "bf16-mixed", or "32-true" on a CPU without native bf16."""
+    from gptlit.training.environment import best_precision
+
+    return "bf16-mixed" if device == "cuda" else best_precision("cpu")[0]
 
 
 def step_flops(size: str, batch_size: int, length: int) -> float:
@@ -100,11 +107,13 @@ def contender(
 
 
 def seconds_at_peak(flops: float) -> dict[str, float]:
-    """Return the seconds for a number of FLOPs at peak throughput: the best of 30 square matrix products in bf16."""
+    """Return the seconds for a number of FLOPs at peak throughput: the best of 30 square matrix products, tuned."""
     import torch
 
     side = 2048
-    matrix = torch.randn(side, side).bfloat16()
+    matrix = torch.randn(side, side)
+    if tuned_precision("cpu") == "bf16-mixed":
+        matrix = matrix.bfloat16()
     best = float("inf")
     for _ in range(30):
         began = time.perf_counter()
@@ -131,8 +140,9 @@ def loop(
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=tuned if fused is None else fused)
     forward = torch.compile(loss) if (tuned if compiled is None else compiled) else loss
+    is_bf16 = tuned and tuned_precision(inputs.device.type) == "bf16-mixed"
     while True:
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=tuned):
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=is_bf16):
             value = forward(model, inputs, targets)
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -151,13 +161,14 @@ def bare(emb_dim: int, n_heads: int, n_layers: int, inputs: Any, targets: Any, t
     shape = {"emb_dim": emb_dim, "n_heads": n_heads, "n_layers": n_layers, "context_length": inputs.shape[1]}
     config = GPTConfig(**shape, drop_rate=0.0, qkv_bias=True, tie_weights=True, init="gpt2")
     module = GPTModule(config, compile=True)
+    precision = tuned_precision("cpu")
     module._trainer = SimpleNamespace(  # type: ignore[assignment]
-        precision="bf16-mixed", strategy=SimpleNamespace(root_device=inputs.device)
+        precision=precision, strategy=SimpleNamespace(root_device=inputs.device)
     )
     module.configure_model()
     optimizer = module.configure_optimizers()
     while True:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
             loss = module._loss(inputs, targets, "mean")
         loss.backward()
         module.guard.check(optimizer, clip_gradients(optimizer, 1.0, "norm"))
@@ -257,7 +268,9 @@ def train_transformers(size: str, batch: Any, tuned: bool, timer: StepTimer) -> 
             while True:
                 yield from ({"input_ids": row[:-1], "labels": row[:-1]} for row in batch)
 
-    options = {"bf16": True, "torch_compile": True, "optim": "adamw_torch_fused"} if tuned else {}
+    options = {"torch_compile": True, "optim": "adamw_torch_fused"} if tuned else {}
+    if tuned and tuned_precision("cpu") == "bf16-mixed":
+        options["bf16"] = True
     arguments = TrainingArguments(
         "trainer",
         use_cpu=True,
@@ -298,7 +311,7 @@ def train_gptlit(
     flags = [f"--model.config.emb_dim={emb_dim}", f"--model.config.n_heads={n_heads}", "--model.config.drop_rate=0"]
     flags += [f"--model.config.n_layers={n_layers}", f"--model.config.context_length={length}"]
     flags += ["--model.config.qkv_bias=true", "--model.config.tie_weights=true", "--model.config.init=gpt2"]
-    flags += ["--model.compile=true", "--trainer.precision=bf16-mixed"] if kind != "shipped" else []
+    flags += ["--model.compile=true", f"--trainer.precision={tuned_precision(device)}"] if kind != "shipped" else []
     flags += ["--model.activation_checkpointing=true"] if kind == "recompute" else []
     flags += [f"--data.source={folder}", "--data.val_fraction=0", f"--data.batch_size={batch_size}"]
     accelerator = "gpu" if device == "cuda" else device

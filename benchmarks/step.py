@@ -17,7 +17,7 @@ def run(
     litgpt_python: str | None = None,
     out: str = "step.json",
 ) -> None:
-    """Compare the time of a step. "matmul" is the time of its FLOPs at peak bf16 throughput.
+    """Compare the time of a step. "matmul" is the time of its FLOPs at peak throughput.
 
     gptlit is tuned like its peers; "gptlit, shipped" is `train.py` with its defaults, not compiled.
 
