@@ -48,7 +48,6 @@ def prepare(
     """Tokenize texts into shards to train on. After an interruption the same command resumes."""
     from gptlit.data.parsers import ReadOptions
     from gptlit.data.prepare import prepare as run
-    from gptlit.data.progress import preparing
     from gptlit.data.sources import open_corpus
     from gptlit.data.splitting import Split
     from gptlit.data.tokenizer import load_tokenizer
@@ -63,18 +62,16 @@ def prepare(
     inside = [file.name for corpus in corpora.values() for file in corpus.files if _is_in(file.name, folder)]
     if inside:
         raise InputError(f"the source {inside[0]} is in --out {out}: choose another folder for the tokens")
-    with preparing(out) as report:
-        data = run(
-            corpora,
-            folder,
-            encoding,
-            split,
-            shard_tokens=shard_tokens,
-            num_workers=num_workers,
-            skip_bad=skip_bad,
-            overwrite=overwrite,
-            report=report,
-        )
+    data = run(
+        corpora,
+        folder,
+        encoding,
+        split,
+        shard_tokens=shard_tokens,
+        num_workers=num_workers,
+        skip_bad=skip_bad,
+        overwrite=overwrite,
+    )
     _print_table(data)
     print(f"\nnext: python train.py fit --config configs/quickstart.yaml --data.source {shlex.quote(out)}")
 

@@ -1,6 +1,5 @@
 """What data, model, Trainer and checkpoint have to agree on."""
 
-import math
 from typing import Any, Literal
 
 from gptlit.config import GPTConfig
@@ -68,50 +67,26 @@ def check_model(config: GPTConfig, context_length: int | None, tokenizer: Tokeni
         )
 
 
-def total_steps(
-    max_steps: int, max_epochs: int | None, *, n_windows: int, batch_size: int, start: int, start_step: int
-) -> int:
-    """Return the optimizer steps of a run since its beginning, where `start_step` steps took `start` windows.
-
-    Raises:
-        InputError: Neither limit is set.
-    """
-    limits = [max_steps] if max_steps != -1 else []
-    if max_epochs is not None and max_epochs != -1:
-        limits.append(start_step + max(0, math.ceil((max_epochs * n_windows - start) / batch_size)))
-    if not limits:
-        raise InputError("a run needs an end: set trainer.max_steps or trainer.max_epochs")
-    return min(limits)
-
-
 def check_resume(
-    state: dict[str, Any], current: dict[str, Any], details: dict[str, str], allowed: list[Identity]
+    state: dict[str, Any], current: dict[str, Any], names: dict[str, str], allowed: list[Identity]
 ) -> None:
     """Check that a position of a checkpoint means the same windows now.
 
     Args:
         state: The data module's state in the checkpoint.
         current: What the order of windows depends on, by key of the state.
-        details: Appended to the message about a key.
+        names: Now and then, of what has a digest: the corpus and the tokenizer.
         allowed: What may differ.
 
     Raises:
         InputError: Something else differs.
     """
-    short = {"tokenizer_sha256": "tokenizer", "corpus": "corpus"}  # digests
     for key, ours in current.items():
-        name, theirs = short.get(key, key), state.get(key, ours)
-        if theirs in (ours, "") or name in allowed:
-            continue
-        if key in short:
-            ours, theirs = ours[:12], theirs[:12]
-        raise InputError(
-            f"the {LABELS.get(name, name)} is {ours}, but the checkpoint was trained with {theirs}"
-            f"{details.get(name, '')}: resume with that, start a new run with --model.init_from, or set "
-            f"data.resume_despite to [{name}]"
-        )
-    if any(first >= state["windows"] for first, _ in state.get("passed_over", [])):  # gptlit 0.1 could do that
-        raise InputError(
-            "the checkpoint leaves out windows that are still to come (its passed_over), which is not supported "
-            "any more: resume from another checkpoint, or start a new run with --model.init_from"
-        )
+        name, theirs = key.removesuffix("_sha256"), state.get(key, ours)
+        if theirs not in (ours, "") and name not in allowed:
+            if name in names:
+                ours, theirs = ours[:12], f"{theirs[:12]} ({names[name]})"
+            raise InputError(
+                f"the {LABELS.get(name, name)} is {ours}, but the checkpoint was trained with {theirs}: resume with "
+                f"that, start a new run with --model.init_from, or set data.resume_despite to [{name}]"
+            )

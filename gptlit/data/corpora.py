@@ -6,7 +6,6 @@ from pathlib import Path
 
 from gptlit.data.parsers import ReadOptions
 from gptlit.data.prepare import cache_folder, prepare_cached
-from gptlit.data.progress import preparing
 from gptlit.data.sources import PYTHON_DOCS, open_corpus
 from gptlit.data.splitting import Split
 from gptlit.data.token_files import (
@@ -16,7 +15,6 @@ from gptlit.data.token_files import (
     concatenate,
     folder_tokenizer,
     holds_tokens,
-    is_prepared,
     open_folder,
 )
 from gptlit.data.tokenizer import Tokenizer
@@ -48,25 +46,15 @@ def tokenizer_for(source: str | Sequence[WeightedSource], tokenizer: str | None,
 
 @dataclass
 class Corpora:
-    """The corpora of a run.
+    """The corpora of a run."""
 
-    Args:
-        sources: What is divided into train, val and test.
-        held_out: Other sources for val and test, each taken in full; None: a part of `sources`.
-        split: Validation and test fractions.
-        options: How files are read.
-        tokenizer: From text to ids.
-        dtype: Number type of token files without a header.
-        cache_dir: Folder for tokenised corpora.
-    """
-
-    sources: list[WeightedSource]
-    held_out: dict[str, str | None]
+    sources: list[WeightedSource]  # what is divided into train, val and test
+    held_out: dict[str, str | None]  # other sources for val and test, each taken in full; None: a part of `sources`
     split: Split
     options: ReadOptions
     tokenizer: Tokenizer
-    dtype: str
-    cache_dir: Path
+    dtype: str  # of token files without a header
+    cache_dir: Path  # of tokenised corpora
 
     @property
     def names(self) -> list[str]:
@@ -108,8 +96,7 @@ class Corpora:
         if holds_tokens(folder):
             return open_folder(folder, self.tokenizer, self.dtype)
         corpus = open_corpus(path, self.options, self.cache_dir / "downloads")
-        with preparing(corpus.name) as report:
-            return prepare_cached(corpus, self.cache_dir, self.tokenizer, split, report)
+        return prepare_cached(corpus, self.cache_dir, self.tokenizer, split)
 
     def check_windows(self, name: str, windows: Windows, train_windows: Sequence[int]) -> None:
         """Check that a split has at least one window, and each source one to train on.
@@ -122,39 +109,18 @@ class Corpora:
         Raises:
             InputError: It has none; the remedies are named.
         """
-        needed = f"window of {windows.context_length} + 1"
-        if name == "train" and len(self.sources) > 1 and 0 in train_windows:
-            path = self.sources[train_windows.index(0)].path
-            raise InputError(
-                f"the train part of {path!r} is too short for one {needed}: use a longer text or a smaller "
-                "model.config.context_length"
-            )
-        if len(windows):
+        if len(windows) and (name != "train" or 0 not in train_windows):
             return
-        source = self.sources[0].path if len(self.sources) == 1 else self.sources
-        lengths = [shard.tokens for shard in windows.shards]
-        if sum(lengths) > windows.context_length:
-            raise InputError(
-                f"the longest shard of the {name} part of {source!r} has {max(lengths)} tokens, too few for a "
-                f"{needed}: prepare it again with a larger --shard_tokens"
-            )
+        short = self.sources if not len(windows) else [self.sources[train_windows.index(0)]]
+        remedies = ["a longer text", "a smaller model.config.context_length"]
+        if name != "train":
+            remedies += [
+                f"data.{name}_source",
+                f"a larger data.{name}_fraction (of a prepared folder: prepare it again)",
+            ]
+        if name == "val":
+            remedies.append("data.val_fraction 0, which trains without validation")
         raise InputError(
-            f"the {name} part of {source!r} has {sum(lengths)} tokens, too few for one {needed}: use "
-            f"{self._remedies(name, is_empty=not lengths or not sum(lengths))}"
+            f"the {name} part of {', '.join(repr(source.path) for source in short)} is too short for one window of "
+            f"{windows.context_length} + 1 tokens: use {', '.join(remedies[:-1])} or {remedies[-1]}"
         )
-
-    def _remedies(self, name: str, is_empty: bool) -> str:
-        """Return what gives a split a window, or does without."""
-        remedies = []
-        if name != "train" and self.held_out[name] is None:
-            folder = user_path(self.sources[0].path)
-            if is_prepared(folder):
-                remedies.append(f"a folder prepared with a larger --{name}_fraction")
-            elif not holds_tokens(folder):
-                remedies.append(f"a larger data.{name}_fraction")
-            remedies.append(f"data.{name}_source")
-            if name == "val":
-                remedies.append("data.val_fraction 0, which trains without")
-        if not is_empty or not remedies:
-            remedies += ["a longer text", "a smaller model.config.context_length"]
-        return ", ".join(remedies[:-1]) + " or " + remedies[-1]

@@ -1,5 +1,6 @@
 """TokenDataModule: corpora -> batches of windows, the same on any number of devices."""
 
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,6 @@ from gptlit.data.compatibility import (
     check_resume,
     check_trainer_settings,
     micro_batch_size,
-    total_steps,
 )
 from gptlit.data.corpora import Corpora, WeightedSource, tokenizer_for
 from gptlit.data.loaders import make_loader
@@ -86,8 +86,8 @@ class TokenDataModule(pl.LightningDataModule):
         cache_dir: str = "data",
     ) -> None:
         super().__init__()
-        positive = {"micro_batch_size": micro_batch_size, "context_length": context_length, "stride": stride}
-        for key, value in {"batch_size": batch_size, **positive}.items():
+        sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "stride": stride}
+        for key, value in {**sizes, "context_length": context_length}.items():
             if value is not None and value < 1:
                 raise ValueError(f"data.{key} must be a positive integer, got {value}")
         if num_workers < 0:
@@ -124,10 +124,7 @@ class TokenDataModule(pl.LightningDataModule):
 
     @override
     def prepare_data(self) -> None:
-        stage = self.trainer.state.fn if self.trainer is not None else None
-        self.load(stage)
-        if stage == "fit":
-            self._batch_sizes(self._attached_trainer)  # fail before anything is written
+        self.setup(self.trainer.state.fn if self.trainer is not None else None)  # fails before anything is written
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -141,7 +138,10 @@ class TokenDataModule(pl.LightningDataModule):
         Raises:
             InputError: A split that the stage needs is too short, or the model cannot read the data.
         """
-        length = self._window_length()
+        config = getattr(getattr(self.trainer, "lightning_module", None), "config", None)
+        length = self.check_compatible(config) if config is not None else self.context_length
+        if length is None:
+            raise InputError("data.context_length is needed where there is no model to take it from")
         if not hasattr(self, "data"):  # rank 0 calls this in `prepare_data` and in `setup`
             each, self.data = self.corpora.open()
             counts = [len(self._windows(data, "train", length)) for data in each]
@@ -155,14 +155,6 @@ class TokenDataModule(pl.LightningDataModule):
         pin = self.num_workers == 0 and torch.cuda.is_available()  # with workers, the loader pins
         return Windows(data.shards(name), length, self.stride or length, self.vocab_size, pin)
 
-    def _window_length(self) -> int:
-        config = getattr(getattr(self.trainer, "lightning_module", None), "config", None)
-        if config is not None:
-            return self.check_compatible(config)
-        if self.context_length is None:
-            raise InputError("data.context_length is needed where there is no model to take it from")
-        return self.context_length
-
     def check_compatible(self, config: GPTConfig) -> int:
         """Return the context length of a model, checked against the data."""
         check_model(config, self.context_length, self.tokenizer)
@@ -174,23 +166,14 @@ class TokenDataModule(pl.LightningDataModule):
             raise RuntimeError("this needs a Trainer: pass the TokenDataModule to trainer.fit")
         return self.trainer
 
-    def _batch_sizes(self, trainer: pl.Trainer) -> tuple[int, int]:
-        """Return (micro-batch size, accumulation), and keep the limits of the run."""
-        if trainer is self._configured:
-            return self.micro_batch_size_used, self.accumulation
-        self._limits = trainer.max_steps, trainer.max_epochs
-        self._total_steps()
-        check_trainer_settings(trainer)
-        devices = trainer.world_size
-        check_division(self.batch_size, devices)
-        size = micro_batch_size(self.batch_size, devices, self.micro_batch_size)
-        return size, self.batch_size // (devices * size)
-
     def _configure(self, trainer: pl.Trainer) -> None:
         """Set the Trainer's accumulation, length and validation interval, which it counts in micro-batches."""
-        self.start = self.start_step = 0
-        self.micro_batch_size_used, self.accumulation = self._batch_sizes(trainer)
-        self.max_steps = trainer.fit_loop.epoch_loop.max_steps = self._total_steps()
+        check_trainer_settings(trainer)
+        check_division(self.batch_size, trainer.world_size)
+        self.micro_batch_size_used = micro_batch_size(self.batch_size, trainer.world_size, self.micro_batch_size)
+        self.accumulation = self.batch_size // (trainer.world_size * self.micro_batch_size_used)
+        self._limits = trainer.max_steps, trainer.max_epochs
+        self._start_at(0, 0)
         trainer.accumulate_grad_batches = self.accumulation
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             trainer.limit_train_batches = int(trainer.limit_train_batches) * self.accumulation
@@ -198,14 +181,17 @@ class TokenDataModule(pl.LightningDataModule):
             trainer.val_check_interval *= self.accumulation
         self._configured = trainer
 
-    def _total_steps(self) -> int:
-        return total_steps(
-            *self._limits,
-            n_windows=len(self.windows["train"]),
-            batch_size=self.batch_size,
-            start=self.start,
-            start_step=self.start_step,
-        )
+    def _start_at(self, step: int, position: int) -> None:
+        """Begin after `step` optimizer steps, which took `position` windows; set the steps in all, counted from 0."""
+        self.start, self.start_step = position, step
+        max_steps, max_epochs = self._limits
+        limits = [max_steps] if max_steps != -1 else []
+        if max_epochs is not None and max_epochs != -1:
+            windows = max_epochs * len(self.windows["train"]) - position
+            limits.append(step + max(0, math.ceil(windows / self.batch_size)))
+        if not limits:
+            raise InputError("a run needs an end: set trainer.max_steps or trainer.max_epochs")
+        self.max_steps = self._attached_trainer.fit_loop.epoch_loop.max_steps = min(limits)
 
     @override
     def train_dataloader(self) -> Loader:
@@ -275,13 +261,12 @@ class TokenDataModule(pl.LightningDataModule):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self._attached_trainer.state.fn != "fit":
             return
-        details = {
-            "corpus": f" ({self.source!r}, the checkpoint's {state['source']!r})",
-            "tokenizer": f" (this one is {self.tokenizer.name!r})",
+        names = {
+            "corpus": f"{self.source!r}, the checkpoint's {state['source']!r}",
+            "tokenizer": f"this one is {self.tokenizer.name!r}",
         }
-        check_resume(state, self._identity(), details, self.resume_despite)
-        self.start, self.start_step = state["windows"], state["step"]
-        self.max_steps = self._attached_trainer.fit_loop.epoch_loop.max_steps = self._total_steps()
+        check_resume(state, self._identity(), names, self.resume_despite)
+        self._start_at(state["step"], state["windows"])
         if self.start_step >= self.max_steps:
             raise InputError(
                 f"the run has made its {self.start_step} steps already (trainer.max_steps {self.max_steps}): raise "
@@ -300,6 +285,4 @@ class TokenDataModule(pl.LightningDataModule):
 
     def describe_mixture(self) -> list[str]:
         """Return a line on each corpus, if there are several."""
-        if len(self.sources) == 1:
-            return []
         return self.mixture.describe(self.corpora.names, self._position_after(self.max_steps))

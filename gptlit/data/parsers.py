@@ -10,11 +10,8 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
-
-from typing_extensions import override
 
 from gptlit.data.tokenizer import without_surrogates
 from gptlit.errors import InputError
@@ -23,11 +20,9 @@ JSON = ".json"
 ALIASES = {".ndjson": ".jsonl", ".jsonlines": ".jsonl"}
 COMPRESSED = (".gz", ".zst")
 TABLES = (".csv", ".tsv")
-BLOCK = 2**20  # bytes read at once
-DECOMPRESSED_BLOCK = 2**13  # bytes decompressed at once: those that damage may cost
+BLOCK = 2**20  # characters read at once
 PIECE = 2**20  # characters: a text is read, and encoded, in pieces of about this size
 LONGEST = 2**24  # characters after which a text without a good place to cut is cut anywhere
-LONGEST_DOCUMENT = 2**28  # characters between two separators
 
 # A text may be cut before this space, or after this line end, and its halves encoded apart, with the same ids as
 # the full text: in all of tiktoken's patterns a new token begins at a space between two letters, and with a letter
@@ -35,49 +30,31 @@ LONGEST_DOCUMENT = 2**28  # characters between two separators
 CUT = re.compile(r"[ \n](?=[^\W\d_])(?<=[^\W\d_] |\S\n)")
 
 # Magic numbers of files that are not plain text, and what to do with them.
-OFFICE = "an office document: save it as .txt"
 FORMATS = {
     b"PK\x03\x04": "a zip archive, as .docx, .xlsx, .odt and .epub are: unpack it, or save it as .txt",
     b"%PDF": "a PDF: save its text as .txt, for instance with pdftotext",
-    b"\xfd7zXZ": "compressed with xz: unpack it with xz -d",
-    b"BZh": "compressed with bzip2: unpack it with bunzip2",
-    b"7z\xbc\xaf": "a 7z archive: unpack it",
-    b"Rar!": "a rar archive: unpack it",
     b"\x1f\x8b": "compressed with gzip: let its name end in .gz",
     b"\x28\xb5\x2f\xfd": "compressed with zstd: let its name end in .zst",
     b"PAR1": "a Parquet file: let its name end in .parquet",
-    b"{\\rtf": OFFICE,
-    b"\xd0\xcf\x11\xe0": OFFICE,
     b"\xff\xfe": "UTF-16: convert it with iconv -f UTF-16 -t UTF-8",
     b"\xfe\xff": "UTF-16: convert it with iconv -f UTF-16 -t UTF-8",
 }
-BEGINS_AS_JSON = re.compile(rb'(\xef\xbb\xbf)?\s*(\[\s*)?\{\s*"(\\.|[^"\\\n])*"\s*:')
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How files are read.
+    """How files are read."""
 
-    Args:
-        text_key: Key or column of the text in JSON lines and Parquet.
-        separator: What stands between two documents of a text file; empty: a file is one document.
-    """
-
-    text_key: str = "text"
-    separator: str = ""
+    text_key: str = "text"  # key or column of the text in JSON lines and Parquet
+    separator: str = ""  # between two documents of a text file; empty: a file is one document
 
 
 @dataclass(frozen=True)
 class UnreadableDocument:
-    """A document that cannot be read.
+    """A document that cannot be read."""
 
-    Args:
-        reason: Why, in one line.
-        ends_file: What follows it in its file cannot be read either.
-    """
-
-    reason: str
-    ends_file: bool = False
+    reason: str  # one line
+    ends_file: bool = False  # what follows it in its file cannot be read either
 
 
 Document = str | UnreadableDocument
@@ -115,58 +92,36 @@ def parser_for(name: str, options: ReadOptions) -> tuple[Parser, bool]:
     return partial(_decompressed, name, compression, text), not options.separator
 
 
-class _Decompressed(io.RawIOBase):
-    """The readable beginning of a compressed file; `damage` is the error at which it ends, if any."""
-
-    def __init__(self, file: Any, errors: tuple[type[Exception], ...]) -> None:
-        self._file, self._errors = file, errors
-        self.damage: Exception | None = None
-
-    @override
-    def readable(self) -> bool:
-        return True
-
-    @override
-    def readinto(self, buffer: Any) -> int:
-        try:  # read1 returns what there is; read would lose it where the damage comes before the end of the buffer
-            data = b"" if self.damage else self._file.read1(len(buffer))
-        except self._errors as error:
-            self.damage, data = error, b""
-        buffer[: len(data)] = data
-        return len(data)
-
-
-def _zstd(name: str, file: BinaryIO) -> _Decompressed:
-    if sys.version_info >= (3, 14):
-        from compression import zstd
-    else:
-        try:
-            from backports import zstd
-        except ImportError as error:
-            raise InputError(f"{name} needs the package backports.zstd: pip install backports.zstd") from error
-    return _Decompressed(zstd.open(file), (zstd.ZstdError, EOFError))
-
-
 def _decompressed(
     name: str, compression: str, parse: Callable[[io.BufferedReader], Iterator[Document]], file: BinaryIO
 ) -> Iterator[Document]:
     """Parse a file that may be compressed; damage ends it."""
-    if not compression:
-        yield from parse(io.BufferedReader(file, BLOCK))  # type: ignore[arg-type]
-        return
-    if compression == ".zst":
-        decompressed = _zstd(name, file)
-    else:
-        decompressed = _Decompressed(gzip.GzipFile(fileobj=file), (gzip.BadGzipFile, EOFError, zlib.error))
+    opened: Any = file
+    damage: tuple[type[Exception], ...] = (gzip.BadGzipFile, EOFError, zlib.error)
+    if compression == ".gz":
+        opened = gzip.GzipFile(fileobj=file)
+    elif compression == ".zst":
+        zstd = _zstd(name)
+        opened, damage = zstd.open(file), (zstd.ZstdError, EOFError)
     count = 0
-    for text in parse(io.BufferedReader(decompressed, DECOMPRESSED_BLOCK)):
-        if decompressed.damage and isinstance(text, UnreadableDocument):
-            continue  # the document that the damage cuts
-        yield text
-        count += 1
-    if decompressed.damage:
-        reason = f"{name} is damaged after {count} documents ({decompressed.damage})"
+    try:
+        for text in parse(opened):
+            yield text
+            count += 1
+    except damage as error:
+        reason = f"{name} is damaged after {count} documents ({error})"
         yield UnreadableDocument(f"{reason}: fetch it again, or leave the rest out", ends_file=True)
+
+
+def _zstd(name: str) -> Any:
+    try:
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+        else:
+            from backports import zstd
+    except ImportError as error:
+        raise InputError(f"{name} needs the package backports.zstd: pip install backports.zstd") from error
+    return zstd
 
 
 def _json_lines(name: str, key: str, file: Iterable[bytes]) -> Iterator[Document]:
@@ -182,28 +137,17 @@ def _json_lines(name: str, key: str, file: Iterable[bytes]) -> Iterator[Document
 
 
 def _json(name: str, key: str, file: io.BufferedReader) -> Iterator[Document]:
-    """Yield the texts of JSON lines, or of the one value that fills the file: an object or an array of objects."""
-    first = file.readline()
-    if isinstance(_loads(first), dict):
-        yield from _json_lines(name, key, chain([first], file))
+    """Yield the texts of JSON lines, or of an array of objects that fills the file."""
+    if not file.peek(1).lstrip(codecs.BOM_UTF8 + b" \r\n\t").startswith(b"["):
+        yield from _json_lines(name, key, file)
         return
-    content = first + file.read()
-    value = _loads(content)
-    if value is not None:
-        for number, row in enumerate(value if isinstance(value, list) else [value], 1):
-            yield _text_of(row, key, f"{name} item {number}")
-    elif content.lstrip(codecs.BOM_UTF8 + b" \r\n\t").startswith(b"["):
-        yield UnreadableDocument(f"{name} is not a complete JSON array: fetch it again", ends_file=True)
-    else:
-        yield from _json_lines(name, key, io.BytesIO(content))
-
-
-def _loads(content: bytes) -> Any:
-    """Return a JSON value; None if it is not valid JSON."""
     try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
-        return None
+        rows = json.loads(file.read())
+    except (ValueError, RecursionError) as error:
+        yield UnreadableDocument(f"{name} is not a JSON array ({error})", ends_file=True)
+        return
+    for number, row in enumerate(rows, 1):
+        yield _text_of(row, key, f"{name} item {number}")
 
 
 def _text_of(row: Any, key: str, place: str) -> Document:
@@ -229,25 +173,17 @@ def _parquet(name: str, key: str, file: BinaryIO) -> Iterator[Document]:
         if key not in columns:
             raise InputError(f"{name} has no column {key!r}, only {', '.join(map(repr, columns))}: set text_key")
         for batch in table.iter_batches(batch_size=256, columns=[key], use_threads=False):
-            for value in batch.column(0):
+            for text in batch.column(0).to_pylist():
                 row += 1
-                try:
-                    text = value.as_py()
-                except UnicodeDecodeError:
-                    yield UnreadableDocument(f"{name} row {row}: {key!r} is not UTF-8")
-                    continue
-                yield (
-                    text
-                    if isinstance(text, str)
-                    else UnreadableDocument(f"{name} row {row}: {key!r} is {type(text).__name__}")
-                )
-    except (pyarrow.ArrowException, OSError) as error:
+                is_text = isinstance(text, str)
+                yield text if is_text else UnreadableDocument(f"{name} row {row}: {key!r} is {type(text).__name__}")
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         yield UnreadableDocument(f"{name} is damaged after row {row} ({error}): fetch it again, or leave the rest out")
 
 
 def _text(name: str, separator: str, file: io.BufferedReader) -> Iterator[Document]:
     """Yield the documents of a text file, or the pieces of its only one."""
-    if reason := _other_format(name, separator, file.peek()):
+    if reason := _other_format(name, separator, file.peek(1)):
         yield UnreadableDocument(f"{name} {reason}", ends_file=True)
     elif separator:
         yield from _separated(name, separator, file)
@@ -260,22 +196,16 @@ def _other_format(name: str, separator: str, head: bytes) -> str:
     for magic, what in FORMATS.items():
         if head.startswith(magic):
             return f"is {what}"
-    if head[257:262] == b"ustar":
-        return "is a tar archive: unpack it"
     if b"\0" in head[:8000]:
         return "is binary, not text: save its text as .txt (a file of tokens is read by the name of its folder)"
-    if separator:
-        return ""  # whoever sets one has looked into the file
-    if file_kind(name)[0] in TABLES:
+    if file_kind(name)[0] in TABLES and not separator:
         return "is a table: save it as .jsonl or .parquet, or set a separator to train on it as it is"
-    if BEGINS_AS_JSON.match(head):
-        return "holds JSON: let its name end in .jsonl or .json, or set a separator to train on it as it is"
     return ""
 
 
 def _separated(name: str, separator: str, file: BinaryIO) -> Iterator[Document]:
     held: list[str] = []
-    edge, size = "", 0  # a separator may begin in one block and end in the next
+    edge = ""  # a separator may begin in one block and end in the next
     for block in _decoded(name, file):
         if isinstance(block, UnreadableDocument):
             yield block
@@ -284,15 +214,10 @@ def _separated(name: str, separator: str, file: BinaryIO) -> Iterator[Document]:
         if others:
             yield "".join([*held, first]).strip()
             yield from (text.strip() for text in others[:-1])
-            held, size, first = [], 0, others[-1]
+            held, first = [], others[-1]
         cut = max(0, len(first) - len(separator) + 1)
         held.append(first[:cut])
-        edge, size = first[cut:], size + cut
-        if size > LONGEST_DOCUMENT:
-            yield UnreadableDocument(
-                f"{name} has no separator {separator!r} in {size:,} characters: set another one", ends_file=True
-            )
-            return
+        edge = first[cut:]
     yield "".join([*held, edge]).strip()
 
 
@@ -322,23 +247,12 @@ def pieces(blocks: Iterable[Document], size: int = PIECE, longest: int = LONGEST
 
 
 def _decoded(name: str, file: BinaryIO) -> Iterator[Document]:
-    r"""Yield the text block by block, without a byte order mark, with "\r\n" as "\n"."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    before, held = 0, ""
-    while True:
-        block = file.read(BLOCK)
-        waiting = len(decoder.getstate()[0])
-        try:
-            text = held + decoder.decode(block, final=not block)
-        except UnicodeDecodeError as error:
-            byte, position = error.object[error.start], before - waiting + error.start
-            reason = f"{name} is not UTF-8: byte {byte:#04x} at position {position}"
-            yield UnreadableDocument(f"{reason}; if it is a text, convert it, for instance with iconv", ends_file=True)
-            return
-        before += len(block)
-        held = "\r" if block and text.endswith("\r") else ""  # its "\n" may be in the next block
-        text = text[: len(text) - len(held)].replace("\r\n", "\n")
-        if text:
-            yield text
-        if not block:
-            return
+    r"""Yield the text block by block, without a byte order mark, with "\r\n" and "\r" as "\n"."""
+    reader = io.TextIOWrapper(file, encoding="utf-8-sig")
+    try:
+        while block := reader.read(BLOCK):
+            yield block
+    except UnicodeDecodeError as error:
+        reason = f"{name} is not UTF-8: it has the byte {error.object[error.start]:#04x}"
+        yield UnreadableDocument(f"{reason}; if it is a text, convert it, for instance with iconv", ends_file=True)
+    reader.detach()  # or it would close the file

@@ -13,16 +13,19 @@ import os
 import re
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from gptlit.data.shard_writer import PROGRESS, FolderWriter
 from gptlit.data.sources import Corpus
@@ -32,21 +35,12 @@ from gptlit.data.tokenizer import TOKENIZER_JSON, HuggingFaceTokenizer, Tokenize
 from gptlit.errors import InputError, note
 
 LOCK = ".lock"
-LEFTOVERS = (LOCK, f"{PROGRESS}.partial", f"{MANIFEST}.partial")  # of a process that was killed as it started
 SHARD_TOKENS = 100_000_000
 BATCH_CHARACTERS = 2**20  # encoded at once
 BATCH_PIECES = 2**13
 SMALL_CORPUS = 2**25  # bytes that are encoded in this process: starting workers takes longer
-
-
-@dataclass(frozen=True)
-class Report:
-    """Progress of a preparation: bytes of sources read, and in all (0 if unknown); tokens and bytes of text so far."""
-
-    read: int
-    size: int
-    tokens: int
-    text_bytes: int
+LINE_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
+OURS = re.compile(r"manifest\.json|progress\.json|tokenizer\.json|(train|val|test)-\d{5,}\.bin")
 
 
 def prepare(
@@ -60,9 +54,10 @@ def prepare(
     skip_bad: bool = False,
     overwrite: bool = False,
     wait: bool = False,
-    report: Callable[[Report], None] | None = None,
 ) -> TokenData:
     """Tokenise a corpus into a folder; resume if an earlier call was interrupted; open it if it is complete.
+
+    Progress is shown on stderr.
 
     Args:
         corpora: The corpus to divide; or {"train": that, "val": ..., "test": ...} with separate sources.
@@ -74,7 +69,6 @@ def prepare(
         skip_bad: Leave out what cannot be read instead of stopping.
         overwrite: Delete what another tokenizer, source or setting made there.
         wait: Wait for another process that prepares the same folder instead of refusing.
-        report: Called after each batch.
 
     Raises:
         InputError: A document cannot be read, there is no text, the disk is full, the folder holds something else or
@@ -93,35 +87,28 @@ def prepare(
             if not _is_done(folder, settings, overwrite):
                 reader = SplitReader(corpora, split, skip_bad)
                 writer = FolderWriter(folder, tokenizer, settings, reader.first_positions())
-                _write(reader, writer, num_workers, report)
+                _write(reader, writer, num_workers)
     return open_tokens(folder)
 
 
-def cache_folder(corpora: Corpus | Mapping[str, Corpus], root: Path, tokenizer: Tokenizer, split: Split) -> Path:
+def cache_folder(corpus: Corpus, root: Path, tokenizer: Tokenizer, split: Split) -> Path:
     """Return the folder under `root` that belongs to a corpus, a tokenizer and a split."""
-    corpora = {"train": corpora} if isinstance(corpora, Corpus) else dict(corpora)
-    settings = _settings(corpora, tokenizer, split, SHARD_TOKENS)
+    settings = _settings({"train": corpus}, tokenizer, split, SHARD_TOKENS)
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return root / f"{corpora['train'].name}-{key[:12]}"
+    return root / f"{corpus.name}-{key[:12]}"
 
 
-def prepare_cached(
-    corpora: Corpus | Mapping[str, Corpus],
-    root: Path,
-    tokenizer: Tokenizer,
-    split: Split,
-    report: Callable[[Report], None] | None = None,
-) -> TokenData:
+def prepare_cached(corpus: Corpus, root: Path, tokenizer: Tokenizer, split: Split) -> TokenData:
     """Tokenise a corpus into a folder under `root` that is its own, or open the one that an earlier call left there.
 
     Raises:
         InputError: As in `prepare`; or what is there was changed.
     """
-    folder = cache_folder(corpora, root, tokenizer, split)
+    folder = cache_folder(corpus, root, tokenizer, split)
     if (folder / MANIFEST).is_file():
         data = open_tokens(folder)
     else:
-        data = prepare(corpora, folder, tokenizer, split, wait=True, report=report)
+        data = prepare(corpus, folder, tokenizer, split, wait=True)
     if sum(data.tokens(name) for name in SPLITS) * np.dtype(data.manifest["dtype"]).itemsize <= VERIFY_LIMIT:
         data.verify()
     return data
@@ -157,23 +144,21 @@ def _locked(folder: Path, wait: bool) -> Iterator[None]:
     """Keep other processes out. The lock ends with this process, however it ends."""
     lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=0)
+        acquired = lock.acquire(timeout=0)
     except Timeout:
         # A worker that imports a script without `if __name__ == "__main__"` would wait for its own parent.
         if not wait or multiprocessing.parent_process() is not None:
             raise InputError(f"another process is preparing {folder}: wait for it, or choose another --out") from None
         note(f"waiting for another process that prepares {folder}")
-        lock.acquire()
-    try:
+        acquired = lock.acquire()
+    with acquired:
         yield
-    finally:
-        lock.release()
 
 
 def _refuse_foreign(folder: Path) -> None:
     """Refuse a folder that is in use for something else."""
     if not any((folder / name).is_file() for name in (MANIFEST, PROGRESS)):
-        others = sorted(path.name for path in folder.iterdir() if path.name not in LEFTOVERS)
+        others = sorted(path.name for path in folder.iterdir() if not path.name.endswith((LOCK, ".partial")))
         if others:
             raise InputError(f"{folder} is not empty ({others[0]}) and holds no tokens of ours: choose another --out")
 
@@ -185,33 +170,24 @@ def _is_done(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
         InputError: It holds something else.
     """
     found = next((path for name in (MANIFEST, PROGRESS) if (path := folder / name).is_file()), None)
-    if found is not None:
-        try:
-            there = json.loads(found.read_bytes())
-            differences = [key for key, value in settings.items() if there.get(key) != value]
-        except (ValueError, AttributeError, RecursionError):
-            there, differences = {}, ["content, it is damaged"]
-        if not differences and not (overwrite and found.name == MANIFEST and _is_damaged(folder)):
-            if found.name == MANIFEST:
-                (folder / PROGRESS).unlink(missing_ok=True)  # the process was killed in between
-            return found.name == MANIFEST
-        if not overwrite:
-            key = differences[0]
-            raise InputError(
-                f"{folder} was made with another {key} ({_short(there.get(key))}, now {_short(settings.get(key))}): "
-                "choose another --out, or replace it with --overwrite"
-            )
-    for path in sorted(folder.iterdir(), key=lambda path: path.name != MANIFEST):  # without it the folder is incomplete
-        if _is_ours(path.name) and path.name != LOCK:
-            path.unlink()
-    return False
-
-
-def _is_damaged(folder: Path) -> bool:
+    if found is None:
+        return False
     try:
-        open_tokens(folder).verify()
-    except InputError:
-        return True
+        there = json.loads(found.read_bytes())
+    except ValueError:
+        there = {}
+    differences = [key for key, value in settings.items() if there.get(key) != value]
+    if not differences:
+        return found.name == MANIFEST
+    if not overwrite:
+        old, new = (_short(values.get(differences[0])) for values in (there, settings))
+        raise InputError(
+            f"{folder} was made with another {differences[0]} ({old}, now {new}): choose another --out, or replace it "
+            "with --overwrite"
+        )
+    for path in sorted(folder.iterdir(), key=lambda path: path.name != MANIFEST):  # without it the folder is incomplete
+        if OURS.fullmatch(path.name):
+            path.unlink()
     return False
 
 
@@ -220,28 +196,48 @@ def _short(value: Any) -> str:
     return text if len(text) < 40 else f"{text[:37]}..."
 
 
-def _is_ours(name: str) -> bool:
-    files = (*LEFTOVERS, MANIFEST, PROGRESS, TOKENIZER_JSON)
-    return name in files or re.fullmatch(r"(train|val|test)-\d{5,}\.bin", name) is not None
-
-
-def _write(
-    reader: SplitReader, writer: FolderWriter, num_workers: int | None, report: Callable[[Report], None] | None
-) -> None:
+def _write(reader: SplitReader, writer: FolderWriter, num_workers: int | None) -> None:
     """Write all shards that are not complete, then the manifest."""
     if num_workers is None:
-        num_workers = 0 if reader.size < SMALL_CORPUS else _cores()
-    pieces = filter(writer.needs, reader.read(writer.start))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        num_workers = 0 if reader.size < SMALL_CORPUS else cores
+    pieces = (piece for piece in reader.read(writer.start) if writer.needs(piece))
     encoded = _encode_in_order(_batches(pieces), writer.tokenizer, num_workers)
     try:
-        for batch, ids in encoded:
-            writer.write(batch, ids)
-            if report is not None:
-                report(Report(reader.bytes_read, reader.size, writer.tokens, writer.text_bytes))
+        with _progress(writer.folder.name, reader.size) as show:
+            for batch, ids in encoded:
+                writer.write(batch, ids)
+                show(reader.bytes_read, writer.tokens)
         writer.finish(reader.unreadable)
     finally:
         encoded.close()
         writer.close()
+
+
+@contextmanager
+def _progress(name: str, size: int) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function that shows how many of `size` bytes (0 if unknown) were read, and the tokens so far."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("preparing {task.description}", markup=False),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TextColumn("{task.fields[tokens]:,} tokens"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(name, total=size or None, tokens=0)
+        last = time.monotonic()
+
+        def show(read: int, tokens: int) -> None:
+            nonlocal last
+            progress.update(task, completed=read, tokens=tokens)
+            if not console.is_terminal and time.monotonic() - last > LINE_EVERY:
+                note(f"preparing {name}: {read:,} of {size:,} bytes, {tokens:,} tokens")
+                last = time.monotonic()
+
+        yield show
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -304,7 +300,3 @@ def _exit_with_parent() -> None:
 
 def _encode_in_worker(texts: list[str]) -> list[np.ndarray]:
     return encode(_worker_tokenizer, texts)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

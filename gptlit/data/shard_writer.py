@@ -19,45 +19,17 @@ PROGRESS = "progress.json"
 
 @dataclass(frozen=True)
 class Boundary:
-    """Where the last complete shard of a split ends in the sources.
+    """Where the last complete shard of a split ends in the sources."""
 
-    Args:
-        position: Of the piece in which it ends.
-        tokens: Of that piece that are in complete shards.
-        documents: Documents that start before that piece.
-        text_bytes: Bytes of text before that piece.
-        shards: Manifest entries of the complete shards.
-    """
-
-    position: Position
-    tokens: int = 0
-    documents: int = 0
-    text_bytes: int = 0
-    shards: list[dict[str, Any]] = field(default_factory=list)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Boundary":
-        """Undo `asdict` after a round trip through JSON."""
-        counts = {key: int(values[key]) for key in ("tokens", "documents", "text_bytes")}
-        types = {"file": str, "tokens": int, "sha256": str}
-        shards = [{key: type_(shard[key]) for key, type_ in types.items()} for shard in values["shards"]]
-        return cls(Position(*map(int, values["position"])), shards=shards, **counts)
+    position: Position  # of the piece in which it ends
+    tokens: int = 0  # of that piece that are in complete shards
+    documents: int = 0  # that start before that piece
+    text_bytes: int = 0  # before that piece
+    shards: list[dict[str, Any]] = field(default_factory=list)  # manifest entries of the complete ones
 
 
 class SplitWriter:
-    """Writes the documents of a split to shards, with the end-of-text token between them.
-
-    Args:
-        folder: Where the shards go.
-        name: Of the split.
-        dtype: Of the ids on disk.
-        eot_token: The end-of-text token.
-        shard_tokens: Length of every shard but the last.
-        boundary: Where to resume.
-
-    Raises:
-        InputError: A complete shard is missing or truncated.
-    """
+    """Writes the documents of a split to shards, with the end-of-text token between them, from a boundary on."""
 
     def __init__(
         self, folder: Path, name: str, dtype: str, eot_token: int, shard_tokens: int, boundary: Boundary
@@ -69,19 +41,11 @@ class SplitWriter:
         self.shard_length = 0  # tokens of the shard that is being written
         self._file: BinaryIO | None = None
         self._digest = hashlib.sha256()
-        for shard in self.shards:
-            path = folder / shard["file"]
-            if not path.is_file() or path.stat().st_size != shard["tokens"] * self.dtype.itemsize:
-                raise InputError(f"{path} is damaged: delete {folder} to begin again")
 
     @property
     def tokens(self) -> int:
         """Tokens in all shards."""
         return sum(int(shard["tokens"]) for shard in self.shards) + self.shard_length
-
-    def needs(self, piece: Piece) -> bool:
-        """Whether a piece has tokens that are in no complete shard."""
-        return piece.position >= self.boundary.position
 
     def write(self, piece: Piece, ids: np.ndarray) -> None:
         """Append the tokens of a piece."""
@@ -133,12 +97,9 @@ class FolderWriter:
 
     Args:
         folder: Where they go.
-        tokenizer: The one that encodes.
+        tokenizer: For the manifest.
         settings: Everything that the bytes depend on.
         first: A position before the first piece of each split that can get any.
-
-    Raises:
-        InputError: `progress.json` or a shard of an interrupted run is damaged.
     """
 
     def __init__(
@@ -148,21 +109,15 @@ class FolderWriter:
         self.dtype = "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"
         boundaries = {name: Boundary(first.get(name, START)) for name in SPLITS}
         if (folder / PROGRESS).is_file():
-            boundaries = self._read_progress()
+            splits = json.loads((folder / PROGRESS).read_bytes())["splits"]
+            positions = {name: Position(*splits[name].pop("position")) for name in SPLITS}
+            boundaries = {name: Boundary(positions[name], **splits[name]) for name in SPLITS}
         self.splits = {
             name: SplitWriter(folder, name, self.dtype, tokenizer.eot_token, settings["shard_tokens"], boundary)
             for name, boundary in boundaries.items()
         }
         self.start = min(self.splits[name].boundary.position for name in first)
         self._save()
-
-    def _read_progress(self) -> dict[str, Boundary]:
-        path = self.folder / PROGRESS
-        try:
-            splits = json.loads(path.read_bytes())["splits"]
-            return {name: Boundary.from_dict(splits[name]) for name in SPLITS}
-        except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise InputError(f"{path} is damaged: delete {self.folder} to begin again") from error
 
     def _save(self) -> None:
         self._saved = self._complete_shards
@@ -175,7 +130,7 @@ class FolderWriter:
 
     def needs(self, piece: Piece) -> bool:
         """Whether a piece has tokens that are in no complete shard."""
-        return self.splits[piece.split].needs(piece)
+        return piece.position >= self.splits[piece.split].boundary.position
 
     def write(self, pieces: list[Piece], ids: list[np.ndarray]) -> None:
         """Append a batch; record the progress if that completes a shard."""
@@ -188,11 +143,6 @@ class FolderWriter:
     def tokens(self) -> int:
         """Tokens of all splits."""
         return sum(writer.tokens for writer in self.splits.values())
-
-    @property
-    def text_bytes(self) -> int:
-        """Bytes of text that were encoded."""
-        return sum(writer.text_bytes for writer in self.splits.values())
 
     def finish(self, skipped: int) -> None:
         """Complete the last shards and write the manifest; `skipped` documents could not be read.

@@ -8,13 +8,10 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from typing_extensions import override
-
-from gptlit.data.download import CATALOGUE, fetch
+from gptlit.data.download import CATALOGUE, download_from_hub, fetch
 from gptlit.data.parsers import JSON, Document, Parser, ReadOptions, file_kind, parser_for, text_or_raise
 from gptlit.data.python_docs import python_docs
 from gptlit.errors import InputError, user_path
@@ -22,28 +19,21 @@ from gptlit.errors import InputError, user_path
 PYTHON_DOCS = "python-docs"
 HUB = "hf:"
 KINDS = (".txt", ".jsonl", ".parquet")  # read from a folder, where .json files are metadata more often than not
+HELD_OUT = re.compile(r"(^|[/_.-])(val|valid|validation|dev|test)([/_.-]|$)", re.IGNORECASE)  # in a path on the hub
+ENDING = re.compile(r"(\.(txt|jsonl?|ndjson|jsonlines|parquet))?(\.(gz|zst))?$", re.IGNORECASE)
 DIGEST_LIMIT = 2**26  # bytes: of larger files the fingerprint covers the size and this much of both ends
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file of a corpus.
+    """A file of a corpus."""
 
-    Args:
-        name: Its path, for messages.
-        size: Bytes on disk; 0 if there is no file.
-        fingerprint: Hexadecimal digest that changes when the documents may have changed.
-        open: Opens it.
-        parse: From the open file to its documents.
-        is_single_document: Everything that `parse` yields is one document, in pieces.
-    """
-
-    name: str
-    size: int
-    fingerprint: str
+    name: str  # its path, for messages
+    size: int  # bytes on disk; 0 if there is no file
+    fingerprint: str  # hexadecimal digest that changes when the documents may have changed
     open: Callable[[], BinaryIO]
     parse: Parser
-    is_single_document: bool = False
+    is_single_document: bool = False  # everything that `parse` yields is one document, in pieces
 
     def read(self, report: Callable[[int], None] | None = None) -> Iterator[Document]:
         """Yield documents, or the pieces of the only one. `report` is called with the number of bytes read."""
@@ -58,20 +48,15 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in a fixed order.
+    """Documents in a fixed order."""
 
-    Args:
-        name: Short, fit for a folder's name.
-        parts: Its files.
-    """
-
-    name: str
+    name: str  # short, fit for a folder's name
     files: Sequence[SourceFile] = field(repr=False)
 
     @property
     def fingerprint(self) -> str:
         """Hexadecimal digest that changes when the documents may have changed."""
-        return hashlib.sha256("".join(part.fingerprint for part in self.files).encode()).hexdigest()
+        return hashlib.sha256("".join(file.fingerprint for file in self.files).encode()).hexdigest()
 
     @property
     def size(self) -> int:
@@ -131,9 +116,14 @@ def _open(source: str, options: ReadOptions, downloads: Path) -> Corpus:
     if source.startswith(HUB):
         return _hub_corpus(source, options)
     paths = _files(source)
-    words = [_stem(paths[0])] if len(paths) == 1 else [p for p in Path(source).parts if not set(p) & set("*?[]")]
-    name = re.sub(r"[^\w-]+", "_", words[-1]).strip("_") if words else ""
-    return Corpus(name or "text", [_local_file(path, options) for path in paths])
+    name = next((part for part in reversed(Path(source).parts) if not set(part) & set("*?[]")), "")
+    if len(paths) == 1:
+        name = ENDING.sub("", paths[0].name)
+    return Corpus(_folder_name(name), [_local_file(path, options) for path in paths])
+
+
+def _folder_name(text: str) -> str:
+    return re.sub(r"[^\w-]+", "_", text).strip("_") or "text"
 
 
 def _files(source: str) -> list[Path]:
@@ -144,8 +134,8 @@ def _files(source: str) -> list[Path]:
         paths = sorted(p for p in path.rglob("*") if file_kind(p.name)[0] in KINDS and p.is_file())
         if not paths:
             raise InputError(
-                f"data.source {source!r} has no {', '.join(KINDS)} file in it (.json files are read where they are "
-                "named), and has no .bin file with 'train' in its name"
+                f"data.source {source!r} has no {', '.join(KINDS)} file in it, and has no .bin file with 'train' in "
+                "its name"
             )
     else:
         paths = sorted(p for match in glob.glob(str(path), recursive=True) if (p := Path(match)).is_file())
@@ -158,10 +148,6 @@ def _files(source: str) -> list[Path]:
     if not full:
         raise InputError(f"{paths[0]} is empty: there is no text to train on")
     return full
-
-
-def _stem(path: Path) -> str:
-    return re.sub(r"(\.(txt|jsonl?|ndjson|jsonlines|parquet))?(\.(gz|zst))?$", "", path.name, flags=re.IGNORECASE)
 
 
 def _local_file(path: Path, options: ReadOptions) -> SourceFile:
@@ -195,65 +181,26 @@ def _hub_corpus(source: str, options: ReadOptions) -> Corpus:
     name, _, path = rest.partition("/")
     if not owner or not name:
         raise InputError(f"{source!r} is no data set: write hf:OWNER/NAME or hf:OWNER/NAME/PATH")
-    files = HfFileSystem()
-    root = f"datasets/{owner}/{name}"
+    root = f"datasets/{owner}/{name}/"
+    kind = file_kind(path)[0]
     try:
-        pattern = f"{root}/{path}" if path else root
-        kinds = (JSON,) if file_kind(pattern)[0] == JSON else KINDS
-        found: Any = files.glob(pattern if file_kind(pattern)[0] in kinds else f"{pattern}/**", detail=True)
+        pattern = path if kind in (*KINDS, JSON) else f"{path}/**".lstrip("/")
+        found: Any = HfFileSystem().glob(root + pattern, detail=True)
     except Exception as error:  # whatever the client raises: no such data set, no network, no permission
         raise InputError(f"{source!r} cannot be listed ({type(error).__name__}: {error})") from error
-    entries = [entry for _, entry in sorted(found.items()) if _is_data(entry, root, kinds, named=bool(path))]
-    there = {file_kind(entry["name"])[0] for entry in entries}
-    best = next((kind for kind in (".parquet", ".jsonl", ".txt") if kind in there), "")  # one text in several formats
-    entries = [entry for entry in entries if path or file_kind(entry["name"])[0] == best]
+    entries = [entry for _, entry in sorted(found.items()) if entry["type"] == "file"]
+    if not path:  # one text in several formats, some of it held out
+        entries = [entry for entry in entries if not HELD_OUT.search(entry["name"].removeprefix(root))]
+        kinds = {file_kind(entry["name"])[0] for entry in entries}
+        kind = next((kind for kind in (".parquet", ".jsonl", ".txt") if kind in kinds), "")
+    wanted = [kind] if kind in (*KINDS, JSON) else KINDS
+    entries = [entry for entry in entries if file_kind(entry["name"])[0] in wanted]
     if not entries:
         raise InputError(f"{source!r} has no {', '.join(KINDS)} file for training: name one as hf:OWNER/NAME/PATH")
 
     def part(entry: dict[str, Any]) -> SourceFile:
-        version = str((entry.get("lfs") or {}).get("sha256") or entry.get("blob_id") or entry["name"])
-        opened: Any = partial(_RemoteFile, files, entry["name"])
-        return _source_file(entry["name"], int(entry["size"]), version, opened, options)
+        digest = str((entry.get("lfs") or {}).get("sha256") or entry.get("blob_id") or entry["name"])
+        place = f"{owner}/{name}", entry["name"].removeprefix(root)
+        return _source_file(entry["name"], entry["size"], digest, lambda: download_from_hub(*place).open("rb"), options)
 
-    return Corpus(re.sub(r"[^\w-]+", "_", name), [part(entry) for entry in entries])
-
-
-class _RemoteFile(io.RawIOBase):
-    """A file on the hub. A failed read is a lost connection, not a damaged file."""
-
-    def __init__(self, files: Any, name: str) -> None:
-        self._file = files.open(name, "rb")
-
-    @override
-    def readable(self) -> bool:
-        return True
-
-    @override
-    def seekable(self) -> bool:
-        return True
-
-    @override
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return int(self._file.seek(offset, whence))
-
-    @override
-    def tell(self) -> int:
-        return int(self._file.tell())
-
-    @override
-    def readinto(self, buffer: Any) -> int:
-        try:
-            data = self._file.read(len(buffer))
-        except Exception as error:  # the client has several libraries' errors
-            raise InputError(
-                f"the connection broke ({type(error).__name__}: {error}): give the same command again, it resumes"
-            ) from error
-        buffer[: len(data)] = data
-        return len(data)
-
-
-def _is_data(entry: dict[str, Any], root: str, kinds: Sequence[str], named: bool) -> bool:
-    """Whether an entry is a file of these kinds; unless it was named, also whether it is for training."""
-    path = str(entry["name"]).removeprefix(root).lower()
-    other = re.search(r"(^|[/_.-])(val|valid|validation|dev|test)([/_.-]|$)", path)
-    return entry.get("type") == "file" and file_kind(path)[0] in kinds and (named or not other)
+    return Corpus(_folder_name(name), [part(entry) for entry in entries])

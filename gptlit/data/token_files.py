@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gptlit.data.tokenizer import TOKENIZER_JSON, Tokenizer, fingerprint
-from gptlit.errors import InputError, note
+from gptlit.errors import InputError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -27,24 +27,17 @@ SPLITS = ("train", "val", "test")
 AGAIN = "delete the folder and prepare it again"
 VERIFY_LIMIT = 2**31  # bytes: shards up to this total are hashed again each time a run starts
 OPEN_MAPS = 256  # files mapped at once in a process; each holds a file descriptor
-SAMPLE = 2**16  # ids at either end of a very large file that are checked against the vocabulary
+SAMPLE = 2**16  # ids at either end of a file that are checked against the vocabulary
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of token ids.
-
-    Args:
-        path: The file.
-        dtype: "uint16" or "uint32", little-endian on disk.
-        tokens: How many ids it holds.
-        header: Bytes before the first id.
-    """
+    """A file of token ids."""
 
     path: Path
-    dtype: str
+    dtype: str  # "uint16" or "uint32", little-endian on disk
     tokens: int
-    header: int = 0
+    header: int = 0  # bytes before the first id
 
     @property
     def ids(self) -> np.ndarray:
@@ -63,19 +56,12 @@ def _map(shard: Shard) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TokenData:
-    """Token ids on disk, by split.
-
-    Args:
-        folder: Where they are.
-        splits: The shards of each split, in order.
-        fingerprint: Hexadecimal digest that changes when the tokens do.
-        manifest: What `manifest.json` says; empty for files of other projects.
-    """
+    """Token ids on disk, by split."""
 
     folder: Path
-    splits: dict[str, list[Shard]]
-    fingerprint: str
-    manifest: dict[str, Any] = field(default_factory=dict)
+    splits: dict[str, list[Shard]]  # in order
+    fingerprint: str  # hexadecimal digest that changes when the tokens do
+    manifest: dict[str, Any] = field(default_factory=dict)  # empty for files of other projects
 
     def shards(self, split: str) -> list[Shard]:
         """The shards of a split, in order."""
@@ -84,18 +70,6 @@ class TokenData:
     def tokens(self, split: str) -> int:
         """Number of tokens in a split."""
         return sum(shard.tokens for shard in self.shards(split))
-
-    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Check that this tokenizer made the tokens, if there is a manifest.
-
-        Raises:
-            InputError: Another one did.
-        """
-        if self.manifest and self.manifest["tokenizer_sha256"] != fingerprint(tokenizer):
-            raise InputError(
-                f"tokenizer {tokenizer.name!r} contradicts {self.folder}, which {self.manifest['tokenizer']!r} made: "
-                "leave data.tokenizer out, or prepare the folder again"
-            )
 
     def verify(self, report: Callable[[Shard], None] | None = None) -> None:
         """Check every shard against its SHA-256, if there is a manifest. `report` is called after each shard.
@@ -112,8 +86,8 @@ class TokenData:
                     report(shard)
 
 
-def _read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, list[Shard]]]:
-    """Return the validated manifest, and the shards that it lists, which may not exist."""
+def _read_manifest(folder: Path) -> TokenData:
+    """Return what the manifest lists; the shards may not exist."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         dtype = manifest["dtype"]
@@ -124,26 +98,11 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], dict[str, list[Shard]]
             split: [Shard(folder / entry["file"], dtype, int(entry["tokens"])) for entry in entries[split]]
             for split in SPLITS
         }
-        if any(shard.path.parent != folder for shards in splits.values() for shard in shards):
-            raise ValueError("a shard outside the folder")
         hashes = "".join(entry["sha256"] for split in SPLITS for entry in entries[split])
         manifest.update({key: str(manifest[key]) for key in ("tokenizer", "tokenizer_sha256")})
-        manifest["skipped"] = int(manifest.get("skipped", 0))
-        for split in SPLITS:
-            values = manifest["splits"][split]
-            values.update({key: int(values[key]) for key in ("documents", "bytes")})
-        manifest["fingerprint"] = hashlib.sha256(hashes.encode()).hexdigest()
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-        RecursionError,
-    ) as error:
+        return TokenData(folder, splits, hashlib.sha256(hashes.encode()).hexdigest(), manifest)
+    except Exception as error:  # anything may be in a damaged file
         raise InputError(f"{folder / MANIFEST} cannot be used ({type(error).__name__}: {error}): {AGAIN}") from error
-    return manifest, splits
 
 
 def open_tokens(folder: Path) -> TokenData:
@@ -152,14 +111,14 @@ def open_tokens(folder: Path) -> TokenData:
     Raises:
         InputError: The manifest cannot be read or a shard is missing, truncated or too long.
     """
-    manifest, splits = _read_manifest(folder)
-    for shard in chain(*splits.values()):
+    data = _read_manifest(folder)
+    for shard in chain(*data.splits.values()):
         size = shard.tokens * np.dtype(shard.dtype).itemsize
         found = shard.path.stat().st_size if shard.path.is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes"
             raise InputError(f"{shard.path} {state}, its {MANIFEST} says {size}: {AGAIN}")
-    return TokenData(folder, splits, manifest["fingerprint"], manifest)
+    return data
 
 
 def folder_tokenizer(folder: Path) -> str | None:
@@ -170,7 +129,7 @@ def folder_tokenizer(folder: Path) -> str | None:
     """
     if not is_prepared(folder):
         return None
-    name = str(_read_manifest(folder)[0]["tokenizer"])
+    name = str(_read_manifest(folder).manifest["tokenizer"])
     return str(folder / TOKENIZER_JSON) if name == TOKENIZER_JSON else name
 
 
@@ -194,11 +153,8 @@ def _token_files(folder: Path) -> dict[str, list[Path]]:
 def open_foreign(folder: Path, dtype: str = "uint16") -> TokenData:
     """Open token files of other projects in place: nanoGPT's `train.bin`, llm.c's `*_train_*.bin` with a header.
 
-    A file belongs to the split that its name contains as a word: train, val or test.
-
-    Args:
-        folder: Where the `.bin` files are.
-        dtype: Number type of files without a header.
+    A file belongs to the split that its name contains as a word: train, val or test. Those without a header are of
+    `dtype`.
 
     Raises:
         InputError: There is no such file, or one is truncated or of another version.
@@ -228,20 +184,19 @@ def is_prepared(folder: Path) -> bool:
 def open_folder(folder: Path, tokenizer: Tokenizer, dtype: str = "uint16") -> TokenData:
     """Open a folder of token files, prepared here or by another project, and check them against a tokenizer.
 
-    Args:
-        folder: Where they are.
-        tokenizer: The one that made them.
-        dtype: Number type of files without a header.
-
     Raises:
         InputError: It is no such folder, it is damaged, or another tokenizer made it.
     """
-    if is_prepared(folder):
-        data = open_tokens(folder)
-        data.check_tokenizer(tokenizer)
-    else:
+    if not is_prepared(folder):
         data = open_foreign(folder, dtype)
         check_vocabulary(data, tokenizer.n_vocab)
+        return data
+    data = open_tokens(folder)
+    if data.manifest["tokenizer_sha256"] != fingerprint(tokenizer):
+        raise InputError(
+            f"tokenizer {tokenizer.name!r} contradicts {folder}, which {data.manifest['tokenizer']!r} made: leave "
+            "data.tokenizer out, or prepare the folder again"
+        )
     return data
 
 
@@ -259,11 +214,10 @@ def _foreign_shard(path: Path, dtype: str) -> Shard:
     with path.open("rb") as file:
         start = struct.unpack("<3i", file.read(12).ljust(12, b"\0"))
     if start[0] == LLMC_MAGIC:
-        if start[1] != LLMC_VERSION:
-            raise InputError(f"{path} is an llm.c file of version {start[1]}: only version {LLMC_VERSION} can be read")
-        if size != LLMC_HEADER + 2 * int(start[2]):
+        if (start[1], size) != (LLMC_VERSION, LLMC_HEADER + 2 * start[2]):
             raise InputError(
-                f"{path} has {size} bytes, its header says {LLMC_HEADER + 2 * int(start[2])}: it is truncated"
+                f"{path} has {size} bytes, its header (version {start[1]}) says {LLMC_HEADER + 2 * start[2]}: it is "
+                f"truncated, or not of version {LLMC_VERSION}"
             )
         return Shard(path, "uint16", int(start[2]), LLMC_HEADER)
     width = np.dtype(dtype).itemsize
@@ -275,27 +229,21 @@ def _foreign_shard(path: Path, dtype: str) -> Shard:
 
 
 def check_vocabulary(data: TokenData, vocab_size: int) -> None:
-    """Check that the ids of foreign files are in the vocabulary: all ids, or both ends of large files (`Windows` checks
-    the rest as it is served).
+    """Check that the ids at both ends of foreign files are in the vocabulary; `Windows` checks all as they are served.
 
     Raises:
         InputError: An id is outside the vocabulary, or all are so low that a `meta.pkl` defines another one.
     """
     largest = -1
-    for shard in chain(*data.splits.values()):
-        parts = [shard.ids] if shard.tokens <= SAMPLE * 256 else [shard.ids[:SAMPLE], shard.ids[-SAMPLE:]]
-        largest = max(largest, *(int(part.max()) if len(part) else -1 for part in parts))
+    for shard in filter(lambda shard: shard.tokens, chain(*data.splits.values())):
+        largest = max(largest, int(shard.ids[:SAMPLE].max()), int(shard.ids[-SAMPLE:].max()))
         if largest >= vocab_size:
             raise InputError(
                 f"{shard.path} has the id {largest}, outside the vocabulary of {vocab_size}: "
                 "set data.tokenizer to the one that made it, or data.dtype"
             )
-    has_meta = (data.folder / META).is_file()
-    if 0 <= largest < vocab_size // (2 if has_meta else 100):  # any text has rarer tokens than that
-        message = (
+    if 0 <= largest < vocab_size // 2 and (data.folder / META).is_file():
+        raise InputError(
             f"{data.folder} has no id above {largest} of a vocabulary of {vocab_size}: these are characters or bytes, "
             "set data.tokenizer to the tokenizer.json that made them, or prepare the text itself with gptlit prepare"
         )
-        if has_meta:
-            raise InputError(message)
-        note(message)

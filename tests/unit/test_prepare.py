@@ -20,10 +20,9 @@ from filelock import FileLock
 
 from conftest import ROOT, run_script
 from gptlit.data import prepare as module
-from gptlit.data import progress
 from gptlit.data.parsers import UnreadableDocument
-from gptlit.data.prepare import LOCK, Report, prepare, prepare_cached
-from gptlit.data.shard_writer import PROGRESS
+from gptlit.data.prepare import LOCK, prepare, prepare_cached
+from gptlit.data.shard_writer import PROGRESS, FolderWriter
 from gptlit.data.sources import Corpus, SourceFile, open_corpus
 from gptlit.data.splitting import Split
 from gptlit.data.token_files import MANIFEST, TokenData, open_tokens
@@ -31,6 +30,7 @@ from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import InputError
 
 GPT2 = load_tokenizer("gpt2")
+WRITE = FolderWriter.write
 
 
 def corpus_of(*documents: str | UnreadableDocument, name: str = "c", read: Callable[[], None] | None = None) -> Corpus:
@@ -65,6 +65,23 @@ def write_jsonl(path: Path, documents: int, seed: int = 0) -> Path:
             text = " ".join(draw.choices(words, k=draw.choice([3, 30, 300]))) + f" {number}"
             file.write(json.dumps({"text": text}) + "\n")
     return path
+
+
+class Killed(BaseException):
+    """A preparation ends."""
+
+
+def kill_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
+    """End a preparation once it has written more than so many batches."""
+
+    def counted(*args: Any) -> None:
+        nonlocal batches
+        WRITE(*args)
+        batches -= 1
+        if batches < 0:
+            raise Killed
+
+    monkeypatch.setattr(FolderWriter, "write", counted)
 
 
 # --- splits
@@ -195,14 +212,17 @@ from gptlit.data.sources import open_corpus
 from gptlit.data.tokenizer import load_tokenizer
 
 left = int(sys.argv[3])
-def report(_):
+write = module.FolderWriter.write
+def write_and_count(*args):
     global left
+    write(*args)
     left -= 1
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
 
+module.FolderWriter.write = write_and_count
 module.BATCH_CHARACTERS, split = 10_000, module.Split(0.05, 0.05)
-corpus, options = open_corpus(sys.argv[1]), {"shard_tokens": 2000, "num_workers": 2, "report": report}
+corpus, options = open_corpus(sys.argv[1]), {"shard_tokens": 2000, "num_workers": 2}
 module.prepare(corpus, Path(sys.argv[2]), load_tokenizer(), split, **options)
 """
 
@@ -266,17 +286,9 @@ def test_a_kill_between_any_two_batches_is_made_good(tmp_path: Path, monkeypatch
     texts.append(corpus_of(*(f"text number {n}" for n in range(30)), UnreadableDocument("worse"), name="b"))
     corpus = Corpus("both", [part for text in texts for part in text.files])
 
-    class Killed(BaseException):
-        pass
-
     def run(out: Path, batches: int) -> None:
-        def report(_: Report) -> None:
-            nonlocal batches
-            batches -= 1
-            if batches < 0:
-                raise Killed
-
-        prepare(corpus, out, GPT2, Split(0.2, 0.2), shard_tokens=7, skip_bad=True, report=report)
+        kill_after(monkeypatch, batches)
+        prepare(corpus, out, GPT2, Split(0.2, 0.2), shard_tokens=7, skip_bad=True)
 
     run(tmp_path / "whole", 10**9)
     expected = bytes_of(tmp_path / "whole")
@@ -357,22 +369,14 @@ def test_a_folder_in_use_for_something_else_is_refused(tmp_path: Path) -> None:
     assert (tmp_path / "thesis.tex").exists()
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"splits": 3}', '{"splits": {"train": {"shards": [3]}}}'])
-def test_a_damaged_progress_is_refused(tmp_path: Path, content: str) -> None:
-    corpus = corpus_of("one", "two")
-
-    def stop(_: Report) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prepare(corpus, tmp_path / "out", GPT2, Split(0.0), report=stop)
-    progress = tmp_path / "out" / PROGRESS
-    if content.startswith('{"'):
-        progress.write_text(json.dumps({**json.loads(progress.read_text()), **json.loads(content)}))
-    else:
-        progress.write_text(content)
-    with pytest.raises(InputError, match=r"--overwrite|progress.json is damaged: delete .*out"):
-        prepare(corpus, tmp_path / "out", GPT2, Split(0.0))
+@pytest.mark.parametrize("content", ["", "{}"])
+def test_a_damaged_progress_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+    kill_after(monkeypatch, 0)
+    with pytest.raises(Killed):
+        prepare(corpus_of("one", "two"), tmp_path / "out", GPT2, Split(0.0))
+    (tmp_path / "out" / PROGRESS).write_text(content)
+    with pytest.raises(InputError, match=r"out was made with another format .*--overwrite"):
+        prepare(corpus_of("one", "two"), tmp_path / "out", GPT2, Split(0.0))
 
 
 def test_two_at_once_are_refused_or_wait(tmp_path: Path) -> None:
@@ -396,32 +400,6 @@ def test_two_at_once_are_refused_or_wait(tmp_path: Path) -> None:
 def test_what_a_kill_leaves_in_the_first_moment_does_not_block(tmp_path: Path) -> None:
     (tmp_path / "progress.json.partial").write_text("{")
     assert documents_of(prepare(corpus_of("one"), tmp_path, GPT2, Split(0.0)), "train") == ["one"]
-
-
-def test_overwrite_repairs_and_leaves_alone_what_is_whole(tmp_path: Path) -> None:
-    corpus, out = corpus_of("one", "two"), tmp_path / "out"
-    prepare(corpus, out, GPT2, Split(0.0))
-    before, time_before = bytes_of(out), (out / MANIFEST).stat().st_mtime_ns
-    prepare(corpus, out, GPT2, Split(0.0), overwrite=True)
-    assert (out / MANIFEST).stat().st_mtime_ns == time_before
-    (out / "train-00000.bin").unlink()
-    (out / "notes.partial").write_text("the user's own")
-    prepare(corpus, out, GPT2, Split(0.0), overwrite=True)
-    (out / "notes.partial").unlink()
-    assert bytes_of(out) == before
-
-
-def test_a_finished_shard_that_was_damaged_meanwhile_is_found(tmp_path: Path) -> None:
-    def stop(_: Report) -> None:
-        raise KeyboardInterrupt
-
-    corpus = corpus_of("one two three four five", "six")
-    with pytest.raises(KeyboardInterrupt):
-        prepare(corpus, tmp_path / "out", GPT2, Split(0.0), shard_tokens=2, report=stop)
-    (tmp_path / "out" / "train-00000.bin").write_bytes(b"")
-    with pytest.raises(InputError, match=r"train-00000.bin is damaged: delete .*out to begin again"):
-        prepare(corpus, tmp_path / "out", GPT2, Split(0.0), shard_tokens=2)
-    assert not (tmp_path / "out" / MANIFEST).exists()
 
 
 def test_a_million_spaces_are_encoded(tmp_path: Path) -> None:
@@ -540,7 +518,6 @@ def test_a_changed_shard_is_found_before_it_is_used_again(tmp_path: Path) -> Non
         lambda manifest: manifest.clear(),
         lambda manifest: manifest.update(format=99),
         lambda manifest: manifest.update(dtype="object"),
-        lambda manifest: manifest["splits"]["train"]["shards"][0].update(file="../train-00000.bin"),
         lambda manifest: manifest["splits"].update(train=None),
         lambda manifest: manifest.pop("tokenizer_sha256"),
     ],
@@ -554,16 +531,10 @@ def test_a_manifest_that_makes_no_sense_is_refused(tmp_path: Path, change: Any) 
         open_tokens(folder)
 
 
-def test_progress_has_a_rate_once_there_are_two_points(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_progress_is_shown_line_by_line_without_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(progress, "LINE_EVERY", -1.0)
-    now = 0.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
-    with progress.preparing("mine") as show:
-        show(Report(300, 600, 80, 1_000_000))
-        now = 4.0
-        show(Report(600, 600, 160, 9_000_000))
-    first, second = capsys.readouterr().err.splitlines()
-    assert first == "preparing mine: 300 of 600 bytes, 80 tokens"
-    assert second == "preparing mine: 600 of 600 bytes, 160 tokens, 2.0 MB/s"
+    monkeypatch.setattr(module, "LINE_EVERY", -1.0)
+    (tmp_path / "a.txt").write_text("some text")
+    prepare(open_corpus("a.txt"), tmp_path / "out", GPT2, Split(0.0))
+    assert capsys.readouterr().err == "preparing out: 9 of 9 bytes, 2 tokens\n"

