@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from gptlit.data.shard_writer import PROGRESS, FolderWriter
 from gptlit.data.sources import Corpus
@@ -86,7 +86,7 @@ def prepare(
         with _locked(folder, wait):
             if not _is_done(folder, settings, overwrite):
                 reader = SplitReader(corpora, split, skip_bad)
-                writer = FolderWriter(folder, tokenizer, settings, reader.first_positions())
+                writer = FolderWriter(folder, tokenizer, settings)
                 _write(reader, writer, num_workers)
     return open_tokens(folder)
 
@@ -180,7 +180,7 @@ def _is_done(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     if not differences:
         return found.name == MANIFEST
     if not overwrite:
-        old, new = (_short(values.get(differences[0])) for values in (there, settings))
+        old, new = (f"{values.get(differences[0])!s:.40}" for values in (there, settings))
         raise InputError(
             f"{folder} was made with another {differences[0]} ({old}, now {new}): choose another --out, or replace it "
             "with --overwrite"
@@ -191,17 +191,12 @@ def _is_done(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
     return False
 
 
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) < 40 else f"{text[:37]}..."
-
-
 def _write(reader: SplitReader, writer: FolderWriter, num_workers: int | None) -> None:
     """Write all shards that are not complete, then the manifest."""
     if num_workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         num_workers = 0 if reader.size < SMALL_CORPUS else cores
-    pieces = (piece for piece in reader.read(writer.start) if writer.needs(piece))
+    pieces = (piece for piece in reader.read() if writer.needs(piece))
     encoded = _encode_in_order(_batches(pieces), writer.tokenizer, num_workers)
     try:
         with _progress(writer.folder.name, reader.size) as show:
@@ -218,16 +213,16 @@ def _write(reader: SplitReader, writer: FolderWriter, num_workers: int | None) -
 def _progress(name: str, size: int) -> Iterator[Callable[[int, int], None]]:
     """Yield a function that shows how many of `size` bytes (0 if unknown) were read, and the tokens so far."""
     console = Console(stderr=True)
-    columns = (
-        TextColumn("preparing {task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TextColumn("{task.fields[tokens]:,} tokens"),
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), "{task.fields[tokens]:,} tokens")
+    with Progress(
+        "{task.description}",
+        *columns,
         TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(name, total=size or None, tokens=0)
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as progress:
+        task = progress.add_task(f"preparing {name}", total=size or None, tokens=0)
         last = time.monotonic()
 
         def show(read: int, tokens: int) -> None:

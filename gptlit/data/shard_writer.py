@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from gptlit.data.splitting import START, Piece, Position
+from gptlit.data.splitting import Piece
 from gptlit.data.token_files import MANIFEST, SPLITS
 from gptlit.data.tokenizer import TOKENIZER_JSON, HuggingFaceTokenizer, Tokenizer, tokenizer_spec
 from gptlit.errors import InputError
@@ -21,7 +21,7 @@ PROGRESS = "progress.json"
 class Boundary:
     """Where the last complete shard of a split ends in the sources."""
 
-    position: Position  # of the piece in which it ends
+    position: tuple[int, int] = (0, 0)  # of the piece in which it ends
     tokens: int = 0  # of that piece that are in complete shards
     documents: int = 0  # that start before that piece
     text_bytes: int = 0  # before that piece
@@ -99,24 +99,21 @@ class FolderWriter:
         folder: Where they go.
         tokenizer: For the manifest.
         settings: Everything that the bytes depend on.
-        first: A position before the first piece of each split that can get any.
     """
 
-    def __init__(
-        self, folder: Path, tokenizer: Tokenizer, settings: dict[str, Any], first: dict[str, Position]
-    ) -> None:
+    def __init__(self, folder: Path, tokenizer: Tokenizer, settings: dict[str, Any]) -> None:
         self.folder, self.tokenizer, self.settings = folder, tokenizer, settings
         self.dtype = "uint16" if tokenizer.n_vocab <= 2**16 else "uint32"
-        boundaries = {name: Boundary(first.get(name, START)) for name in SPLITS}
+        boundaries = {name: Boundary() for name in SPLITS}
         if (folder / PROGRESS).is_file():
             splits = json.loads((folder / PROGRESS).read_bytes())["splits"]
-            positions = {name: Position(*splits[name].pop("position")) for name in SPLITS}
-            boundaries = {name: Boundary(positions[name], **splits[name]) for name in SPLITS}
+            for name in SPLITS:
+                file, piece, *_ = splits[name].pop("position")
+                boundaries[name] = Boundary((file, piece), **splits[name])
         self.splits = {
             name: SplitWriter(folder, name, self.dtype, tokenizer.eot_token, settings["shard_tokens"], boundary)
             for name, boundary in boundaries.items()
         }
-        self.start = min(self.splits[name].boundary.position for name in first)
         self._save()
 
     def _save(self) -> None:

@@ -3,9 +3,8 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import NamedTuple
 
 from gptlit.data.parsers import UnreadableDocument
 from gptlit.data.sources import Corpus, SourceFile
@@ -70,17 +69,6 @@ def document_hash(pieces: Iterable[str]) -> float:
     return int.from_bytes(digest.digest()[:8], "big") / 2**64
 
 
-class Position(NamedTuple):
-    """Where a piece is in the sources; compares in reading order."""
-
-    file: int = 0
-    piece: int = 0  # of the file; unreadable documents count
-    unreadable: int = 0  # documents before it that cannot be read
-
-
-START = Position()
-
-
 @dataclass(frozen=True, slots=True)
 class Piece:
     """A document, or a piece of a long one."""
@@ -88,7 +76,7 @@ class Piece:
     text: str
     split: str
     starts_document: bool
-    position: Position = START
+    position: tuple[int, int] = (0, 0)  # the file, and the piece of it; unreadable documents count
 
 
 class SplitReader:
@@ -121,27 +109,15 @@ class SplitReader:
         sizes = [file.size for _, file in self.files]
         return sum(sizes) if all(sizes) else 0
 
-    def first_positions(self) -> dict[str, Position]:
-        """Return a position before the first piece of each split that can get any."""
-        names = [name for name, _ in self.files]
-        first = {name: Position(names.index(name)) for name in names}
-        fractions = {"val": self._split.val_fraction, "test": self._split.test_fraction}
-        return first | {name: START for name, fraction in fractions.items() if fraction}
-
-    def read(self, start: Position) -> Iterator[Piece]:
-        """Yield the pieces from a position on."""
-        self.unreadable = start.unreadable
+    def read(self) -> Iterator[Piece]:
+        """Yield all pieces."""
         before = 0
         for index, (name, file) in enumerate(self.files):
-            if index >= start.file:
-                for number, piece in enumerate(self._pieces(name, file, before)):
-                    if (index, number) < start[:2]:
-                        continue
-                    if piece is None:
-                        self.unreadable += 1
-                    else:
-                        position = Position(index, number, self.unreadable)
-                        yield Piece(piece.text, piece.split, piece.starts_document, position)
+            for number, piece in enumerate(self._pieces(name, file, before)):
+                if piece is None:
+                    self.unreadable += 1
+                else:
+                    yield replace(piece, position=(index, number))
             before += file.size
 
     def _document_hashes(self, files: list[SourceFile]) -> Iterator[float]:

@@ -254,8 +254,8 @@ def folder_spec(folder: Path, vocab_size: int) -> str | None:
             return "gpt2"
     if (folder / "vocab.json").is_file():
         raise InputError(
-            f"{folder / 'vocab.json'} is of a tokenizer that cannot be read: have Transformers write a {TOKENIZER_JSON} "
-            "beside it, with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+            f"{folder / 'vocab.json'} is of a tokenizer that cannot be read: have Transformers write a "
+            f"{TOKENIZER_JSON} beside it, with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     return None
 

@@ -178,11 +178,9 @@ class WeightedMixture:
     def drawn(self, position: int) -> list[int]:
         """Return how many windows of each corpus are served before a position."""
         block, place = divmod(position, BLOCK)
-        if len(self.n_windows) == 1 or not place:
-            return [int(share) * block if len(self.n_windows) > 1 else position for share in self.shares]
         corpora, _ = self._block(block)
-        counts = np.bincount(corpora[:place], minlength=len(self.shares)) + block * self.shares
-        return [int(count) for count in counts]
+        counts: list[int] = (np.bincount(corpora[:place], minlength=len(self.shares)) + block * self.shares).tolist()
+        return counts
 
     def describe(self, names: Sequence[str], position: int) -> list[str]:
         """Return a line on each of several corpora: its share of the windows, and its epochs up to a position."""
