@@ -61,7 +61,7 @@ class Corpus:
     @property
     def size(self) -> int:
         """Bytes on disk."""
-        return sum(part.size for part in self.files)
+        return sum(file.size for file in self.files)
 
     def documents(self) -> Iterator[str]:
         """Yield every text.
@@ -69,11 +69,9 @@ class Corpus:
         Raises:
             InputError: One cannot be read; file and line are named.
         """
-        for part in self.files:
-            if part.is_single_document:
-                yield "".join(map(text_or_raise, part.read()))
-            else:
-                yield from map(text_or_raise, part.read())
+        for file in self.files:
+            texts = map(text_or_raise, file.read())
+            yield from ["".join(texts)] if file.is_single_document else texts
 
 
 def open_corpus(
@@ -94,15 +92,8 @@ def open_corpus(
         InputError: There is nothing of that name, or nothing in it.
     """
     sources = [sources] if isinstance(sources, str) else list(sources)
-    if not sources:
-        raise InputError("no source is given: name a file, a folder, or one of " + ", ".join(names()))
     found = [_open(source, options or ReadOptions(), downloads) for source in sources]
     return Corpus("-".join(corpus.name for corpus in found)[:80], [part for corpus in found for part in corpus.files])
-
-
-def names() -> list[str]:
-    """Return the corpora that are known by name."""
-    return [PYTHON_DOCS, *CATALOGUE]
 
 
 def _open(source: str, options: ReadOptions, downloads: Path) -> Corpus:
@@ -142,7 +133,7 @@ def _files(source: str) -> list[Path]:
         if not paths:
             raise InputError(
                 f"data.source {source!r} does not exist: give a text, .jsonl or .parquet file, a folder or glob of "
-                f"them, hf:OWNER/NAME, or one of {', '.join(names())}"
+                f"them, hf:OWNER/NAME, or one of {', '.join([PYTHON_DOCS, *CATALOGUE])}"
             )
     full = [path for path in paths if path.stat().st_size]
     if not full:

@@ -31,12 +31,10 @@ class Split:
     test_fraction: float = 0.0
 
     def __post_init__(self) -> None:
-        for key in ("val_fraction", "test_fraction"):
-            if not 0 <= getattr(self, key) < 1:
-                raise InputError(f"{key} must be at least 0 and below 1, got {getattr(self, key)!r}")
-        if self.val_fraction + self.test_fraction >= 1:
+        if not (self.val_fraction >= 0 and self.test_fraction >= 0 and self.val_fraction + self.test_fraction < 1):
             raise InputError(
-                f"val_fraction {self.val_fraction} and test_fraction {self.test_fraction} leave nothing to train on"
+                f"val_fraction {self.val_fraction} and test_fraction {self.test_fraction} must be at least 0, and "
+                "their sum below 1"
             )
 
     @property

@@ -431,7 +431,7 @@ def test_several_sources_and_separate_validation(tmp_path: Path, capsys: pytest.
         (["prepare", "python-docs", "--out=."], "is not empty", 1),
         (["prepare", "dump.jsonl", "--out=o", "--shard_tokens=0"], "shard_tokens must be at least 1, got 0", 1),
         (["prepare", "dump.jsonl", "--out=o", "--num_workers=-1"], "num_workers must be at least 0, got -1", 1),
-        (["prepare", "dump.jsonl", "--out=o", "--val_fraction=2"], "val_fraction must be at least 0 and below 1", 1),
+        (["prepare", "dump.jsonl", "--out=o", "--val_fraction=2"], "val_fraction 2.0 and test_fraction 0.0 must be", 1),
         (["prepare", "dump.jsonl", "--out=o", "--tokenizer=gpt9"], "no tokenizer is named 'gpt9'", 1),
         (["inspect", "nowhere"], "nowhere is no folder of tokens", 1),
         (["inspect", ".", "--verify"], "has no .bin file with 'train' in its name", 1),

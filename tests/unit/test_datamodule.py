@@ -72,7 +72,7 @@ def test_training_serves_every_window_once_a_pass(text_file: Path) -> None:
         ({"micro_batch_size": -1}, "data.micro_batch_size must be a positive integer, got -1"),
         ({"stride": 0}, "data.stride must be a positive integer, got 0"),
         ({"num_workers": -1}, "data.num_workers must be at least 0, got -1"),
-        ({"val_fraction": 1.0}, "val_fraction must be at least 0 and below 1, got 1.0"),
+        ({"val_fraction": 1.0}, "val_fraction 1.0 and test_fraction 0.0 must be at least 0, and their"),
         ({"tokenizer": "nope"}, "no tokenizer is named 'nope'"),
     ],
 )
