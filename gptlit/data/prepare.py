@@ -55,15 +55,11 @@ def prepare(
     overwrite: bool = False,
     wait: bool = False,
 ) -> TokenData:
-    """Tokenise a corpus into a folder; resume if an earlier call was interrupted; open it if it is complete.
-
-    Progress is shown on stderr.
+    """Tokenise a corpus into a folder, with progress on stderr; resume if an earlier call was interrupted; open it if
+    it is complete.
 
     Args:
         corpora: The corpus to divide; or {"train": that, "val": ..., "test": ...} with separate sources.
-        folder: Where the shards go.
-        tokenizer: From text to ids.
-        split: Validation and test fractions.
         shard_tokens: Length of every shard of a split but its last one.
         num_workers: Processes that encode, 0 for none; None: one per core, and none for a small corpus.
         skip_bad: Leave out what cannot be read instead of stopping.
@@ -71,8 +67,7 @@ def prepare(
         wait: Wait for another process that prepares the same folder instead of refusing.
 
     Raises:
-        InputError: A document cannot be read, there is no text, the disk is full, the folder holds something else or
-            is damaged, or another process writes it.
+        InputError: A document cannot be read, there is no text, the disk is full, or the folder is not free for this.
     """
     corpora = {"train": corpora} if isinstance(corpora, Corpus) else dict(corpora)
     if shard_tokens < 1:
