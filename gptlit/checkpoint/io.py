@@ -8,9 +8,8 @@ import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
 from io import FileIO
@@ -24,11 +23,6 @@ from typing_extensions import override
 from gptlit.errors import InputError, note
 
 SUFFIX = ".ckpt"
-
-
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
 PIECE = 2**26  # bytes per fsync
 
 
@@ -116,57 +110,49 @@ def snapshot(value: Any, memo: dict[int, torch.UntypedStorage] | None = None) ->
     return value
 
 
-class _SyncedFile:
-    """A file for torch.save that is written back to disk piece by piece.
+class _SyncedFile(FileIO):
+    """Written back to disk piece by piece, past the page cache, which keeps the training data instead."""
 
-    Written pieces leave the page cache at once: it keeps the training data instead, and a virtual machine need not
-    supply gigabytes of fresh pages.
-    """
+    _unsynced = 0  # bytes
 
-    def __init__(self, file: FileIO) -> None:
-        self._file, self._cached = file, 0
-
-    def write(self, data: bytes) -> int:
+    @override
+    def write(self, data: Any) -> int:
         left = memoryview(data)
-        while left:  # an unbuffered file may write less than all
-            done = self._file.write(left[:PIECE])
-            left = left[done:]
-            self._cached += done
-            if self._cached >= PIECE:
-                self._cached = 0
-                os.fsync(self._file.fileno())
-                if hasattr(os, "posix_fadvise"):
-                    os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        while left:  # an unbuffered write may be partial
+            written = super().write(left[:PIECE])
+            left = left[written:]
+            self._unsynced += written
+            if self._unsynced >= PIECE:
+                self.sync()
         return len(data)
 
-    def flush(self) -> None:
-        self._file.flush()
+    def sync(self) -> None:
+        os.fsync(self.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        self._unsynced = 0
 
 
 def _write(checkpoint: dict[str, Any], path: Path, then: Callable[[], None] | None) -> None:
+    temporary = path.with_name(f".{path.name}-{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _replacing(path) as file:
-            torch.save(checkpoint, _SyncedFile(file))  # type: ignore[arg-type]
+        with _SyncedFile(temporary, "wb") as file:
+            torch.save(checkpoint, file)
+            file.sync()
+        os.replace(temporary, path)
         sync_folder(path.parent)
         if then is not None:
             then()
     except (OSError, RuntimeError) as error:  # torch's writer turns the first into the second
-        raise InputError(f"{path} cannot be written ({_reason(error)}): {_space(path.parent)}") from error
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[FileIO]:
-    """Yield a temporary file in the same folder, renamed to `path` once it is complete and on disk."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}.partial")
-    try:
-        with temporary.open("wb", buffering=0) as file:  # a buffer would copy gigabytes in small pieces
-            yield file
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
+        cause = error.__context__ or error
+        free = shutil.disk_usage(path.parent).free / 1e6
+        raise InputError(
+            f"{path} cannot be written ({getattr(cause, 'strerror', None) or cause}): {free:,.0f} MB are free in "
+            f"{path.parent}; earlier checkpoints are intact"
+        ) from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def sync_folder(folder: Path) -> None:
@@ -179,35 +165,10 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _reason(error: BaseException | None) -> str:
-    """Return the operating system's message."""
-    while error is not None:
-        if isinstance(error, OSError) and error.strerror:
-            return error.strerror
-        last, error = error, error.__context__
-    return str(last).splitlines()[0]
-
-
-def _space(folder: Path) -> str:
-    """Describe the free space of a folder's disk."""
-    if not folder.is_dir():
-        return f"the folder {folder} no longer exists"
-    return f"{shutil.disk_usage(folder).free / 1e6:,.0f} MB are free in {folder}; earlier checkpoints are intact"
-
-
-def remove(path: Path) -> None:
-    """Delete a checkpoint, and the checksum file that earlier versions wrote beside it."""
-    path.unlink(missing_ok=True)
-    path.with_name(f"{path.name}.sha256").unlink(missing_ok=True)
-
-
 def tidy(folder: Path) -> None:
-    """Delete partial files of a killed process from a folder of checkpoints, and checksums without a checkpoint."""
+    """Delete the partial files of a killed process from a folder of checkpoints."""
     for path in folder.glob(".*.partial"):
         path.unlink(missing_ok=True)
-    for path in folder.glob(f"*{SUFFIX}.sha256"):
-        if not path.with_suffix("").exists():
-            path.unlink(missing_ok=True)
 
 
 def load_plain(path: Path) -> dict[str, Any]:
@@ -218,44 +179,24 @@ def load_plain(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise InputError(f"checkpoint {str(path)!r} does not exist")
-    is_zip = _is_zip(path)
-    if not is_zip and path.suffix == SUFFIX:
-        raise InputError(f"{path} is truncated or no checkpoint: it has {path.stat().st_size} bytes and no end")
-    if is_zip:
-        state = path.stat()
-        _check_crc(path.resolve(), state.st_size, state.st_mtime_ns)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        _check_crc(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} is damaged, or holds more than tensors and plain values: it is not opened") from error
-    except Exception as error:  # bytes that are no pickle raise a dozen types
-        raise InputError(f"{path} cannot be read ({type(error).__name__}): it is damaged or no checkpoint") from error
+    except Exception as error:  # damaged bytes raise a dozen types
+        raise InputError(f"{path} is damaged, truncated or no checkpoint ({error})") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is a checkpoint of another kind: it holds a {type(content).__name__}, no dict")
     return content
 
 
-def _is_zip(path: Path) -> bool:
-    try:
-        return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:  # some damage to the end of the file
-        return False
-
-
 @lru_cache(maxsize=8)
 def _check_crc(path: Path, size: int, mtime: int) -> None:
-    """Check the CRC-32 of every record of a zip file, which `torch.load` does not; once per process and file.
-
-    Raises:
-        InputError: The file is damaged.
-    """
-    try:
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
-    except Exception as error:  # a damaged directory raises a dozen types
-        raise InputError(f"{path} is damaged ({type(error).__name__}: {error})") from error
-    if damaged is not None:
-        raise InputError(f"{path} is damaged: {damaged} does not match its checksum")
+    """Check the CRC-32 of every record of a zip file, which `torch.load` does not; once per process and file."""
+    with zipfile.ZipFile(path) as file:
+        if (damaged := file.testzip()) is not None:
+            raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -265,19 +206,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         InputError: As in `load_plain`, or it is of another project.
     """
     checkpoint = load_plain(path)
-    if not all(isinstance(checkpoint.get(key), dict) for key in ("state_dict", "hyper_parameters")):
-        raise InputError(f"{path} is a checkpoint of another kind: no state_dict and hyper_parameters in it")
-    if not isinstance(checkpoint["hyper_parameters"].get("config"), dict):
-        raise InputError(f"{path} is a checkpoint of another model: its hyper_parameters have no config")
+    settings = checkpoint.get("hyper_parameters")
+    if "state_dict" not in checkpoint or not isinstance(settings, dict) or "config" not in settings:
+        raise InputError(f"{path} is a checkpoint of another kind: it has no state_dict and hyper_parameters.config")
     return checkpoint
 
 
-def check_finite(weights: Mapping[str, Any], path: Path) -> None:
+def check_finite(weights: Mapping[str, torch.Tensor], path: Path) -> None:
     """Check that no weight is NaN or Inf.
 
     Raises:
         InputError: A tensor has NaN or Inf; it is named.
     """
     for name, value in weights.items():
-        if getattr(value, "dtype", None) in FLOATS and value.numel() and not all(map(torch.isfinite, value.aminmax())):
+        if value.is_floating_point() and value.numel() and not all(map(torch.isfinite, value.aminmax())):
             raise InputError(f"{path} has NaN or Inf in {name!r}: take another checkpoint, or fetch the file again")

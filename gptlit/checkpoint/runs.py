@@ -32,6 +32,11 @@ def checkpoint_path(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}{SUFFIX}"
 
 
+def best_path(run: Path) -> Path:
+    """Return the link to the checkpoint with the lowest validation loss."""
+    return run / "checkpoints" / f"best{SUFFIX}"
+
+
 def checkpoints(run: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
     return sorted((run / "checkpoints").glob(f"step-*{SUFFIX}"))
@@ -44,15 +49,12 @@ def locked(run: Path) -> Iterator[Path]:
     Raises:
         BlockingIOError: Another process holds it.
     """
-    lock = FileLock(run / LOCK)
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(run / LOCK).acquire(timeout=0)
     except Timeout:
         raise BlockingIOError(f"another process is training in {run}: wait for it, or start a new run") from None
-    try:
+    with lock:
         yield run
-    finally:
-        lock.release()
 
 
 @contextmanager
@@ -64,11 +66,9 @@ def locked_new_run(root: Path, name: str) -> Iterator[Path]:
     while True:
         run = new_run_folder(root, name)
         parents = [folder for folder in run.parents if not folder.exists()]
-        try:
+        with suppress(FileExistsError):  # another process was faster
             run.mkdir(parents=True)
-        except FileExistsError:  # another process was faster
-            continue
-        break
+            break
     try:
         with locked(run):
             yield run
@@ -80,29 +80,22 @@ def locked_new_run(root: Path, name: str) -> Iterator[Path]:
                     folder.rmdir()
 
 
-def best_path(run: Path) -> Path:
-    """Return the link to the checkpoint with the lowest validation loss."""
-    return run / "checkpoints" / f"best{SUFFIX}"
-
-
 def newest_checkpoint(run: Path) -> Path | None:
     """Return the newest checkpoint of a run that loads; None if it has none.
 
     Raises:
         InputError: It has checkpoints, but none of them loads.
     """
-    errors: list[str] = []
-    for path in reversed(checkpoints(run)):
+    found = checkpoints(run)
+    for path in reversed(found):
         try:
             read_checkpoint(path)
         except InputError as error:
-            errors.append(str(error))
-            continue
-        for error_text in errors:
-            note(f"skipped: {error_text}")
-        return path
-    if errors:
-        raise InputError(f"none of the {len(errors)} checkpoints of {run} loads: {errors[0]}")
+            note(f"skipped: {error}")
+        else:
+            return path
+    if found:
+        raise InputError(f"none of the {len(found)} checkpoints of {run} loads")
     return None
 
 
@@ -116,8 +109,8 @@ def find_checkpoint(path: Path) -> Path:
         return path
     if not path.exists():
         raise InputError(f"checkpoint {str(path)!r} does not exist: give a .ckpt file or a run's folder")
-    if path.resolve().name == "checkpoints":
-        path = path.resolve().parent
+    if path.name == "checkpoints":
+        path = path.parent
     for run in [path, *reversed(run_folders(path.parent, path.name))]:
         if (found := newest_checkpoint(run)) is not None:
             return found
@@ -130,10 +123,9 @@ def last_run(root: Path, name: str, must_exist: bool = False) -> Path | None:
     Raises:
         InputError: There is none, and `must_exist`.
     """
-    for folder in reversed(run_folders(root, name)):
-        if checkpoints(folder):
-            return folder
-        note(f"--ckpt_path last: {folder} has no checkpoint")
+    found = [run for run in run_folders(root, name) if checkpoints(run)]
+    if found:
+        return found[-1]
     if must_exist:
         raise InputError(f"--ckpt_path last: there is no checkpoint in {root / name}: fit a model first")
     note(f"--ckpt_path last: there is no run in {root / name} yet: starting a new one")
@@ -143,7 +135,6 @@ def last_run(root: Path, name: str, must_exist: bool = False) -> Path | None:
 def folder_to_continue(path: Path, name: str) -> Path | None:
     """Return the run to resume in: that of the checkpoint if it has this name and no newer one; None: a new run."""
     run = path.resolve().parent.parent
-    if run.parent.name != name:
-        return None
-    is_newest = path.parent.name == "checkpoints" and checkpoints(run)[-1:] == [path.resolve()]
-    return path.parent.parent if is_newest else None
+    if path.parent.name == "checkpoints" and run.parent.name == name and checkpoints(run)[-1:] == [path.resolve()]:
+        return path.parent.parent
+    return None

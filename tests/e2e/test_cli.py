@@ -76,7 +76,7 @@ def test_temperature_zero_needs_no_seed(run: Path, capsys: pytest.CaptureFixture
         (["--prompt=a", "--temperature=-1"], "temperature must be at least 0, got -1.0"),
         (["--prompt=a", "--max_new_tokens=-1"], "max_new_tokens -1"),
         (["--prompt=a", "--checkpoint=nowhere"], "checkpoint 'nowhere' does not exist"),
-        (["--prompt=a", "--checkpoint=cut.ckpt"], "cut.ckpt is truncated or no checkpoint"),
+        (["--prompt=a", "--checkpoint=cut.ckpt"], "cut.ckpt is damaged, truncated or no checkpoint"),
         (
             ["--prompt=a", "--checkpoint=other.ckpt"],
             "a vocabulary of 99 ids, but the default tokenizer 'gpt2' has 50257",
@@ -352,7 +352,7 @@ def test_a_tokenizer_that_cannot_be_that_of_the_weights(tokenizer: str, capsys: 
         (["export", "--checkpoint=nowhere", "--out=b"], "checkpoint 'nowhere' does not exist"),
         (["export", "--checkpoint=nowhere", "--out=b", "--to=onnx"], "onnx"),
         (["evaluate", "--checkpoint=nowhere", "--data=python-docs"], "checkpoint 'nowhere' does not exist"),
-        (["import", "text.pth", "--out=a.ckpt"], "text.pth cannot be read"),
+        (["import", "text.pth", "--out=a.ckpt"], "text.pth is damaged, truncated or no checkpoint"),
         (["evaluate", "--checkpoint=nowhere", "--data=none.txt"], "'none.txt' does not exist"),
         (["generate", "--checkpoint=nowhere", "--prompt=a", "--quantize=int3"], "int3"),
         (["chat", "--checkpoint=nowhere", "--top_k=0"], "top_k must be at least 1, got 0"),

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 from typing_extensions import override
 
-from gptlit.checkpoint.io import DurableCheckpointIO, remove, tidy
+from gptlit.checkpoint.io import DurableCheckpointIO, tidy
 from gptlit.checkpoint.runs import best_path, checkpoint_path, checkpoints
 from gptlit.errors import InputError
 from gptlit.model.sharding import local
@@ -124,4 +124,4 @@ class StepCheckpoint(Checkpoint):
         if self.keep_last > 0:  # what has a higher number is damaged, or not of this timeline
             for path in [path for path in checkpoints(self.run) if path <= newest][: -self.keep_last]:
                 if path != best:
-                    remove(path)
+                    path.unlink(missing_ok=True)
