@@ -1,4 +1,4 @@
-"""Export weights: checkpoints, Hugging Face folders, the book's `.pth`, safetensors."""
+"""Export weights: checkpoints, Hugging Face folders, the book's `.pth`."""
 
 import json
 import tempfile
@@ -8,25 +8,25 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from gptlit import __version__
-from gptlit.checkpoint.formats import BOOK, HUGGINGFACE, OWN, PREFIX, PretrainedWeights, to_format
+from gptlit.checkpoint.formats import BOOK, HUGGINGFACE, PREFIX, PretrainedWeights, to_format
 from gptlit.checkpoint.io import DurableCheckpointIO
-from gptlit.checkpoint.pretrained import embedded_tokenizer, fits_vocabulary
+from gptlit.checkpoint.pretrained import fits_vocabulary
 from gptlit.config import GPTConfig
-from gptlit.data.tokenizer import HuggingFaceTokenizer, save_huggingface
+from gptlit.data.tokenizer import HuggingFaceTokenizer, save_huggingface, tokenizer_spec
 from gptlit.errors import InputError
 from gptlit.model.gpt import GPTModel
 
 
 def save_checkpoint(source: PretrainedWeights, path: Path) -> None:
     """Write weights as a checkpoint for `--model.init_from`, generate, export and evaluate; it cannot be resumed."""
+    tokenizer = None if source.tokenizer is None else tokenizer_spec(source.load_tokenizer())  # needs no other file
     checkpoint = {
         "state_dict": {PREFIX + name: value.contiguous() for name, value in source.state.items()},
         "hyper_parameters": {"config": asdict(source.config)},
         "global_step": 0,
-        "TokenDataModule": {"tokenizer": embedded_tokenizer(source)},
+        "TokenDataModule": {"tokenizer": tokenizer},
     }
     DurableCheckpointIO().save_checkpoint(checkpoint, path)
 
@@ -39,14 +39,14 @@ def save_pretrained(
     Args:
         model: The model.
         folder: Must not exist, or be empty.
-        to: "huggingface" (a folder that Transformers loads, with the tokenizer), "book" (`model.pth`, a state dict
-            under the book's names) or "safetensors" (`model.safetensors` under this project's names).
+        to: "huggingface" (a folder that Transformers loads, with the tokenizer) or "book" (`model.pth`, a state dict
+            under the book's names).
         tokenizer: Argument of `load_tokenizer`, to save the tokenizer too; None if it is unknown.
 
     Raises:
         InputError: The folder is not empty, or the format is unknown.
     """
-    writers = {"huggingface": _write_huggingface, "book": _write_book, "safetensors": _write_safetensors}
+    writers = {"huggingface": _write_huggingface, "book": _write_book}
     if to not in writers:
         raise InputError(f"no format is named {to!r}: choose one of {', '.join(writers)}")
     folder = Path(folder)
@@ -62,22 +62,8 @@ def save_pretrained(
         content.replace(folder)
 
 
-def _write_safetensors(source: PretrainedWeights, folder: Path) -> None:
-    metadata = {"format": "pt", "config": json.dumps(asdict(source.config))}
-    if (spec := embedded_tokenizer(source)) is not None:
-        metadata["tokenizer"] = spec
-    save_file(_untied(to_format(source.state, OWN), "out_head", source), folder / "model.safetensors", metadata)
-
-
 def _write_book(source: PretrainedWeights, folder: Path) -> None:
     torch.save(to_format(source.state, BOOK), folder / "model.pth")
-
-
-def _untied(weights: dict[str, Tensor], head: str, source: PretrainedWeights) -> dict[str, Tensor]:
-    """Drop the head if it is tied to the embedding."""
-    return {
-        name: value for name, value in weights.items() if not (source.config.tie_weights and name == f"{head}.weight")
-    }
 
 
 def _write_huggingface(source: PretrainedWeights, folder: Path) -> None:
@@ -87,13 +73,15 @@ def _write_huggingface(source: PretrainedWeights, folder: Path) -> None:
     weights = to_format(source.state, HUGGINGFACE)
     for block in range(0 if config.qkv_bias else config.n_layers):
         weights[f"transformer.h.{block}.attn.c_attn.bias"] = torch.zeros(3 * config.emb_dim)
-    save_file(_untied(weights, "lm_head", source), folder / "model.safetensors", {"format": "pt"})
+    if config.tie_weights:
+        del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     end = tokenizer.eot_token if is_known else None
     own = {"version": __version__, "qkv_bias": config.qkv_bias}
     if is_known and not is_written:
         own["tokenizer"] = tokenizer.name
-    _write_json(folder / "config.json", {**_huggingface_config(config, end), "gptlit": own})
-    _write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end})
+    settings = {**_huggingface_config(config, end), "gptlit": own}
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     if is_written:
         save_huggingface(tokenizer, config.context_length, folder)
 
@@ -107,7 +95,6 @@ def _huggingface_config(config: GPTConfig, end: int | None) -> dict[str, Any]:
         "n_embd": config.emb_dim,
         "n_layer": config.n_layers,
         "n_head": config.n_heads,
-        "n_inner": None,
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
         "embd_pdrop": config.drop_rate,
@@ -118,7 +105,3 @@ def _huggingface_config(config: GPTConfig, end: int | None) -> dict[str, Any]:
         "eos_token_id": end,
         "torch_dtype": "float32",
     }
-
-
-def _write_json(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptlit.checkpoint.io import FLOATS, check_finite
+from gptlit.checkpoint.io import check_finite
 from gptlit.config import GPTConfig
 from gptlit.data.tokenizer import Tokenizer, load_tokenizer
 from gptlit.errors import InputError, note
@@ -68,11 +68,9 @@ OPENAI_MODULES = {
 
 def openai_names(name: str) -> list[str]:
     """Return the name used by OpenAI, Hugging Face and nanoGPT."""
-    match = re.fullmatch(r"(?:trf_blocks\.(\d+)\.)?(.+)\.(weight|bias)", name)
-    assert match is not None
-    block, module, kind = match.groups()
-    prefix = f"{OPENAI_MODULES['trf_blocks']}.{block}." if block is not None else ""
-    return [f"{prefix}{OPENAI_MODULES[module]}.{kind}"]
+    for ours, theirs in OPENAI_MODULES.items():
+        name = name.replace(ours, theirs)
+    return [name]
 
 
 def book_names(name: str) -> list[str]:
@@ -82,11 +80,6 @@ def book_names(name: str) -> list[str]:
     if "norm" in name:
         return [name.replace(".weight", ".scale").replace(".bias", ".shift")]
     return [name.replace(".ff.", ".ff.layers.")]
-
-
-def own_names(name: str) -> list[str]:
-    """Return the name itself."""
-    return [name]
 
 
 @dataclass(frozen=True)
@@ -104,28 +97,15 @@ class Format:
     ignored: str = ""
 
 
-OWN = Format(own_names)
+OWN = Format(lambda name: [name])
 HUGGINGFACE = Format(openai_names, transposed=True, ignored=r".*\.attn\.(masked_)?bias")
 NANOGPT = Format(openai_names, ignored=r".*\.attn\.bias")
 BOOK = Format(book_names, ignored=r".*\.att\.mask")
 
 
-def _is_transposed(form: Format, name: str, value: Tensor) -> bool:
-    return form.transposed and value.dim() == 2 and name.startswith("trf_blocks")
-
-
-def plain_names(theirs: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Remove the prefixes that compiling and wrapping a model add to parameter names.
-
-    Raises:
-        InputError: Two names are equal without them.
-    """
-    plain = {re.sub(WRAPPERS, "", str(name)): value for name, value in theirs.items()}
-    if len(plain) < len(theirs):
-        raise InputError(
-            f"{path} has weights twice, with and without a prefix such as '_orig_mod.': remove one of them"
-        )
-    return plain
+def plain_names(theirs: dict[str, Any]) -> dict[str, Any]:
+    """Remove the prefixes that compiling and wrapping a model add to parameter names."""
+    return {re.sub(WRAPPERS, "", str(name)): value for name, value in theirs.items()}
 
 
 def from_format(
@@ -133,39 +113,39 @@ def from_format(
 ) -> PretrainedWeights:
     """Convert another project's state dict: rename, stack and transpose.
 
+    A tied head may be missing; one that differs from the embedding is read as untied.
+
     Raises:
-        InputError: A tensor is missing, unexpected, of another shape or dtype, or not finite; it is named.
+        InputError: A tensor is missing, unexpected, of another shape or not finite; it is named.
     """
+    theirs = {name: value for name, value in theirs.items() if not re.fullmatch(form.ignored, name)}
+    (head,), (embedding,) = form.names("out_head.weight"), form.names("tok_emb.weight")
+    if config.tie_weights and embedding in theirs:
+        theirs.setdefault(head, theirs[embedding])
+        if not torch.equal(theirs[head], theirs[embedding]):
+            note(f"{path}: {head} differs from {embedding}: they are read as two matrices, not tied")
+            config = replace(config, tie_weights=False)
     with torch.device("meta"):
         expected = GPTModel(config).state_dict()
-    theirs = {name: value for name, value in theirs.items() if not re.fullmatch(form.ignored, name)}
-    check_finite(theirs, path)
-    if config.tie_weights:
-        config = _resolve_tied_head(theirs, form, config, path)
     state: dict[str, Tensor] = {}
     for name, value in expected.items():
         names = form.names(name)
-        shape = list(value.shape)
-        shape[0] //= len(names)
-        if _is_transposed(form, name, value):
-            shape.reverse()
-        parts = [_checked_tensor(theirs, part, shape, path) for part in names]
+        shape = [len(value) // len(names), *value.shape[1:]]
+        is_transposed = _is_transposed(form, name, value)
+        parts = [_take(theirs, part, shape[::-1] if is_transposed else shape, path) for part in names]
         stacked = parts[0] if len(parts) == 1 else torch.cat(parts)
-        state[name] = stacked.t() if _is_transposed(form, name, value) else stacked
-    if left := theirs.keys() - {part for name in expected for part in form.names(name)}:
-        raise InputError(f"{path} has the unknown tensor {min(left)!r}: it is no GPT-2 of {config.n_layers} layers")
+        state[name] = stacked.t() if is_transposed else stacked
+    if theirs:
+        raise InputError(f"{path} has the unknown tensor {min(theirs)!r}: it is no GPT-2 of {config.n_layers} layers")
     return PretrainedWeights(path, config, state, tokenizer)
 
 
-def _checked_tensor(theirs: dict[str, Tensor], name: str, shape: list[int], path: Path) -> Tensor:
-    if name not in theirs:
+def _take(theirs: dict[str, Tensor], name: str, shape: list[int], path: Path) -> Tensor:
+    if not isinstance(value := theirs.pop(name, None), Tensor):
         raise InputError(f"{path} has no tensor {name!r} (shape {tuple(shape)})")
-    value = theirs[name]
-    if not isinstance(value, Tensor) or list(value.shape) != shape:
-        found = tuple(getattr(value, "shape", ()))
-        raise InputError(f"{path} has {name!r} of shape {found}, the architecture needs {tuple(shape)}")
-    if value.dtype not in FLOATS:
-        raise InputError(f"{path} has {name!r} of type {value.dtype}: weights must be floating-point")
+    if list(value.shape) != shape:
+        raise InputError(f"{path} has {name!r} of shape {tuple(value.shape)}, the architecture needs {tuple(shape)}")
+    check_finite({name: value}, path)
     return value
 
 
@@ -180,15 +160,5 @@ def to_format(state: dict[str, Tensor], form: Format) -> dict[str, Tensor]:
     return theirs
 
 
-def _resolve_tied_head(theirs: dict[str, Tensor], form: Format, config: GPTConfig, path: Path) -> GPTConfig:
-    """Use one of head and embedding for both if only one is stored; untie them if they differ."""
-    (head,), (embedding,) = form.names("out_head.weight"), form.names("tok_emb.weight")
-    if head not in theirs and embedding in theirs:
-        theirs[head] = theirs[embedding]
-    elif embedding not in theirs and head in theirs:
-        theirs[embedding] = theirs[head]
-    first, second = (getattr(theirs.get(name), "shape", None) for name in (embedding, head))
-    if first == second is not None and not torch.equal(theirs[embedding].float(), theirs[head].float()):
-        note(f"{path}: {head} differs from {embedding}: they are read as two matrices, although the model ties them")
-        return replace(config, tie_weights=False)
-    return config
+def _is_transposed(form: Format, name: str, value: Tensor) -> bool:
+    return form.transposed and value.dim() == 2 and name.startswith("trf_blocks")

@@ -1,16 +1,13 @@
-"""Load pretrained weights: checkpoints, Hugging Face, nanoGPT, the book's `.pth`, safetensors.
-
-Pickles are only loaded with `weights_only=True`.
-"""
+"""Load pretrained weights: checkpoints, Hugging Face, nanoGPT, the book's `.pth`."""
 
 import json
-import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from gptlit.checkpoint.formats import (
@@ -24,10 +21,10 @@ from gptlit.checkpoint.formats import (
     openai_names,
     plain_names,
 )
-from gptlit.checkpoint.io import load_plain, read_checkpoint
+from gptlit.checkpoint.io import SUFFIX, load_plain, read_checkpoint
 from gptlit.checkpoint.runs import find_checkpoint
 from gptlit.config import GPTConfig
-from gptlit.data.tokenizer import TOKENIZER_JSON, Tokenizer, folder_spec, same_ids, tokenizer_spec
+from gptlit.data.tokenizer import TOKENIZER_JSON, Tokenizer, folder_spec, same_ids
 from gptlit.errors import InputError, note
 from gptlit.model.gpt import GPTModel
 from gptlit.model.sharding import gathered, shard_like
@@ -45,35 +42,28 @@ def read_weights(source: str | Path, n_heads: int | None = None) -> PretrainedWe
 
     Args:
         source: A `.ckpt` of this project or a run's folder; a Hugging Face folder, or `hf:NAME` on the hub; the
-            book's `.pth`; nanoGPT's `ckpt.pt`; a `.safetensors` file written by `gptlit export`.
+            book's `.pth`; nanoGPT's `ckpt.pt`.
         n_heads: For the book's `.pth`, which does not store it; None: heads of size 64, as in every GPT-2.
 
     Raises:
         InputError: It does not exist, is of an unknown format, damaged or incomplete.
     """
-    found = _read_any(source, n_heads)
+    is_hub = str(source).startswith(HUB)
+    path = _download(str(source).removeprefix(HUB)) if is_hub else Path(source).expanduser()
+    if (path / "config.json").is_file():
+        found = _read_huggingface(path)
+    else:
+        path = path if path.is_file() else find_checkpoint(path)
+        content = load_plain(path)
+        if path.suffix == SUFFIX or "hyper_parameters" in content:
+            found = _read_own(read_checkpoint(path), path)
+        elif "model_args" in content:
+            found = _read_nanogpt(content, path)
+        else:
+            found = _read_book(content, path, n_heads)
     if n_heads is not None and found.config.n_heads != n_heads:
-        raise InputError(f"n_heads is {n_heads}, but {found.path} says {found.config.n_heads}: leave it out")
+        raise InputError(f"n_heads is {n_heads}, but {path} says {found.config.n_heads}: leave it out")
     return found
-
-
-def _read_any(source: str | Path, n_heads: int | None) -> PretrainedWeights:
-    if str(source).startswith(HUB):
-        return _read_huggingface(_download(str(source).removeprefix(HUB)))
-    path = Path(source).expanduser()
-    if path.is_dir() and (path / "config.json").is_file():
-        return _read_huggingface(path)
-    if path.suffix == ".safetensors" and path.is_file():
-        return _read_safetensors(path)
-    if path.is_dir() or path.suffix == ".ckpt" or not path.exists():
-        path = find_checkpoint(path)
-        return _read_own(read_checkpoint(path), path)
-    content = load_plain(path)
-    if {"hyper_parameters", "state_dict"} <= content.keys():
-        return _read_own(read_checkpoint(path), path)
-    if {"model", "model_args"} <= content.keys():
-        return _read_nanogpt(content, path)
-    return _read_book(content, path, n_heads)
 
 
 def _config(path: Path, **values: Any) -> GPTConfig:
@@ -85,28 +75,11 @@ def _config(path: Path, **values: Any) -> GPTConfig:
 
 def _read_own(checkpoint: dict[str, Any], path: Path) -> PretrainedWeights:
     config = _config(path, **checkpoint["hyper_parameters"]["config"])
-    found = plain_names(checkpoint["state_dict"], path)
+    found = plain_names(checkpoint["state_dict"])
     weights = {name.removeprefix(PREFIX): value for name, value in found.items() if name.startswith(PREFIX)}
     data = checkpoint.get("TokenDataModule")
     tokenizer = data.get("tokenizer") if isinstance(data, dict) else None
     return from_format(weights, OWN, config, path, tokenizer if isinstance(tokenizer, str) else None)
-
-
-def _read_safetensors(path: Path) -> PretrainedWeights:
-    weights, metadata = _open_safetensors(path)
-    try:
-        values = json.loads(metadata["config"])
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{path} does not say its architecture: name the folder with its config.json") from error
-    return from_format(plain_names(weights, path), OWN, _config(path, **values), path, metadata.get("tokenizer"))
-
-
-def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read: it is damaged or downloaded in part ({error})") from error
 
 
 def _read_huggingface(folder: Path) -> PretrainedWeights:
@@ -121,12 +94,9 @@ def _read_huggingface(folder: Path) -> PretrainedWeights:
         raise InputError(f"{path} is no configuration of a GPT-2 ({type(error).__name__}: {error})") from error
     tokenizer = folder_spec(folder, config.vocab_size) or named
     weights: dict[str, Tensor] = {}
-    for file in _huggingface_files(folder):
-        part = _open_safetensors(file)[0] if file.suffix == ".safetensors" else load_plain(file)
-        weights.update(
-            (name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}", value)
-            for name, value in plain_names(part, file).items()
-        )
+    for file in _weight_files(folder):
+        for name, value in plain_names(_load_file(file)).items():
+            weights[name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"] = value
     if not config.qkv_bias:  # exported from a model without them, as zeros
         weights = {name: value for name, value in weights.items() if not name.endswith("attn.c_attn.bias")}
     return from_format(weights, HUGGINGFACE, config, folder, tokenizer)
@@ -140,15 +110,14 @@ def _huggingface_config(values: dict[str, Any], path: Path) -> GPTConfig:
     required = {
         "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5,
+        "n_inner": 4 * values["n_embd"],
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
         "add_cross_attention": False,
     }
     for key, needed in required.items():
-        if values.get(key, needed) != needed:
+        if values.get(key) not in (None, needed):
             raise InputError(f"{path} has {key} {values[key]!r}: a GPT-2 has {needed!r}, anything else is not imported")
-    if values.get("n_inner") not in (None, 4 * values["n_embd"]):
-        raise InputError(f"{path} has n_inner {values['n_inner']}: a GPT-2 has 4 x n_embd = {4 * values['n_embd']}")
     return _config(
         path,
         vocab_size=values["vocab_size"],
@@ -163,22 +132,20 @@ def _huggingface_config(values: dict[str, Any], path: Path) -> GPTConfig:
     )
 
 
-def _huggingface_files(folder: Path) -> list[Path]:
-    """Return the weight files of a Hugging Face folder: one, or the shards named by an index."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return [folder / name]
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise InputError(f"{index} cannot be read: {error}") from error
-            missing = [part for part in names if Path(part).name != part or not (folder / part).is_file()]
-            if missing:
-                raise InputError(f"{folder} is incomplete: its index names {missing[0]!r}, which is not there")
-            return [folder / part for part in names]
+def _weight_files(folder: Path) -> list[Path]:
+    for pattern in ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin"):
+        if files := sorted(folder.glob(pattern)):
+            return files
     raise InputError(f"{folder} has a config.json but neither model.safetensors nor pytorch_model.bin")
+
+
+def _load_file(path: Path) -> dict[str, Any]:
+    if path.suffix != ".safetensors":
+        return load_plain(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read: it is damaged or downloaded in part ({error})") from error
 
 
 def _download(name: str) -> Path:
@@ -214,7 +181,7 @@ def _read_nanogpt(content: dict[str, Any], path: Path) -> PretrainedWeights:
             tie_weights=True,
             init="gpt2",
         )
-        weights = plain_names(content["model"], path)
+        weights = plain_names(content["model"])
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no checkpoint of nanoGPT ({type(error).__name__}: {error})") from error
     if not config.qkv_bias:  # nanoGPT then has no biases at all; the others are zeros here
@@ -226,27 +193,25 @@ def _read_nanogpt(content: dict[str, Any], path: Path) -> PretrainedWeights:
 
 
 def _read_book(content: dict[str, Any], path: Path, n_heads: int | None) -> PretrainedWeights:
-    weights = content.get("model_state_dict", content)
-    weights = plain_names(weights, path) if isinstance(weights, dict) else {}
-    embedding = weights.get("tok_emb.weight")
-    if not isinstance(embedding, Tensor) or embedding.dim() != 2:
-        raise InputError(f"{path} is of an unknown format: no hyper_parameters, model_args or tok_emb.weight")
-    blocks = {int(m[1]) for name in weights if (m := re.match(r"trf_blocks\.(\d+)\.", name))}
-    vocab_size, emb_dim = embedding.shape
+    try:
+        weights = plain_names(content.get("model_state_dict", content))
+        vocab_size, emb_dim = weights["tok_emb.weight"].shape
+        context_length, _ = weights["pos_emb.weight"].shape
+    except (KeyError, AttributeError, ValueError) as error:
+        raise InputError(
+            f"{path} is of an unknown format: no hyper_parameters, model_args or tok_emb.weight"
+        ) from error
     if n_heads is None and emb_dim % 64:
         raise InputError(
             f"{path} does not say its number of heads, and its emb_dim {emb_dim} is no multiple of 64: give --n_heads"
         )
-    positions = weights.get("pos_emb.weight")
-    if not isinstance(positions, Tensor) or positions.dim() != 2:
-        raise InputError(f"{path} has no tensor 'pos_emb.weight'")
     config = _config(
         path,
         vocab_size=vocab_size,
-        context_length=positions.shape[0],
+        context_length=context_length,
         emb_dim=emb_dim,
         n_heads=emb_dim // 64 if n_heads is None else n_heads,
-        n_layers=len(blocks),
+        n_layers=len({name.split(".")[1] for name in weights if name.startswith("trf_blocks.")}),
         qkv_bias="trf_blocks.0.att.W_query.bias" in weights,
     )
     return from_format(weights, BOOK, config, path)
@@ -356,8 +321,3 @@ def copy_weights(model: GPTModel, source: PretrainedWeights) -> None:
     positions[:common] = source.state["pos_emb.weight"][:common]
     state, own = {**source.state, "pos_emb.weight": positions}, model.state_dict()
     model.load_state_dict({name: shard_like(value, own[name]) for name, value in state.items()})
-
-
-def embedded_tokenizer(source: PretrainedWeights) -> str | None:
-    """Return an argument for `load_tokenizer` that needs no other file; None if the tokenizer is unknown."""
-    return None if source.tokenizer is None else tokenizer_spec(source.load_tokenizer())

@@ -11,9 +11,9 @@ from gptlit.commands.options import Checkpoint
 def export(
     checkpoint: Checkpoint,
     out: Annotated[str, typer.Option(help="The folder to write; it must not exist, or be empty.")],
-    to: Annotated[Literal["huggingface", "book", "safetensors"], typer.Option(help="The format.")] = "huggingface",
+    to: Annotated[Literal["huggingface", "book"], typer.Option(help="The format.")] = "huggingface",
 ) -> None:
-    """Write a model for other projects: a Hugging Face folder, the book's .pth, or plain safetensors."""
+    """Write a model for other projects: a Hugging Face folder or the book's .pth."""
     from gptlit.checkpoint.export import save_pretrained
     from gptlit.checkpoint.pretrained import build, read_weights
 

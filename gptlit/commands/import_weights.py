@@ -8,7 +8,7 @@ import typer
 
 from gptlit.errors import InputError
 
-SOURCES = "A Hugging Face folder, hf:NAME on its hub, the book's .pth, nanoGPT's ckpt.pt, or an exported .safetensors."
+SOURCES = "A Hugging Face folder, hf:NAME on its hub, the book's .pth, or nanoGPT's ckpt.pt."
 
 
 def import_weights(

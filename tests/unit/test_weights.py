@@ -100,26 +100,23 @@ def test_a_sharded_folder_is_read_whole_or_not_at_all(tmp_path: Path) -> None:
     assert len(shards) > 1
     assert equal_weights(load_pretrained(tmp_path / "shards"), load_pretrained(tmp_path / "hf"))
     shards[-1].unlink()
-    with pytest.raises(InputError, match="is incomplete: its index names 'model-"):
+    with pytest.raises(InputError, match="has no tensor"):
         load_pretrained(tmp_path / "shards")
 
 
 @pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}, {"tie_weights": True}, {"drop_rate": 0.2}], ids=str)
-@pytest.mark.parametrize("to", ["huggingface", "book", "safetensors", "checkpoint"])
+@pytest.mark.parametrize("to", ["huggingface", "book", "checkpoint"])
 def test_every_round_trip_is_exact(tmp_path: Path, to: str, changes: dict[str, Any]) -> None:
     model = random_model(**changes)
     if to == "checkpoint":
-        save_pretrained(model, tmp_path / "first", "safetensors")
-        source = read_weights(tmp_path / "first" / "model.safetensors")
-        save_checkpoint(source, tmp_path / "a.ckpt")
         path = tmp_path / "a.ckpt"
+        save_checkpoint(PretrainedWeights(path, model.config, model.state_dict()), path)
     else:
         save_pretrained(model, tmp_path / "out", to)
-        files = {"huggingface": "", "book": "model.pth", "safetensors": "model.safetensors"}
-        path = tmp_path / "out" / files[to]
+        path = tmp_path / "out" / ("model.pth" if to == "book" else "")
     back = load_pretrained(path)
     assert equal_weights(model, back)
-    if to in ("safetensors", "checkpoint"):
+    if to == "checkpoint":
         assert back.config == model.config
     if to != "book":
         assert back.config.tie_weights == model.config.tie_weights
@@ -280,18 +277,14 @@ def other_tokenizer(path: Path, base: Path) -> str:
     return path.read_text()
 
 
-@pytest.mark.parametrize("to", ["huggingface", "safetensors"])
-def test_a_tokenizer_json_comes_with_the_weights(tmp_path: Path, tokenizer_json: Path, to: str) -> None:
+def test_a_tokenizer_json_comes_with_the_weights(tmp_path: Path, tokenizer_json: Path) -> None:
     tokenizer = load_tokenizer(str(tokenizer_json))
     model = random_model(vocab_size=tokenizer.n_vocab)
-    save_pretrained(model, tmp_path / "out", to, str(tokenizer_json))
-    path = tmp_path / "out" / ("model.safetensors" if to == "safetensors" else "")
-    save_checkpoint(read_weights(path), tmp_path / "a.ckpt")
-    content = tokenizer_json.read_text()
-    if to == "huggingface":
-        (tmp_path / "out" / "tokenizer.json").rename(tmp_path / "gone.json")  # the checkpoint has it
-        content = other_tokenizer(tmp_path / "out" / "tokenizer.json", tokenizer_json)
-    for source, words in ((path, content), (tmp_path / "a.ckpt", tokenizer_json.read_text())):
+    save_pretrained(model, tmp_path / "out", tokenizer=str(tokenizer_json))
+    save_checkpoint(read_weights(tmp_path / "out"), tmp_path / "a.ckpt")
+    (tmp_path / "out" / "tokenizer.json").rename(tmp_path / "gone.json")  # the checkpoint has it
+    content = other_tokenizer(tmp_path / "out" / "tokenizer.json", tokenizer_json)
+    for source, words in ((tmp_path / "out", content), (tmp_path / "a.ckpt", tokenizer_json.read_text())):
         found, theirs = load_model_and_tokenizer(source)
         assert equal_weights(found, model)
         assert tokenizer_spec(theirs) == words
@@ -347,10 +340,6 @@ def test_a_head_that_differs_from_the_embedding_is_kept(tmp_path: Path, capsys: 
     assert not ours.config.tie_weights
     assert torch.equal(ours.tok_emb.weight, theirs.transformer.wte.weight)
     assert torch.equal(ours.out_head.weight, theirs.lm_head.weight + 1)
-    edit_state(tmp_path / "hf", lambda state: state.pop("transformer.wte.weight"))  # tied, and stored as the head
-    ours = load_pretrained(tmp_path / "hf")
-    assert ours.config.tie_weights
-    assert torch.equal(ours.tok_emb.weight, theirs.lm_head.weight + 1)
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod."])
@@ -391,7 +380,6 @@ def test_prefixes_of_wrapped_models_are_removed(tmp_path: Path, kind: str, prefi
     [
         ("book", math.nan),
         ("huggingface", math.inf),
-        ("safetensors", -math.inf),
         ("nanogpt", math.nan),
         ("own", math.inf),
     ],
@@ -411,7 +399,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, kind: str, value:
         save_checkpoint(PretrainedWeights(path, model.config, model.state_dict()), path)
     else:
         save_pretrained(model, tmp_path / "out", kind)
-        path = tmp_path / "out" / {"book": "model.pth", "safetensors": "model.safetensors"}.get(kind, "")
+        path = tmp_path / "out" / ("model.pth" if kind == "book" else "")
         name = {"book": "trf_blocks.1.ff.layers.0.weight", "huggingface": C_FC}.get(kind, name)
     with pytest.raises(InputError, match=f"has NaN or Inf in '{re.escape(name)}'"):
         load_pretrained(path)
@@ -460,13 +448,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "gelu": (lambda f: change_config(f, activation_function="relu"), "has activation_function 'relu'"),
     "heads": (lambda f: change_config(f, n_head=5), "emb_dim 64 is not divisible by n_heads 5"),
     "no json": (lambda f: (f / "config.json").write_text("{"), r"config\.json is no configuration of a GPT-2"),
-    "cut": (lambda f: truncate(f / "pytorch_model.bin"), r"pytorch_model\.bin (cannot be read|is damaged)"),
+    "cut": (lambda f: truncate(f / "pytorch_model.bin"), r"pytorch_model\.bin is damaged"),
     "absent": (lambda f: (f / "pytorch_model.bin").unlink(), "neither model.safetensors nor pytorch_model.bin"),
     "code": (
         lambda f: torch.save({"a": Malicious()}, f / "pytorch_model.bin"),
         "holds more than tensors and plain values: it is not opened",
     ),
-    "raw code": (lambda f: (f / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious())), "it is not opened"),
+    "raw code": (lambda f: (f / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious())), "no checkpoint"),
 }
 
 
