@@ -1,12 +1,11 @@
-"""Evaluation on a corpus: loss, perplexity, bits per byte, accuracy, and the documents with the highest loss."""
+"""Evaluation on a corpus: loss, perplexity, bits per byte, accuracy."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from torch import Tensor
 
 from gptlit.data.tokenizer import Tokenizer
 from gptlit.errors import InputError
@@ -15,21 +14,21 @@ from gptlit.model.gpt import GPTModel
 
 @dataclass
 class Score:
-    """Sums over predicted tokens.
+    """Sums over the predicted tokens of a corpus.
 
     Args:
+        documents: Number of documents.
         tokens: Number of tokens.
         text_bytes: UTF-8 bytes of their text.
         nats: Sum of their losses.
         correct: Number of tokens that were predicted as the most likely one.
-        start: The beginning of the text, for a document.
     """
 
+    documents: int = 0
     tokens: int = 0
     text_bytes: int = 0
     nats: float = 0.0
     correct: int = 0
-    start: str = ""
 
     @property
     def loss(self) -> float:
@@ -52,25 +51,10 @@ class Score:
         return self.correct / self.tokens
 
 
-@dataclass
-class Evaluation:
-    """The score of a corpus and its documents with the highest loss, worst first."""
-
-    total: Score = field(default_factory=Score)
-    documents: int = 0
-    worst: list[Score] = field(default_factory=list)
-
-
 @torch.no_grad()
 def evaluate(
-    model: GPTModel,
-    tokenizer: Tokenizer,
-    documents: Iterable[str],
-    stride: int,
-    batch_size: int = 8,
-    worst: int = 5,
-    on_document: Callable[[Score], None] | None = None,
-) -> Evaluation:
+    model: GPTModel, tokenizer: Tokenizer, documents: Iterable[str], stride: int, batch_size: int = 8
+) -> Score:
     """Predict every token of every document once.
 
     A document follows the end-of-text token. In one longer than the context, a window of `context_length` ids moves by
@@ -83,8 +67,6 @@ def evaluate(
         documents: Texts.
         stride: New ids per window, from 1 (exact and slow) to `context_length`.
         batch_size: Windows in a batch.
-        worst: Number of documents with the highest loss to keep.
-        on_document: Called with the score of each document.
 
     Raises:
         InputError: `stride` or `batch_size` is out of range, or there is no text.
@@ -93,50 +75,40 @@ def evaluate(
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
     if not 1 <= stride <= model.config.context_length:
         raise InputError(f"stride must be between 1 and context_length {model.config.context_length}, got {stride}")
-    result = Evaluation()
-    windows = _windows(documents, tokenizer, model.config.context_length, stride)
+    score = Score()
+    windows = _windows(documents, tokenizer, model.config.context_length, stride, score)
     while batch := list(islice(windows, batch_size)):
-        for (score, _, _, is_last), nats, correct in zip(batch, *_predict(model, batch), strict=True):
-            score.nats += nats
-            score.correct += correct
-            if is_last:
-                _add(result, score, worst)
-                if on_document is not None:
-                    on_document(score)
-    if not result.total.tokens:
+        _predict(model, batch, score)
+    if not score.tokens:
         raise InputError("there is no text to evaluate on")
-    return result
+    return score
 
 
-Window = tuple[Score, list[int], int, bool]  # score of its document, ids, number of new ids, is it the last?
-
-
-def _windows(documents: Iterable[str], tokenizer: Tokenizer, length: int, stride: int) -> Iterator[Window]:
+def _windows(
+    documents: Iterable[str], tokenizer: Tokenizer, length: int, stride: int, score: Score
+) -> Iterator[tuple[list[int], int]]:
+    """Yield windows with their numbers of new ids, and count documents, tokens and bytes."""
     for text in documents:
         ids = [tokenizer.eot_token, *tokenizer.encode_ordinary(text)]
-        score = Score(len(ids) - 1, len(text.encode()), start=" ".join(text[:200].split())[:60])
+        score.documents += 1
+        score.tokens += len(ids) - 1
+        score.text_bytes += len(text.encode())
         done = 1  # ids already predicted
         while done < len(ids):
             end = min(len(ids), done + (length if done == 1 else stride))
-            yield score, ids[max(0, end - length - 1) : end], end - done, end == len(ids)
+            yield ids[max(0, end - length - 1) : end], end - done
             done = end
 
 
-def _predict(model: GPTModel, batch: list[Window]) -> tuple[list[float], list[int]]:
-    """Return the sum of losses and the number of correct predictions over the new ids of each window."""
+def _predict(model: GPTModel, batch: list[tuple[list[int], int]], score: Score) -> None:
+    """Count the losses and the correct predictions of the new ids of each window."""
     device = model.pos_emb.weight.device
-    rows = [torch.tensor(ids) for _, ids, _, _ in batch]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-    logits: Tensor = model(ids[:, :-1]).float()
-    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    rows = [torch.tensor(ids, device=device) for ids, _ in batch]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, T + 1)
+    logits = model(ids[:, :-1]).float()  # (B, T, V)
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")  # (B, T)
     is_correct = logits.argmax(dim=-1) == ids[:, 1:]  # (B, T)
-    spans = [slice(len(row) - 1 - new, len(row) - 1) for row, (_, _, new, _) in zip(rows, batch, strict=True)]
-    nats = [float(losses[row, span].double().sum()) for row, span in enumerate(spans)]
-    return nats, [int(is_correct[row, span].sum()) for row, span in enumerate(spans)]
-
-
-def _add(result: Evaluation, score: Score, worst: int) -> None:
-    result.documents += 1
-    for key in ("tokens", "text_bytes", "nats", "correct"):
-        setattr(result.total, key, getattr(result.total, key) + getattr(score, key))
-    result.worst = sorted([*result.worst, score], key=lambda document: -document.loss)[:worst]
+    for row, (window, new) in enumerate(batch):
+        span = slice(len(window) - 1 - new, len(window) - 1)
+        score.nats += float(losses[row, span].double().sum())
+        score.correct += int(is_correct[row, span].sum())

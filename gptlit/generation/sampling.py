@@ -1,6 +1,5 @@
 """Sampling the next token: temperature, top-k, top-p."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,10 +38,8 @@ class Sampling:
 
         Source: Fan et al. 2018 (top-k); Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration" (top-p).
         """
-        logits = logits.float()
-        logits = (
-            logits - logits.amax(dim=-1, keepdim=True)
-        ) / self.temperature  # no overflow, however small the temperature
+        logits = logits.float() - logits.amax(dim=-1, keepdim=True)  # no overflow, however small the temperature
+        logits = logits / self.temperature
         if self.top_k is not None and self.top_k < logits.shape[-1]:
             kept, order = torch.topk(logits, self.top_k)  # exactly k, even with ties
             logits = torch.full_like(logits, -torch.inf).scatter(-1, order, kept)
@@ -55,12 +52,8 @@ class Sampling:
             probs = torch.zeros_like(probs).scatter(-1, order, ranked)
         return probs
 
-    def draw(self, logits: Tensor, generators: Sequence[torch.Generator | None]) -> Tensor:
-        """Sample the next ids, int64 (B,), with one generator per row or one for all rows."""
+    def draw(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Sample the next ids, int64 (B,)."""
         if self.temperature == 0:
             return logits.argmax(dim=-1)
-        probs = self.probs(logits)
-        if len(generators) == 1:
-            return torch.multinomial(probs, 1, generator=generators[0])[:, 0]
-        rows = [torch.multinomial(row, 1, generator=g) for row, g in zip(probs, generators, strict=True)]
-        return torch.cat(rows)
+        return torch.multinomial(self.probs(logits), 1, generator=generator)[:, 0]

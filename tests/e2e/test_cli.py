@@ -148,8 +148,7 @@ def test_several_prompts_and_samples_as_json(run: Path, capsys: pytest.CaptureFi
     assert [result["prompt"] for result in results] == ["The model"] * 2 + ["A longer prompt about trees"] * 2
     assert results[0]["text"] != results[1]["text"]
     for result in results:
-        assert len(result["token_ids"]) == len(result["log_probs"]) <= 6
-        assert all(log_prob <= 0 for log_prob in result["log_probs"])
+        assert len(result["token_ids"]) <= 6
     assert captured.err == "no stop string was met in 4 of 4 texts\n"
     main(["generate", f"--checkpoint={run}", *flags])
     assert "--- 4 of 4 ---\nA longer prompt" in capsys.readouterr().out

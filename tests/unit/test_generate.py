@@ -72,7 +72,7 @@ def test_top_k_keeps_k_of_equals() -> None:
 def test_drawn_frequencies_are_the_probabilities(sampling: Sampling) -> None:
     """Chi-square over 20,000 draws; 99.99% of the time below mean + 5 deviations."""
     generator = torch.Generator().manual_seed(5)
-    drawn = sampling.draw(LOGITS.expand(20_000, -1), (generator,))
+    drawn = sampling.draw(LOGITS.expand(20_000, -1), generator)
     # The definition, written another way: softmax, sort, cut, renormalise.
     probs = (LOGITS[0].double() / sampling.temperature).exp()
     probs /= probs.sum()
@@ -127,18 +127,7 @@ def test_a_batch_of_any_lengths_is_as_one_by_one_without_a_cache(model: GPTModel
     prompts = [torch.randint(0, 31, (length,)).tolist() for length in lengths]
     steps = list(stream(model, prompts, 14))
     for row, prompt in enumerate(prompts):
-        assert [int(ids[row]) for ids, _ in steps] == greedy_without_cache(model, prompt, 14)
-
-
-def test_log_probs_are_the_models(model: GPTModel) -> None:
-    model.eval()
-    ids = [3, 1, 4]
-    sampling = Sampling(2.0, top_k=3)
-    for next_ids, log_probs in stream(model, [ids], 4, sampling, generators=(torch.Generator().manual_seed(0),)):
-        with torch.no_grad():
-            expected = model(torch.tensor([ids]))[0, -1].log_softmax(-1)[next_ids[0]]
-        torch.testing.assert_close(log_probs[0], expected)
-        ids = [*ids, int(next_ids[0])]
+        assert [int(ids[row]) for ids in steps] == greedy_without_cache(model, prompt, 14)
 
 
 def test_a_seed_reproduces_and_top_k_one_is_greedy(model: GPTModel) -> None:
@@ -169,10 +158,6 @@ def test_bad_prompts_are_named(model: GPTModel) -> None:
         generate(model, torch.zeros(1, 0, dtype=torch.int64), 1)
     with pytest.raises(ValueError, match="token id 31 is outside the vocabulary"):
         generate(model, torch.tensor([[31]]), 1)
-    with pytest.raises(InputError, match=r"token_ids must be \(rows, tokens\)"):
-        generate(model, torch.zeros(3, dtype=torch.int64), 1)
-    with pytest.raises(InputError, match="max_new_tokens must be at least 0, got -1"):
-        generate(model, torch.tensor([[1]]), -1)
 
 
 # --- fast linear layers -----------------------------------------------------------------------------------------
@@ -221,16 +206,14 @@ def test_compiling_without_a_compiler_is_named(model: GPTModel, monkeypatch: pyt
 def test_compiled_text_is_the_same(model: GPTModel) -> None:
     model.eval()
     prompts = [[1, 2, 3], [4]]
-    expected = [ids.tolist() for ids, _ in stream(model, prompts, 6)]
-    alone = [ids.tolist() for ids, _ in stream(model, prompts[:1], 6)]
+    expected = [ids.tolist() for ids in stream(model, prompts, 6)]
+    alone = [ids.tolist() for ids in stream(model, prompts[:1], 6)]
     fast = for_generation(copy.deepcopy(model), compile=True)
-    assert [ids.tolist() for ids, _ in stream(fast, prompts, 6)] == expected
-    assert [ids.tolist() for ids, _ in stream(fast, prompts[:1], 6)] == alone
+    assert [ids.tolist() for ids in stream(fast, prompts, 6)] == expected
+    assert [ids.tolist() for ids in stream(fast, prompts[:1], 6)] == alone
     eager = for_generation(copy.deepcopy(model), "int8")
     packed = for_generation(copy.deepcopy(model), "int8", compile=True)
-    for (_, one), (_, two) in zip(stream(eager, prompts[:1], 1), stream(packed, prompts[:1], 1), strict=True):
-        torch.testing.assert_close(one, two, atol=1e-2, rtol=1e-2)
-    texts = [[int(ids[0]) for ids, _ in stream(fast, prompts[:1], 6)] for fast in (eager, packed)]
+    texts = [[int(ids[0]) for ids in stream(fast, prompts[:1], 6)] for fast in (eager, packed)]
     assert texts[0] == texts[1]
 
 
@@ -254,18 +237,16 @@ def test_text_comes_in_pieces_that_add_up(writer: tuple[GPTModel, tiktoken.Encod
     tokenizer = writer[1]
     for row, result in enumerate(results):
         assert result.text == pieces[row] == tokenizer.decode(result.token_ids)
-        assert len(result.log_probs) == len(result.token_ids) == 40
+        assert len(result.token_ids) == 40
         assert result.reason == "length"
 
 
-def test_a_rows_text_does_not_depend_on_its_neighbours(writer: tuple[GPTModel, tiktoken.Encoding]) -> None:
-    both = complete(*writer, ["Hello", "Well"], 20, Sampling(1.0), seed=3)
-    assert complete(*writer, ["Hello"], 20, Sampling(1.0), seed=3)[0].text == both[0].text
-    assert complete(*writer, ["Well"], 20, Sampling(1.0), seed=4)[0].text == both[1].text
-    assert (
-        complete(*writer, ["Hello"], 20, Sampling(1.0))[0].text
-        != complete(*writer, ["Hello"], 20, Sampling(1.0))[0].text
-    )
+def test_a_seed_reproduces_the_texts(writer: tuple[GPTModel, tiktoken.Encoding]) -> None:
+    def texts(seed: int | None) -> list[str]:
+        return [result.text for result in complete(*writer, ["Hello", "Well"], 20, Sampling(1.0), seed=seed)]
+
+    assert texts(3) == texts(3) != texts(4)
+    assert texts(None) != texts(None)
 
 
 def test_a_stop_string_ends_the_text_and_is_not_shown(writer: tuple[GPTModel, tiktoken.Encoding]) -> None:
@@ -291,17 +272,19 @@ def test_the_end_of_text_token_ends_it(writer: tuple[GPTModel, tiktoken.Encoding
 
 
 def test_characters_of_several_tokens_are_not_torn() -> None:
-    from gptlit.generation.generate import Completion, _Writer
+    from gptlit.generation.generate import _Row
 
     tokenizer = load_tokenizer("gpt2")
-    row = _Writer(tokenizer, Completion(""), [])
-    pieces = [row.add(token, 0.0) for token in tokenizer.encode_ordinary("a 🙂 日本")]
+    pieces: list[str] = []
+    row = _Row("", tokenizer, [], pieces.append)
+    for token in tokenizer.encode_ordinary("a 🙂 日本"):
+        row.add(token)
     assert "".join(pieces) == "a 🙂 日本"
     assert "\ufffd" not in "".join(pieces)
 
 
 def test_empty_prompts_and_stops_are_refused(writer: tuple[GPTModel, tiktoken.Encoding]) -> None:
-    with pytest.raises(InputError, match="a prompt is empty"):
+    with pytest.raises(InputError, match="a prompt or a stop string is empty"):
         complete(*writer, ["Hello", ""])
-    with pytest.raises(InputError, match="a stop string is empty"):
+    with pytest.raises(InputError, match="a prompt or a stop string is empty"):
         complete(*writer, ["Hello"], stop=[""])
