@@ -28,7 +28,8 @@ class RowLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() != x.shape[-1]:
             return F.linear(x, self.weight, self.bias)
-        return _row_product(self.weight, x, self.bias)
+        product = (self.weight.float() * x.reshape(1, -1).float()).sum(dim=-1)  # (O,)
+        return _as_row(product, self.bias, x)
 
 
 class Int8Linear(nn.Module):
@@ -59,34 +60,27 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         if self.packed and len(rows) == 1:
-            return _packed_row_product(self.weight, x, self.bias, self.scale)
-        weight = self._unpacked() if self.packed else self.weight
+            planes = x.reshape(4, -1).float()  # (4, I/4)
+            parts = [
+                ((self.weight << (24 - 8 * k)) >> 24).float() * planes[k] for k in range(4)
+            ]  # shifts extend the sign
+            product = (parts[0] + parts[1] + parts[2] + parts[3]).sum(dim=-1) * self.scale.float()  # (O,)
+            return _as_row(product, self.bias, x)
+        weight = self.weight
+        if self.packed:
+            planes = weight[..., None].view(torch.int8).transpose(1, 2)  # (O, 4, I/4)
+            weight = planes.reshape(len(weight), -1)
         if len(rows) <= 16 and x.device.type == "cpu":
-            product = torch._weight_int8pack_mm(rows, weight, self.scale)
+            product = torch._weight_int8pack_mm(rows, weight, self.scale)  # torch has no public int8 product
         else:
             product = F.linear(rows, weight.to(x.dtype)) * self.scale
         if self.bias is not None:
             product = product + self.bias
         return product.view(*x.shape[:-1], -1)
 
-    def _unpacked(self) -> Tensor:
-        planes = self.weight[..., None].view(torch.int8).transpose(1, 2)  # (O, 4, I/4)
-        return planes.reshape(len(self.weight), -1)
 
-
-def _packed_row_product(weight: Tensor, x: Tensor, bias: Tensor | None, scale: Tensor) -> Tensor:
-    """Return weight @ x for a single row and packed weights: a left and a right shift sign-extend a byte."""
-    planes = x.reshape(4, -1).float()  # (4, I/4)
-    parts = [((weight << (24 - 8 * k)) >> 24).float() * planes[k] for k in range(4)]
-    product = (parts[0] + parts[1] + parts[2] + parts[3]).sum(dim=-1) * scale.float()  # (O,)
-    if bias is not None:
-        product = product + bias.float()
-    return product.to(x.dtype).view(*x.shape[:-1], -1)
-
-
-def _row_product(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """Return weight @ x for a single row, summed in float32."""
-    product = (weight.float() * x.reshape(1, -1).float()).sum(dim=-1)  # (O,)
+def _as_row(product: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    """Add the bias to a float32 product (O,); return it in the dtype and shape of the single row `x`."""
     if bias is not None:
         product = product + bias.float()
     return product.to(x.dtype).view(*x.shape[:-1], -1)

@@ -76,16 +76,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The sum of the losses of (N, C) hidden states under a (V, C) head; forward computes the gradients too."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        scale: Tensor,
-        dtype: Any,
-        softmax: Any,
-        needs_grad: Any,
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, *options: Any) -> Tensor:
+        dtype, softmax, needs_grad = options
         with torch.autocast(hidden.device.type, enabled=False):
             states, head = hidden.to(dtype), padded_head(weight, dtype)
             rows = min(len(states), ROWS.get(hidden.device.type, 1024))
@@ -110,9 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.grads is None:
-            raise RuntimeError("linear_cross_entropy frees its gradients in the first backward: there is no second")
-        grads, ctx.grads = ctx.grads, None
+        grads, ctx.grads = ctx.grads, None  # which makes a second backward fail
         scaled = [None if grad is None else grad.to(dtype).mul_(grad_output) for grad, dtype in grads]
         return *scaled, None, None, None, None, None
 

@@ -90,7 +90,7 @@ def test_a_second_backward_is_refused() -> None:
     hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     loss = linear_cross_entropy(hidden, weight, torch.zeros(2, 3, dtype=torch.int64))
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="there is no second"):
+    with pytest.raises(TypeError):
         loss.backward()
 
 
