@@ -4,16 +4,22 @@ import json
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from gptlit import __version__
-from gptlit.checkpoint.formats import BOOK, HUGGINGFACE, PREFIX, PretrainedWeights, to_format
+from gptlit.checkpoint.formats import (
+    BOOK,
+    HUGGINGFACE,
+    HUGGINGFACE_FIXED,
+    HUGGINGFACE_KEYS,
+    PREFIX,
+    PretrainedWeights,
+    to_format,
+)
 from gptlit.checkpoint.io import DurableCheckpointIO
 from gptlit.checkpoint.pretrained import fits_vocabulary
-from gptlit.config import GPTConfig
 from gptlit.data.tokenizer import HuggingFaceTokenizer, save_huggingface, tokenizer_spec
 from gptlit.errors import InputError
 from gptlit.model.gpt import GPTModel
@@ -80,28 +86,15 @@ def _write_huggingface(source: PretrainedWeights, folder: Path) -> None:
     own = {"version": __version__, "qkv_bias": config.qkv_bias}
     if is_known and not is_written:
         own["tokenizer"] = tokenizer.name
-    settings = {**_huggingface_config(config, end), "gptlit": own}
+    settings = {
+        "architectures": ["GPT2LMHeadModel"],
+        **HUGGINGFACE_FIXED,
+        **{theirs: getattr(config, ours) for ours, theirs in HUGGINGFACE_KEYS.items()},
+        **dict.fromkeys(("embd_pdrop", "attn_pdrop"), config.drop_rate),
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), end),
+        "torch_dtype": "float32",
+        "gptlit": own,
+    }
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     if is_written:
         save_huggingface(tokenizer, config.context_length, folder)
-
-
-def _huggingface_config(config: GPTConfig, end: int | None) -> dict[str, Any]:
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "vocab_size": config.vocab_size,
-        "n_positions": config.context_length,
-        "n_embd": config.emb_dim,
-        "n_layer": config.n_layers,
-        "n_head": config.n_heads,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "embd_pdrop": config.drop_rate,
-        "attn_pdrop": config.drop_rate,
-        "resid_pdrop": config.drop_rate,
-        "tie_word_embeddings": config.tie_weights,
-        "bos_token_id": end,
-        "eos_token_id": end,
-        "torch_dtype": "float32",
-    }

@@ -97,6 +97,23 @@ class Format:
     ignored: str = ""
 
 
+# Keys of the architecture, ours to theirs, and what a GPT-2 of Hugging Face has besides.
+OPENAI_KEYS = {"vocab_size": "vocab_size", "emb_dim": "n_embd", "n_heads": "n_head", "n_layers": "n_layer"}
+HUGGINGFACE_KEYS = OPENAI_KEYS | {
+    "context_length": "n_positions",
+    "drop_rate": "resid_pdrop",
+    "tie_weights": "tie_word_embeddings",
+}
+NANOGPT_KEYS = OPENAI_KEYS | {"context_length": "block_size", "drop_rate": "dropout", "qkv_bias": "bias"}
+HUGGINGFACE_FIXED = {
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
+
 OWN = Format(lambda name: [name])
 HUGGINGFACE = Format(openai_names, transposed=True, ignored=r".*\.attn\.(masked_)?bias")
 NANOGPT = Format(openai_names, ignored=r".*\.attn\.bias")

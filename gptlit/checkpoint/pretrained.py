@@ -13,7 +13,10 @@ from torch import Tensor
 from gptlit.checkpoint.formats import (
     BOOK,
     HUGGINGFACE,
+    HUGGINGFACE_FIXED,
+    HUGGINGFACE_KEYS,
     NANOGPT,
+    NANOGPT_KEYS,
     OWN,
     PREFIX,
     PretrainedWeights,
@@ -50,86 +53,56 @@ def read_weights(source: str | Path, n_heads: int | None = None) -> PretrainedWe
     """
     is_hub = str(source).startswith(HUB)
     path = _download(str(source).removeprefix(HUB)) if is_hub else Path(source).expanduser()
-    if (path / "config.json").is_file():
-        found = _read_huggingface(path)
-    else:
-        path = path if path.is_file() else find_checkpoint(path)
-        content = load_plain(path)
-        if path.suffix == SUFFIX or "hyper_parameters" in content:
-            found = _read_own(read_checkpoint(path), path)
-        elif "model_args" in content:
-            found = _read_nanogpt(content, path)
-        else:
-            found = _read_book(content, path, n_heads)
+    try:
+        found = _read(path, n_heads)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} cannot be read as a GPT-2 ({type(error).__name__}: {error})") from error
     if n_heads is not None and found.config.n_heads != n_heads:
         raise InputError(f"n_heads is {n_heads}, but {path} says {found.config.n_heads}: leave it out")
     return found
 
 
-def _config(path: Path, **values: Any) -> GPTConfig:
-    try:
-        return GPTConfig(**values)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path} has no usable architecture: {error}") from error
+def _read(path: Path, n_heads: int | None) -> PretrainedWeights:
+    if (path / "config.json").is_file():
+        return _read_huggingface(path)
+    path = path if path.is_file() else find_checkpoint(path)
+    content = load_plain(path)
+    if path.suffix == SUFFIX or "hyper_parameters" in content:
+        return _read_own(read_checkpoint(path), path)
+    if "model_args" in content:
+        return _read_nanogpt(content, path)
+    return _read_book(plain_names(content.get("model_state_dict", content)), path, n_heads)
 
 
 def _read_own(checkpoint: dict[str, Any], path: Path) -> PretrainedWeights:
-    config = _config(path, **checkpoint["hyper_parameters"]["config"])
     found = plain_names(checkpoint["state_dict"])
     weights = {name.removeprefix(PREFIX): value for name, value in found.items() if name.startswith(PREFIX)}
-    data = checkpoint.get("TokenDataModule")
-    tokenizer = data.get("tokenizer") if isinstance(data, dict) else None
-    return from_format(weights, OWN, config, path, tokenizer if isinstance(tokenizer, str) else None)
+    tokenizer = checkpoint.get("TokenDataModule", {}).get("tokenizer")
+    return from_format(weights, OWN, GPTConfig(**checkpoint["hyper_parameters"]["config"]), path, tokenizer)
 
 
 def _read_huggingface(folder: Path) -> PretrainedWeights:
-    path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        config = _huggingface_config(values, path)
-        named = values.get("gptlit", {}).get("tokenizer")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is no configuration of a GPT-2 ({type(error).__name__}: {error})") from error
-    tokenizer = folder_spec(folder, config.vocab_size) or named
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    fixed = {**HUGGINGFACE_FIXED, "n_inner": 4 * values.get("n_embd", 0)}
+    for key, needed in fixed.items():
+        if values.get(key) not in (None, needed):
+            raise InputError(
+                f"{folder} has {key} {values[key]!r}: a GPT-2 has {needed!r}, nothing else can be imported"
+            )
+    values = {"resid_pdrop": 0.1, "tie_word_embeddings": True, "gptlit": {}, **values}
+    qkv_bias = values["gptlit"].get("qkv_bias", True)
+    given = {ours: values[theirs] for ours, theirs in HUGGINGFACE_KEYS.items()}
+    config = GPTConfig(**given, qkv_bias=qkv_bias, init="gpt2")
+    tokenizer = folder_spec(folder, config.vocab_size) or values["gptlit"].get("tokenizer")
     weights: dict[str, Tensor] = {}
     for file in _weight_files(folder):
         for name, value in plain_names(_load_file(file)).items():
             weights[name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"] = value
-    if not config.qkv_bias:  # exported from a model without them, as zeros
+    if not qkv_bias:  # exported from a model without them, as zeros
         weights = {name: value for name, value in weights.items() if not name.endswith("attn.c_attn.bias")}
     return from_format(weights, HUGGINGFACE, config, folder, tokenizer)
-
-
-def _huggingface_config(values: dict[str, Any], path: Path) -> GPTConfig:
-    if values.get("model_type") != "gpt2":
-        raise InputError(
-            f"{path.parent} holds a model of type {values.get('model_type')!r}: only 'gpt2' can be imported"
-        )
-    required = {
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "n_inner": 4 * values["n_embd"],
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-    }
-    for key, needed in required.items():
-        if values.get(key) not in (None, needed):
-            raise InputError(f"{path} has {key} {values[key]!r}: a GPT-2 has {needed!r}, anything else is not imported")
-    return _config(
-        path,
-        vocab_size=values["vocab_size"],
-        context_length=values["n_positions"],
-        emb_dim=values["n_embd"],
-        n_heads=values["n_head"],
-        n_layers=values["n_layer"],
-        drop_rate=values.get("resid_pdrop", 0.1),
-        qkv_bias=values.get("gptlit", {}).get("qkv_bias", True),
-        tie_weights=values.get("tie_word_embeddings", True),
-        init="gpt2",
-    )
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -167,23 +140,10 @@ def _download(name: str) -> Path:
 
 
 def _read_nanogpt(content: dict[str, Any], path: Path) -> PretrainedWeights:
-    args = content["model_args"]
-    try:
-        config = _config(
-            path,
-            vocab_size=args["vocab_size"],
-            context_length=args["block_size"],
-            emb_dim=args["n_embd"],
-            n_heads=args["n_head"],
-            n_layers=args["n_layer"],
-            drop_rate=args.get("dropout", 0.0),
-            qkv_bias=bool(args.get("bias", True)),
-            tie_weights=True,
-            init="gpt2",
-        )
-        weights = plain_names(content["model"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no checkpoint of nanoGPT ({type(error).__name__}: {error})") from error
+    args = {"dropout": 0.0, "bias": True, **content["model_args"]}
+    given = {ours: args[theirs] for ours, theirs in NANOGPT_KEYS.items()}
+    config = GPTConfig(**given, tie_weights=True, init="gpt2")
+    weights = plain_names(content["model"])
     if not config.qkv_bias:  # nanoGPT then has no biases at all; the others are zeros here
         with torch.device("meta"):
             shapes = {openai_names(name)[0]: value.shape for name, value in GPTModel(config).state_dict().items()}
@@ -192,23 +152,17 @@ def _read_nanogpt(content: dict[str, Any], path: Path) -> PretrainedWeights:
     return from_format(weights, NANOGPT, config, path)
 
 
-def _read_book(content: dict[str, Any], path: Path, n_heads: int | None) -> PretrainedWeights:
-    try:
-        weights = plain_names(content.get("model_state_dict", content))
-        vocab_size, emb_dim = weights["tok_emb.weight"].shape
-        context_length, _ = weights["pos_emb.weight"].shape
-    except (KeyError, AttributeError, ValueError) as error:
-        raise InputError(
-            f"{path} is of an unknown format: no hyper_parameters, model_args or tok_emb.weight"
-        ) from error
+def _read_book(weights: dict[str, Any], path: Path, n_heads: int | None) -> PretrainedWeights:
+    if not {"tok_emb.weight", "pos_emb.weight"} <= weights.keys():
+        raise InputError(f"{path} is of an unknown format: no hyper_parameters, model_args or tok_emb.weight")
+    vocab_size, emb_dim = weights["tok_emb.weight"].shape
     if n_heads is None and emb_dim % 64:
         raise InputError(
             f"{path} does not say its number of heads, and its emb_dim {emb_dim} is no multiple of 64: give --n_heads"
         )
-    config = _config(
-        path,
+    config = GPTConfig(
         vocab_size=vocab_size,
-        context_length=context_length,
+        context_length=len(weights["pos_emb.weight"]),
         emb_dim=emb_dim,
         n_heads=emb_dim // 64 if n_heads is None else n_heads,
         n_layers=len({name.split(".")[1] for name in weights if name.startswith("trf_blocks.")}),

@@ -443,11 +443,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit_state(f, lambda s: s.update(x=torch.zeros(1))),
         "has the unknown tensor 'transformer.x'",
     ),
-    "gptj": (lambda f: change_config(f, model_type="gptj"), "holds a model of type 'gptj': only 'gpt2'"),
-    "llama": (lambda f: change_config(f, model_type="llama"), "holds a model of type 'llama': only 'gpt2'"),
+    "gptj": (lambda f: change_config(f, model_type="gptj"), "has model_type 'gptj': a GPT-2 has 'gpt2'"),
     "gelu": (lambda f: change_config(f, activation_function="relu"), "has activation_function 'relu'"),
     "heads": (lambda f: change_config(f, n_head=5), "emb_dim 64 is not divisible by n_heads 5"),
-    "no json": (lambda f: (f / "config.json").write_text("{"), r"config\.json is no configuration of a GPT-2"),
+    "no json": (lambda f: (f / "config.json").write_text("{"), r"hf cannot be read as a GPT-2 \(JSONDecodeError"),
     "cut": (lambda f: truncate(f / "pytorch_model.bin"), r"pytorch_model\.bin is damaged"),
     "absent": (lambda f: (f / "pytorch_model.bin").unlink(), "neither model.safetensors nor pytorch_model.bin"),
     "code": (
