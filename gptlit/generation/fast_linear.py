@@ -5,9 +5,8 @@ of the bytes.
 """
 
 import os
-import shlex
 import shutil
-import sys
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -61,9 +60,8 @@ class Int8Linear(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         if self.packed and len(rows) == 1:
             planes = x.reshape(4, -1).float()  # (4, I/4)
-            parts = [
-                ((self.weight << (24 - 8 * k)) >> 24).float() * planes[k] for k in range(4)
-            ]  # shifts extend the sign
+            # A left and a right shift sign-extend a byte.
+            parts = [((self.weight << (24 - 8 * k)) >> 24).float() * planes[k] for k in range(4)]
             product = (parts[0] + parts[1] + parts[2] + parts[3]).sum(dim=-1) * self.scale.float()  # (O,)
             return _as_row(product, self.bias, x)
         weight = self.weight
@@ -86,7 +84,7 @@ def _as_row(product: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     return product.to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def for_generation(model: GPTModel, quantize: str | None = None, compile: bool = False) -> GPTModel:
+def for_generation(model: GPTModel, quantize: Literal["int8"] | None = None, compile: bool = False) -> GPTModel:
     """Optimize a model for generating one row, in place.
 
     Args:
@@ -95,29 +93,22 @@ def for_generation(model: GPTModel, quantize: str | None = None, compile: bool =
         compile: Compile each block, which pays off for one row on a CPU; ignored on other devices.
 
     Raises:
-        InputError: The quantization is unknown or not for this device, or there is no compiler.
+        InputError: The quantization is not for this device, or there is no compiler.
     """
     device = model.pos_emb.weight.device.type
-    if quantize not in (None, "int8"):
-        raise InputError(f"quantize {quantize!r} is unknown: 'int8' is supported")
     if quantize and device == "cuda":
         raise InputError("quantize 'int8' is for a CPU; on a GPU bf16 is faster: leave it out")
     compile = compile and device == "cpu"
     if quantize and compile:
         model.float()  # bf16 activations would only be converted back and forth
+    if compile and not any(map(shutil.which, os.environ.get("CXX", "g++ clang++ cl").split())):
+        raise InputError("compile needs a C++ compiler: install g++ or clang, or leave it out")
     if quantize or compile:
         for module in list(model.modules()):
             for name, child in module.named_children():
                 if type(child) is nn.Linear:
                     setattr(module, name, Int8Linear(child, packed=compile) if quantize else RowLinear(child))
     if compile:
-        _check_compiler()
         for module in (*model.trf_blocks, model.out_head):
             module.compile(dynamic=False)
     return model
-
-
-def _check_compiler() -> None:
-    default = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    if shutil.which(shlex.split(os.environ.get("CXX", default))[0]) is None:
-        raise InputError("compile needs a C++ compiler: install g++ or clang, or leave it out")

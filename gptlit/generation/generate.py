@@ -86,11 +86,11 @@ def _decoder(model: GPTModel, cache: KVCache, cuda_graph: bool) -> Callable[[Ten
     if not (cuda_graph and cache.lengths.is_cuda):
         return decode
     static_ids = torch.zeros_like(cache.lengths)
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    side_stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side_stream):
         decode(static_ids)  # warm-up; the keys and values that it writes are overwritten
-    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.current_stream().wait_stream(side_stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         static_logits = decode(static_ids)
