@@ -246,7 +246,6 @@ def test_evaluate_prints_a_table_or_json(run: Path, text: str, capsys: pytest.Ca
     loss = float(re.search(r"loss +([\d.]+)", table)[1])  # type: ignore[index]
     assert values["loss"] == pytest.approx(loss, rel=0.01)
     assert re.search(r"stride +8\n", table)
-    assert "highest loss" in table
 
 
 def test_chat_reads_lines_until_the_end(
