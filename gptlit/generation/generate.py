@@ -36,8 +36,6 @@ def stream(
     Args:
         model: In evaluation mode.
         prompts: Token ids, at least one per row.
-        max_new_tokens: Number of steps.
-        sampling: How to sample.
         generator: On the device of the model.
         cuda_graph: On a GPU, capture the cached step once and replay it: a step of one token is bound by kernel
             launches. Not for a sharded model.
@@ -217,8 +215,6 @@ def complete(
         model: In evaluation mode.
         tokenizer: The one the model was trained with.
         prompts: Texts of at least one character.
-        max_new_tokens: Maximum length of a continuation, in tokens.
-        sampling: How to sample.
         stop: Strings that end a continuation and are not part of it.
         seed: The same seed gives the same texts; None: random.
         on_text: Called with (row, text) as soon as text is final.
