@@ -57,7 +57,7 @@ def generate(
     is_streamed = len(rows) == 1 and not json
     if is_streamed:
         print(rows[0], end="", flush=True)
-    show = (lambda _, text: print(text, end="", flush=True)) if is_streamed else (lambda _, text: None)
+    show = (lambda _, text: print(text, end="", flush=True)) if is_streamed else None
     results = complete(model, tokenizer, rows, max_new_tokens, sampling, stop=stop or (), seed=seed, on_text=show)
     if is_streamed:
         print()

@@ -33,7 +33,7 @@ Separator = Annotated[
 
 
 def load_for_generation(
-    checkpoint: str, precision: str, quantize: Literal["int8"] | None, compile: bool = False
+    checkpoint: str, precision: str, quantize: str | None, compile: bool = False
 ) -> "tuple[GPTModel, Tokenizer]":
     """Load a model with its tokenizer, on the GPU if there is one."""
     import torch

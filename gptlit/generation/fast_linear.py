@@ -6,7 +6,6 @@ of the bytes.
 
 import os
 import shutil
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +83,7 @@ def _as_row(product: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     return product.to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def for_generation(model: GPTModel, quantize: Literal["int8"] | None = None, compile: bool = False) -> GPTModel:
+def for_generation(model: GPTModel, quantize: str | None = None, compile: bool = False) -> GPTModel:
     """Optimize a model for generating one row, in place.
 
     Args:
@@ -93,9 +92,11 @@ def for_generation(model: GPTModel, quantize: Literal["int8"] | None = None, com
         compile: Compile each block, which pays off for one row on a CPU; ignored on other devices.
 
     Raises:
-        InputError: The quantization is not for this device, or there is no compiler.
+        InputError: The quantization is unknown or not for this device, or there is no compiler.
     """
     device = model.pos_emb.weight.device.type
+    if quantize not in (None, "int8"):
+        raise InputError(f"quantize {quantize!r} is unknown: 'int8' is supported")
     if quantize and device == "cuda":
         raise InputError("quantize 'int8' is for a CPU; on a GPU bf16 is faster: leave it out")
     compile = compile and device == "cpu"

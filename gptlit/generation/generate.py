@@ -207,7 +207,7 @@ def complete(
     sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
     stop: Sequence[str] = (),
     seed: int | None = None,
-    on_text: Callable[[int, str], None] = lambda row, text: None,
+    on_text: Callable[[int, str], None] | None = None,
 ) -> list[Completion]:
     """Continue a batch of texts of any lengths.
 
@@ -226,7 +226,8 @@ def complete(
         raise InputError("a prompt or a stop string is empty: give at least one character")
     generator = torch.Generator(model.pos_emb.weight.device)
     generator.manual_seed((torch.seed() if seed is None else seed) % 2**63)
-    rows = [_Row(prompt, tokenizer, stop, partial(on_text, index)) for index, prompt in enumerate(prompts)]
+    show = on_text or (lambda row, text: None)
+    rows = [_Row(prompt, tokenizer, stop, partial(show, index)) for index, prompt in enumerate(prompts)]
     ids = [tokenizer.encode_ordinary(prompt) for prompt in prompts]
     for next_ids in stream(model, ids, max_new_tokens, sampling, generator, cuda_graph=True):
         for row, next_id in zip(rows, next_ids.tolist(), strict=True):

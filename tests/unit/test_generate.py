@@ -189,6 +189,11 @@ def test_packed_and_plain_8_bits_are_the_same_numbers(rows: int) -> None:
     assert not Int8Linear(torch.nn.Linear(6, 3), packed=True).packed
 
 
+def test_an_unknown_quantization_is_named(model: GPTModel) -> None:
+    with pytest.raises(InputError, match="quantize 'int3' is unknown"):
+        for_generation(model, "int3")
+
+
 def test_compiling_without_a_compiler_is_named(model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(InputError, match=r"compile needs a C\+\+ compiler"):
