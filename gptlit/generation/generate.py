@@ -46,14 +46,15 @@ def stream(
     longest, context_length = max(map(len, rows)), model.config.context_length
     next_ids = torch.tensor([row[-1] for row in rows], device=model.pos_emb.weight.device)
     cache: KVCache | None = None
+    decode: Callable[[Tensor], Tensor] | None = None
     for step in range(max_new_tokens):
         if longest + step > context_length:
             logits = _forward(model, rows)
         elif cache is None:
             cache = KVCache(model, len(rows), min(context_length, longest + max_new_tokens))
             logits = _forward(model, rows, cache)
-            decode = _decoder(model, cache, cuda_graph)
         else:
+            decode = decode or _decoder(model, cache, cuda_graph)
             logits = decode(next_ids)
             cache.advance(1)
         next_ids = sampling.draw(logits, generator)
