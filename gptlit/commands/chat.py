@@ -1,8 +1,6 @@
 """`gptlit chat`: a prompt loop. Each line is appended to the text so far, and the model continues it."""
 
-import sys
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,7 +15,6 @@ from gptlit.commands.options import (
     TopP,
     load_for_generation,
 )
-from gptlit.errors import InputError
 
 if TYPE_CHECKING:
     from gptlit.data.tokenizer import Tokenizer
@@ -30,7 +27,7 @@ HELP = """What you type is appended to the text, and the model continues it. Ctr
 
 def chat(
     checkpoint: Checkpoint,
-    max_new_tokens: Annotated[int, typer.Option(help="Maximum length of an answer.")] = 200,
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="Maximum length of an answer.")] = 200,
     temperature: Temperature = 0.8,
     top_k: TopK = 50,
     top_p: TopP = None,
@@ -43,47 +40,26 @@ def chat(
     from gptlit.generation.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p)
-    if None in (sys.stdin, sys.stdout):
-        raise InputError("chat reads standard input and writes standard output: one of them is closed")
-    model, tokenizer = load_for_generation(checkpoint, precision, quantize, compile)
-    talk = Chat(model, tokenizer, sampling, max_new_tokens, seed, lambda text: print(text, end="", flush=True))
+    chat = Chat(*load_for_generation(checkpoint, precision, quantize, compile), sampling, max_new_tokens, seed)
     print(HELP)
     while True:
         try:
-            talk.say(input("> "))
+            chat.say(input("> "))
         except EOFError:
             print()
             return
 
 
+@dataclass
 class Chat:
-    """The state of a conversation.
+    """A conversation. Its `seed` is incremented for each answer."""
 
-    Args:
-        model: In evaluation mode.
-        tokenizer: The one the model was trained with.
-        sampling: How to sample.
-        max_new_tokens: Maximum length of an answer.
-        seed: Of the first answer, incremented for each one; None: random.
-        write: Receives all text.
-    """
-
-    def __init__(
-        self,
-        model: "GPTModel",
-        tokenizer: "Tokenizer",
-        sampling: "Sampling",
-        max_new_tokens: int,
-        seed: int | None,
-        write: Callable[[str], None],
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self.sampling = sampling
-        self.max_new_tokens = max_new_tokens
-        self.seed = seed
-        self.write = write
-        self.history = ""
+    model: "GPTModel"
+    tokenizer: "Tokenizer"
+    sampling: "Sampling"
+    max_new_tokens: int
+    seed: int | None
+    history: str = ""
 
     def say(self, line: str) -> None:
         """Run a slash command, or answer a line."""
@@ -91,9 +67,13 @@ class Chat:
         if command == "/reset":
             self.history = ""
         elif command == "/temperature":
-            self._set_temperature(value)
+            try:
+                self.sampling = replace(self.sampling, temperature=float(value))
+            except ValueError as error:
+                print(error)
+            print(f"temperature is {self.sampling.temperature}")
         elif command.startswith("/"):
-            self.write(HELP + "\n" if command == "/help" else f"unknown command {command}: try /help\n")
+            print(HELP if command == "/help" else f"unknown command {command}: try /help")
         elif line:
             self._answer(line)
 
@@ -102,22 +82,17 @@ class Chat:
         from gptlit.generation.generate import complete
 
         self.history += ("\n" if self.history else "") + line
+        prompts = [self.history]
 
         def show(_: int, text: str) -> None:
             self.history += text
-            self.write(text)
+            print(text, end="", flush=True)
 
-        model, prompts, length = self.model, [self.history], self.max_new_tokens
         try:
-            complete(model, self.tokenizer, prompts, length, self.sampling, seed=self.seed, on_text=show)
+            complete(
+                self.model, self.tokenizer, prompts, self.max_new_tokens, self.sampling, seed=self.seed, on_text=show
+            )
         except KeyboardInterrupt:
-            self.write(" [stopped]")
-        self.write("\n")
+            print(" [stopped]", end="")
+        print()
         self.seed = None if self.seed is None else self.seed + 1
-
-    def _set_temperature(self, value: str) -> None:
-        try:
-            self.sampling = replace(self.sampling, temperature=float(value))
-        except ValueError as error:
-            self.write(f"{error}\n")
-        self.write(f"temperature is {self.sampling.temperature}\n")

@@ -14,6 +14,7 @@ from gptlit.commands.generate import generate
 from gptlit.commands.import_weights import import_weights
 from gptlit.commands.inspect import inspect
 from gptlit.commands.options import Json
+from gptlit.commands.plot import plot
 from gptlit.commands.prepare import prepare
 from gptlit.errors import InputError, fail, set_up_streams, user_path
 
@@ -49,21 +50,9 @@ def plan(
     Takes the same --config files and flags as `train.py fit` (`--data.batch_size 256`). Nothing is trained or written,
     and no GPU is needed; what depends on a corpus that is not prepared is left open (null with --json).
     """
-    if not any(word.partition("=")[0] in ("--config", "-c") for word in context.args):
-        fail("--config is needed: gptlit plan --config configs/quickstart.yaml", status=2)
     from gptlit.commands.plan import run
 
     run(context.args, with_measure=measure, as_json=json)
-
-
-def plot(
-    run: Annotated[list[str], typer.Argument(help="Folders: runs/<name>/version_<n>, or runs/<name> for its newest.")],
-    out: Annotated[str, typer.Option(help="The picture to write: .png, .svg or .pdf.")],
-) -> None:
-    """Draw the losses of one or several runs by tokens and by time, and print how their settings differ."""
-    from gptlit.commands.plot import run as draw
-
-    draw(run, out)
 
 
 def schema(out: Annotated[str, typer.Option(help="The .json file to write.")]) -> None:
@@ -71,14 +60,11 @@ def schema(out: Annotated[str, typer.Option(help="The .json file to write.")]) -
 
     A YAML file names it in its first line: # yaml-language-server: $schema=FILE
     """
-    path = user_path(out)
-    if path.suffix != ".json":
-        raise InputError(f"--out {out!r} must end in .json")
     from json import dumps
 
     from gptlit.commands.plan import json_schema
 
-    path.write_text(dumps(json_schema(), indent=1) + "\n")
+    user_path(out).write_text(dumps(json_schema(), indent=1) + "\n")
     print(f"{out}\nfirst line of a YAML file: # yaml-language-server: $schema={out}")
 
 

@@ -13,17 +13,15 @@ from typing_extensions import override
 from gptlit.checkpoint.formats import PretrainedWeights
 from gptlit.checkpoint.io import read_checkpoint
 from gptlit.checkpoint.pretrained import check_compatible
-from gptlit.config import PRESETS, GPTConfig
+from gptlit.config import PRESETS
 from gptlit.data.compatibility import check_division, micro_batch_size
-from gptlit.data.datamodule import TokenDataModule
 from gptlit.errors import InputError, fail
 from gptlit.training.cli import TrainingCLI, command_line
 from gptlit.training.estimate import RunSpec, describe, gigabytes, make_plan, warnings
 from gptlit.training.lightning_compat import parser_schema
 from gptlit.training.measure import measure
-from gptlit.training.module import GPTModule
 
-HUB_NAMES = {"gpt2": "small", "gpt2-medium": "medium", "gpt2-large": "large", "gpt2-xl": "xl"}
+HUB_NAMES = {"gpt2": "gpt2-small", **{name: name for name in ("gpt2-medium", "gpt2-large", "gpt2-xl")}}
 
 
 class PlanCLI(TrainingCLI):
@@ -32,25 +30,14 @@ class PlanCLI(TrainingCLI):
     makes_files = False
 
     @override
-    def before_instantiate_classes(self) -> None:
-        # What is missing on this machine stays open, with a line on why.
-        self.open: list[str] = []
-        super().before_instantiate_classes()
-
     def _settle_architecture(self, config: Any) -> None:
-        hub, _, name = str(config.model.init_from).partition(":")
-        size = HUB_NAMES.get(name.removeprefix("openai-community/")) if hub == "hf" else None
-        if size is None:
-            try:
-                return super()._settle_architecture(config)
-            except InputError as error:
-                self.open.append(f"{error}; the architecture is that of the configuration")
-                return
-        preset = replace(PRESETS[f"gpt2-{size}"], qkv_bias=True, tie_weights=True)  # without a download
+        name = str(config.model.init_from).removeprefix("hf:").removeprefix("openai-community/")
+        if not str(config.model.init_from).startswith("hf:") or name not in HUB_NAMES:
+            return super()._settle_architecture(config)
+        preset = replace(PRESETS[HUB_NAMES[name]], qkv_bias=True, tie_weights=True)  # without a download
         given = self._given("model", "config")
         check_compatible(given, PretrainedWeights(Path(config.model.init_from), preset, {}))
-        for key, value in {**asdict(preset), **given}.items():
-            config.model.config[key] = value
+        config.model.config.update(asdict(preset) | given)
 
     @override
     def instantiate_classes(self) -> None:
@@ -70,12 +57,10 @@ def run(args: list[str], with_measure: bool, as_json: bool) -> None:
         as_json: Print one JSON object.
     """
     cli = command_line(PlanCLI, ["fit", *args])
-    assert isinstance(cli, PlanCLI)
     try:
         config = cli.config["fit"]
-        spec = run_spec(config, cli.run)
+        spec = run_spec(cli.parser.instantiate_classes(cli.config)["fit"], cli.run)
         plan = make_plan(spec)
-        found = [*cli.open, *warnings(spec, plan)]
         if not as_json:
             print("\n".join(describe(spec, plan)), flush=True)
         if with_measure:
@@ -84,21 +69,19 @@ def run(args: list[str], with_measure: bool, as_json: bool) -> None:
     except (ValueError, TypeError, RuntimeError) as error:
         fail(error, status=2)
     if as_json:
-        print(json.dumps({**plan, "warnings": found}, indent=1))
+        print(json.dumps({**plan, "warnings": warnings(spec, plan)}, indent=1))
         return
-    if (seconds := plan["time"]["seconds_a_step"]) is not None:
-        rate = f"{seconds:.3g} s a step, {plan['time']['tokens_per_second']:,.0f} tokens/s"
+    if with_measure:
+        rate = f"{plan['time']['seconds_a_step']:.3g} s a step, {plan['time']['tokens_per_second']:,.0f} tokens/s"
         left = f": {timedelta(seconds=round(plan['time']['seconds']))} to the end" if plan["time"]["seconds"] else ""
         print(f"time    {rate}{left}, validations and checkpoints not counted")
-    for line in found:
+    for line in warnings(spec, plan):
         print(f"warning: {line}")
 
 
 def run_spec(config: Any, run: Path) -> RunSpec:
-    """Return what is to be planned, from a parsed configuration of `fit`."""
+    """Return what is to be planned, from an instantiated configuration of `fit`."""
     data, trainer = config.data, config.trainer
-    values = config.model.as_dict()
-    module = GPTModule(**{**values, "config": GPTConfig(**values["config"])})  # checks the values
     device = device_of(trainer.accelerator)
     devices = count_devices(trainer.devices, device) * int(trainer.num_nodes)
     if devices < 1:
@@ -106,13 +89,12 @@ def run_spec(config: Any, run: Path) -> RunSpec:
             f"trainer.devices {trainer.devices}, trainer.num_nodes {trainer.num_nodes}: each must be at least 1"
         )
     check_division(data.batch_size, devices)
-    datamodule = TokenDataModule(**config.data.as_dict() if isinstance(data.source, str) else _with_sources(data))
-    datamodule.context_length = datamodule.check_compatible(module.config)
-    if datamodule.corpora.is_prepared():
-        datamodule.load("fit")
+    data.context_length = data.check_compatible(config.model.config)
+    if data.corpora.is_prepared():
+        data.load("fit")
     return RunSpec.of(
-        module,
-        datamodule,
+        config.model,
+        data,
         precision=str(trainer.precision),
         device=device,
         devices=devices,
@@ -125,13 +107,6 @@ def run_spec(config: Any, run: Path) -> RunSpec:
         keep_best=config.run.keep_best,
         folder=run.parent.parent,
     )
-
-
-def _with_sources(data: Any) -> dict[str, Any]:
-    from gptlit.data.corpora import WeightedSource
-
-    sources = [part if isinstance(part, WeightedSource) else WeightedSource(**vars(part)) for part in data.source]
-    return {**data.as_dict(), "source": sources}
 
 
 def device_of(accelerator: Any) -> str:
@@ -153,10 +128,7 @@ def count_devices(devices: Any, device: str) -> int:
     """Return the number of devices per node; 1 for "auto" without a GPU."""
     if devices in ("auto", -1, "-1"):
         return max(1, torch.cuda.device_count()) if device == "cuda" else 1
-    if isinstance(devices, list):
-        return len(devices)
-    text = str(devices)
-    return int(text) if text.isdigit() else len([part for part in text.split(",") if part])
+    return len(devices) if isinstance(devices, list) else int(devices)
 
 
 def time_of(spec: RunSpec, plan: dict[str, Any], done: int) -> dict[str, Any]:

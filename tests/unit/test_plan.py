@@ -97,7 +97,7 @@ def test_a_gpu_that_is_not_here_is_not_measured(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ([], "--config is needed"),
+        ([], "a run needs an end: set trainer.max_steps"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
         (["--config", str(ROOT / "configs/quickstart.yaml"), "--model.lr=-1"], "model.lr must be a number"),
         (["--config", str(ROOT / "configs/quickstart.yaml"), "--model.learning_rate=1"], "learning_rate"),

@@ -4,6 +4,7 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from torch.utils.tensorboard import SummaryWriter
@@ -38,28 +39,26 @@ def runs() -> list[str]:
     return ["runs/a/version_0", "runs/a/version_1"]
 
 
-@pytest.mark.parametrize(("ending", "start"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
-def test_a_picture_is_written(runs: list[str], ending: str, start: bytes, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["plot", *runs, "--out", f"curves.{ending}"])
-    assert Path(f"curves.{ending}").read_bytes().startswith(start)
+def test_a_picture_is_written_and_best_losses_and_differences_printed(
+    runs: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path(runs[0], "config_1.yaml").write_text("{model: {lr: 1, config: {emb_dim: 32}}, run: {sample_prompt: '[b]'}}")
+    main(["plot", *runs, "--out", "curves.png"])
+    assert Path("curves.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "5.2000" in out  # the best of the first run, at step 30
     assert "5.1000" in out
     assert "model.lr" in out
     assert "emb_dim" not in out
-    assert not list(Path().glob(".*"))
+    assert "[b]" in out
 
 
-def test_the_picture_shows_curves_best_points_and_differences(runs: list[str]) -> None:
-    figure = draw([read_run(run) for run in runs])
-    tokens, seconds, table = figure.axes
+def test_the_picture_shows_curves_and_best_points(runs: list[str]) -> None:
+    tokens, seconds = draw([read_run(run) for run in runs]).axes
     assert [len(part.lines) for part in (tokens, seconds)] == [8, 8]  # raw, smoothed, val, best: of two runs
     assert tokens.lines[3].get_xydata()[0] == pytest.approx([0.03, 5.2])  # million tokens
     assert seconds.lines[3].get_xydata()[0] == pytest.approx([75 / 60, 5.2])
     assert {text.get_text() for text in tokens.texts} == {"5.200", "5.100"}
-    cells = {cell.get_text().get_text() for cell in table.tables[0].get_celld().values()}
-    assert {"model.lr", "0.001", "0.002"} <= cells
-    assert draw([read_run(runs[0])]).axes[-1].get_xlabel() == "minutes of training"
 
 
 def test_the_newest_version_is_taken(runs: list[str]) -> None:
@@ -67,16 +66,17 @@ def test_the_newest_version_is_taken(runs: list[str]) -> None:
     assert differences([read_run(run) for run in runs]) == {"model.lr": [1e-3, 2e-3]}
 
 
-def test_smoothing_begins_at_the_first_value_and_passes_over_nan() -> None:
-    assert smooth([3.0, 3.0, math.nan, 3.0]) == pytest.approx([3.0] * 4)
-    assert smooth([1.0, 2.0], weight=0.5) == pytest.approx([1.0, 5 / 3])
+def test_smoothing_is_bias_corrected_and_skips_nan() -> None:
+    assert smooth(np.array([3.0, 3.0, math.nan, 3.0] * 20)) == pytest.approx([3.0] * 80)
+    values = np.linspace(10, 0, 50)  # half the weight on what came before
+    assert smooth(values)[1] == pytest.approx((0.5 * values[0] + values[1]) / 1.5)
 
 
 @pytest.mark.parametrize(
     ("words", "args"),
     [
         ("must end in .png, .svg or .pdf", ["runs/a", "--out", "curves.txt"]),
-        ("there is no folder", ["runs/a", "--out", "nowhere/curves.png"]),
+        ("nowhere/curves.png", ["runs/a", "--out", "nowhere/curves.png"]),
         ("nowhere has no event files", ["nowhere", "--out", "curves.png"]),
         ("has no train/loss and no val/loss yet", ["runs/empty", "--out", "curves.png"]),
     ],
@@ -95,11 +95,11 @@ def test_bad_input_is_one_line(
 
 
 def test_a_loss_that_is_nan_is_not_the_best() -> None:
-    assert Curve(values=[math.nan, 5.2, 5.4]).best == 1
+    assert Curve(*map(np.array, ([1, 2, 3], [1, 2, 3], [1, 2, 3], [math.nan, 5.2, 5.4]))).best == 1
 
 
 def test_the_pause_before_a_resume_is_left_out(runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    last = read_run(runs[0]).curves["train/loss"].seconds[-1]
+    last = read_run(runs[0]).curves["train"].seconds[-1]
     resumed = time.time() + 7200
     monkeypatch.setattr(time, "time", lambda: resumed)
     writer, began = event_file(Path(runs[0]))
@@ -108,12 +108,6 @@ def test_the_pause_before_a_resume_is_left_out(runs: list[str], monkeypatch: pyt
     by_tokens = SummaryWriter(str(Path(runs[0], "tokens")))
     by_tokens.add_scalar("loss_by_tokens/train", 4.0, 41000)
     by_tokens.close()
-    curve = read_run(runs[0]).curves["train/loss"]
+    curve = read_run(runs[0]).curves["train"]
     assert (curve.steps[-1], curve.tokens[-1]) == (41, 41000)
     assert curve.seconds[-1] == pytest.approx(last + 2.5)
-
-
-def test_settings_are_shown_as_they_are(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    Path(runs[0], "config.yaml").write_text("run: {sample_prompt: '[INST] hi [/INST]'}")
-    main(["plot", *runs, "--out", "a.png"])
-    assert "[INST] hi [/INST]" in capsys.readouterr().out
