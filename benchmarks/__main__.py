@@ -2,7 +2,7 @@
 
 from jsonargparse import auto_cli
 
-from benchmarks import bigram, curves, devices, faults, footprint, generate, gpu, loader, prepare, profile, saves, step
+from benchmarks import bigram, curves, devices, faults, footprint, generate, gpu, prepare, profile, saves, step
 
 RUNS = {
     "bigram": bigram.run,
@@ -13,7 +13,6 @@ RUNS = {
     "generate": generate.run,
     "gpu": gpu.run,
     "ladder": step.ladder,
-    "loader": loader.run,
     "memory": devices.memory,
     "numerics": curves.numerics,
     "overhead": step.overhead,

@@ -1,5 +1,6 @@
 """Paired comparisons: one process per contender, one active at a time, interleaved rounds, ratios within a round."""
 
+import ctypes
 import json
 import os
 import platform
@@ -86,6 +87,13 @@ class StepTimer:
         self._began = time.perf_counter()
 
 
+def keep_freed_memory() -> None:
+    """Make glibc keep freed memory, as `train.py` does; works in environments without gptlit."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-4, 0)
+    libc.mallopt(-1, 2**31 - 1)
+
+
 def synchronize() -> None:
     """Synchronize with the GPU, if this process uses one."""
     torch = sys.modules.get("torch")
@@ -124,8 +132,6 @@ def compare(
 ) -> None:
     """Measure all contenders in interleaved rounds; print and write their results and the paired ratios.
 
-    Written as JSON, as a Markdown table (.md) and as a plot (.png).
-
     Args:
         title: What is measured.
         contenders: Contenders by name.
@@ -147,8 +153,6 @@ def compare(
     _print(title, results, ratios)
     values = {"title": title, "machine": machine(), "results": results, "ratios": ratios}
     out.write_text(json.dumps(values, indent=1) + "\n")
-    out.with_suffix(".md").write_text(_markdown(title, results, ratios))
-    _draw(title, ratios, out.with_suffix(".png"))
 
 
 def measure_interleaved(processes: Mapping[str, Process], rounds: int) -> dict[str, list[dict[str, float]]]:
@@ -175,35 +179,6 @@ def _print(title: str, results: dict[str, list[dict[str, float]]], ratios: dict[
         table.add_row(name, f"{statistics.median(values):.2f}", f"{min(values):.2f}", f"{max(values):.2f}")
     console.print(table)
     console.print("\n".join(f"{key}: {value}" for key, value in machine().items()))
-
-
-def _markdown(title: str, results: dict[str, list[dict[str, float]]], ratios: dict[str, list[float]]) -> str:
-    keys = list(next(iter(results.values()))[0])
-    lines = [f"{title} (medians; {', '.join(machine().values())})", "", f"| contender | {' | '.join(keys)} |"]
-    lines.append("| --- |" + " --- |" * len(keys))
-    for name, runs in results.items():
-        cells = (f"{statistics.median(run[key] for run in runs):.4g}" for key in keys)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", "| pair | median ratio | lowest | highest |", "| --- | --- | --- | --- |"]
-    lines += [f"| {n} | {statistics.median(v):.2f} | {min(v):.2f} | {max(v):.2f} |" for n, v in ratios.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _draw(title: str, ratios: dict[str, list[float]], path: Path) -> None:
-    """Plot the ratios: a bar from 1 to the median, and a point for each round."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 0.6 + 0.5 * len(ratios)), layout="constrained")
-    axes = figure.subplots()
-    for row, values in enumerate(ratios.values()):
-        axes.barh(row, statistics.median(values) - 1, left=1, height=0.5, color="#4477aa", alpha=0.6)
-        axes.plot(values, [row] * len(values), ".", color="#223344")
-        axes.annotate(f"{statistics.median(values):.2f}", (max(*values, 1), row), (6, -3), textcoords="offset points")
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set(yticks=range(len(ratios)), yticklabels=list(ratios), title=title)
-    axes.margins(x=0.15)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
 
 
 def machine() -> dict[str, str]:

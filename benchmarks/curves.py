@@ -115,7 +115,7 @@ def train_nanogpt(folder: str, steps: int, lr: float, seed: int) -> None:
     """Train nanoGPT's model with its recipe, sampling windows with replacement."""
     import torch
 
-    from benchmarks.allocator import keep_freed_memory
+    from benchmarks.contenders import keep_freed_memory
     from gptlit.data.datamodule import TokenDataModule
     from gptlit.training.optimizer import Schedule
 

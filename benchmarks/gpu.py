@@ -29,12 +29,9 @@ LIMITS = {  # time limits of the phases, in seconds
     "step": 240,
     "kernels": 90,
     "syncs": 90,
-    "variants": 200,
     "batches": 200,
-    "larger": 150,
     "reliability": 200,
     "generation": 90,
-    "transformers": 150,
 }
 
 
@@ -135,28 +132,27 @@ def timed(function: Callable[[], Any], device: str, repeats: int = 10) -> float:
     return statistics.median(times)
 
 
-def gptlit(device: str, batch: int = 16, size: str = "124m", flags: Sequence[str] = (), patch: str = "") -> Contender:
+def gptlit(device: str, batch: int = 16, flags: Sequence[str] = ()) -> Contender:
     """Return `train.py fit` as a contender; on a CPU tiny and not compiled."""
-    patches = [f"benchmarks.gpu:{patch}"] if patch else []
     if device == "cpu":
         flags = ["--model.compile=false", *flags, "--data.micro_batch_size=2"]
-        return make("gptlit", "toy", 2, 16, device=device, warm=1, steps=2, flags=flags, patches=patches)
-    return make("gptlit", size, batch, 1024, device=device, warm=8, steps=10, flags=flags, patches=patches)
+        return make("gptlit", "toy", 2, 16, device=device, warm=1, steps=2, flags=flags)
+    return make("gptlit", "124m", batch, 1024, device=device, warm=8, steps=10, flags=flags)
 
 
-def peer(name: str, device: str, batch: int = 16, folder: str = "") -> Contender:
-    """Return another project's model as a contender."""
+def nanogpt_contender(device: str, batch: int, folder: str) -> Contender:
+    """Return nanoGPT's model as a contender; on a CPU tiny and not compiled."""
     if device == "cpu":
-        return make(f"{name}, shipped", "toy", 2, 16, device=device, warm=1, steps=2, folder=folder)
-    return make(name, "124m", batch, 1024, device=device, warm=8, steps=10, folder=folder)
+        return make("nanogpt, shipped", "toy", 2, 16, device=device, warm=1, steps=2, folder=folder)
+    return make("nanogpt", "124m", batch, 1024, device=device, warm=8, steps=10, folder=folder)
 
 
-def summaries(results: dict[str, list[dict[str, float]]], tokens: dict[str, int], size: str, device: str) -> Lines:
+def summaries(results: dict[str, list[dict[str, float]]], tokens: dict[str, int], device: str) -> Lines:
     """Yield tokens per second, MFU, memory and the ratio to the first contender's time, for each contender."""
     first = next(iter(results.values()))
     for name, runs in results.items():
         rates = sorted(tokens[name] / found["seconds"] for found in runs)
-        flops = step_flops(size, 1, 1024) / 1024
+        flops = step_flops("124m", 1, 1024) / 1024
         peak = datasheet(device)
         ratios = [found["seconds"] / base["seconds"] for found, base in zip(runs, first, strict=True)]
         yield {
@@ -179,7 +175,7 @@ def datasheet(device: str) -> float | None:
     return datasheet_peak(torch.cuda.get_device_name(), "bf16-mixed") if device == "cuda" else None
 
 
-def compare(contenders: dict[str, Contender], tokens: dict[str, int], size: str, device: str, rounds: int = 3) -> Lines:
+def compare(contenders: dict[str, Contender], tokens: dict[str, int], device: str, rounds: int = 3) -> Lines:
     """Start all contenders at once, then measure them in interleaved rounds."""
     began = time.monotonic()
     processes = {name: Process(contender) for name, contender in contenders.items()}
@@ -191,14 +187,14 @@ def compare(contenders: dict[str, Contender], tokens: dict[str, int], size: str,
         except RuntimeError as error:
             yield {"contender": name, "error": str(error)}
     if ready:
-        yield from summaries(measure_interleaved(ready, rounds), tokens, size, device)
+        yield from summaries(measure_interleaved(ready, rounds), tokens, device)
 
 
 # --- the phases ---------------------------------------------------------------------------------------------------
 
 
 def ceilings(device: str, nanogpt: str | None) -> Lines:
-    """Matrix products, copies, the head at two vocabulary sizes, and attention kernels."""
+    """A matrix product, those of the head at two vocabulary sizes, and attention kernels."""
     import torch
 
     is_gpu = device == "cuda"
@@ -210,26 +206,16 @@ def ceilings(device: str, nanogpt: str | None) -> Lines:
         "side": side,
         "TFLOP/s": 2e-12 * side**3 / timed(partial(torch.mm, left, right), device),
     }
-    source = torch.randn(2**29 if is_gpu else 2**20, device=device)
-    target = torch.empty_like(source)
-    rate = 2e-9 * source.nbytes / timed(partial(target.copy_, source), device)
-    yield {"what": "copy, read and written", "GB/s": rate}
-    del source, target, left, right
     rows, width = (8192, 768) if is_gpu else (64, 16)
     for columns in (50257, 50304):
         states = torch.randn(rows, width, device=device, dtype=torch.bfloat16)
         head = torch.randn(columns, width, device=device, dtype=torch.bfloat16)
         logits = states @ head.t()
-        total = torch.zeros(columns, width, device=device)
         products: dict[str, Callable[[], Any]] = {
             "logits": lambda a=states, b=head: a @ b.t(),
             "states' gradient": lambda a=logits, b=head: a @ b,
             "head's gradient": lambda a=logits, b=states: a.t() @ b,
         }
-        if is_gpu:
-            products["head's gradient, added in float32"] = lambda a=logits, b=states, c=total: torch.addmm(
-                c, a.t(), b, out_dtype=torch.float32
-            )
         for name, product in products.items():
             yield {"what": name, "columns": columns, "rows": rows, "ms": 1e3 * timed(product, device)}
     yield from attention_kernels(device)
@@ -260,31 +246,16 @@ def step(device: str, nanogpt: str | None) -> Lines:
     """gptlit under its Trainer and nanoGPT; the correctness checks run while they compile."""
     contenders = {"gptlit": gptlit(device)}
     if nanogpt is not None:
-        contenders["nanoGPT"] = peer("nanogpt", device, folder=nanogpt)
+        contenders["nanoGPT"] = nanogpt_contender(device, 16, nanogpt)
     checks = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.gpu", "correctness", json.dumps({"device": device, "nanogpt": nanogpt})]
     )
     tokens = dict.fromkeys(contenders, 16 * 1024 if device == "cuda" else 2 * 16)
-    for line in compare(contenders, tokens, "124m", device):
+    for line in compare(contenders, tokens, device):
         if "ready after" in line and line["contender"] == list(contenders)[-1]:
             checks.wait()
         yield line
     checks.wait()
-
-
-def transformers(device: str, nanogpt: str | None) -> Lines:
-    """Transformers' GPT-2, compiled, and gptlit."""
-    contenders = {"gptlit": gptlit(device), "Transformers": peer("transformers", device)}
-    yield from compare(contenders, dict.fromkeys(contenders, 16 * 1024 if device == "cuda" else 2 * 16), "124m", device)
-
-
-def variants(device: str, nanogpt: str | None) -> Lines:
-    """Candidate optimizations, with micro-batches that fill the card."""
-    batch, flags = 64, ["--data.micro_batch_size=64"]
-    contenders = {"gptlit": gptlit(device, batch, flags=flags)}
-    for name in ("bf16_residual", "one_graph"):
-        contenders[name] = gptlit(device, batch, flags=flags, patch=name)
-    yield from compare(contenders, dict.fromkeys(contenders, batch * 1024 if device == "cuda" else 32), "124m", device)
 
 
 def batches(device: str, nanogpt: str | None) -> Lines:
@@ -296,21 +267,11 @@ def batches(device: str, nanogpt: str | None) -> Lines:
         contenders[f"gptlit, {batch} x 1024"] = gptlit(device, batch, flags=flags)
         tokens[f"gptlit, {batch} x 1024"] = batch * 1024
         if nanogpt is not None:
-            contenders[f"nanoGPT, {batch} x 1024"] = peer("nanogpt", device, batch, nanogpt)
+            contenders[f"nanoGPT, {batch} x 1024"] = nanogpt_contender(device, batch, nanogpt)
             tokens[f"nanoGPT, {batch} x 1024"] = batch * 1024
     contenders["gptlit, 8 times 64 x 1024"] = gptlit(device, 64, flags=["--data.micro_batch_size=64", *many])
     tokens["gptlit, 8 times 64 x 1024"] = 64 * 1024
-    yield from compare(contenders, tokens, "124m", device)
-
-
-def larger(device: str, nanogpt: str | None) -> Lines:
-    """The 355M model."""
-    contenders = {}
-    for batch in (16, 32):
-        flags = [f"--data.micro_batch_size={batch}"]
-        contenders[f"355M, {batch} x 1024"] = gptlit(device, batch, "355m", flags=flags)
-    tokens = {name: int(name.split()[1]) * 1024 for name in contenders}
-    yield from compare(contenders, tokens, "355m", device)
+    yield from compare(contenders, tokens, device)
 
 
 def kernels(device: str, nanogpt: str | None) -> Lines:
@@ -322,48 +283,6 @@ def syncs(device: str, nanogpt: str | None) -> Lines:
     """Host-device synchronizations between two log points, and the time for which a save blocks training."""
     yield from probe_lines("SyncCounter", device)
     yield from probe_lines("SaveTimer", device)
-
-
-# Variants: patches of gptlit, each applied in a separate process.
-
-
-def after_configure_model(change: Callable[[Any], None]) -> None:
-    """Apply a change after `configure_model`."""
-    from gptlit import GPTModule
-
-    original = GPTModule.configure_model
-
-    def configure_model(self: Any) -> None:
-        is_new = not hasattr(self, "model")
-        original(self)
-        if is_new:
-            change(self)
-
-    GPTModule.configure_model = configure_model  # type: ignore[method-assign]
-
-
-def one_graph() -> None:
-    """Compile embeddings, blocks and final norm as one graph."""
-    import torch
-
-    from gptlit.model.gpt import TransformerBlock
-
-    TransformerBlock.compile = lambda self, *a, **k: None  # type: ignore[method-assign,assignment]
-
-    def change(module: Any) -> None:
-        module.model.hidden = torch.compile(module.model.hidden)
-
-    after_configure_model(change)
-
-
-def bf16_residual() -> None:
-    """Keep the residual stream in bf16."""
-    import torch
-
-    def change(module: Any) -> None:
-        module.model.drop_emb.register_forward_hook(lambda m, a, out: out.to(torch.bfloat16))
-
-    after_configure_model(change)
 
 
 def generation(device: str, nanogpt: str | None) -> Lines:
@@ -391,12 +310,9 @@ PHASES = {
     "step": step,
     "kernels": kernels,
     "syncs": syncs,
-    "variants": variants,
     "batches": batches,
-    "larger": larger,
     "reliability": reliability,
     "generation": generation,
-    "transformers": transformers,
     "correctness": correctness,
 }
 

@@ -1,4 +1,4 @@
-"""Probes of a training run: kernels and idle times, synchronizations, saves."""
+"""Probes of a training run: kernels, synchronizations, saves."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def probe_lines(probe: str, device: str) -> Lines:
 
 
 class KernelProfiler:
-    """Profiles ten steps, one of them with a log point; prints the kernels and the idle times of the GPU."""
+    """Profiles ten steps, one of them with a log point; prints the time of the kernels."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -43,37 +43,25 @@ class KernelProfiler:
             synchronize()
             wall = time.perf_counter() - self._began
             self._profile.__exit__(None, None, None)
-            for line in busy_and_idle(self._profile.events(), wall, 10):
+            for line in kernel_times(self._profile.events(), wall, 10):
                 print(json.dumps(line), flush=True)
             os._exit(0)
 
 
-def busy_and_idle(events: Any, wall: float, steps: int) -> Lines:
-    """Yield the milliseconds per step of each kernel, of all kernels, and of the largest gaps between kernels."""
+def kernel_times(events: Any, wall: float, steps: int) -> Lines:
+    """Yield the milliseconds per step of all kernels, and of the slowest ones."""
     ours = [event for event in events if "CUDA" in str(event.device_type) and "#" not in event.name]
-    spans = sorted((event.time_range.start, event.time_range.end, event.name) for event in ours)
     totals: dict[str, list[float]] = {}
-    for start, end, name in spans:
-        totals.setdefault(name, []).append((end - start) / 1e3)
+    for event in ours:
+        totals.setdefault(event.name, []).append((event.time_range.end - event.time_range.start) / 1e3)
     yield {
         "kernel": "all",
         "ms a step": sum(map(sum, totals.values())) / steps,
-        "times": len(spans) / steps,
+        "times": len(ours) / steps,
         "wall ms a step": 1e3 * wall / steps,
     }
-    for name, times in sorted(totals.items(), key=lambda item: -sum(item[1]))[:40]:
+    for name, times in sorted(totals.items(), key=lambda item: -sum(item[1]))[:20]:
         yield {"kernel": name[:110], "ms a step": round(sum(times) / steps, 3), "times": len(times) / steps}
-    gaps: dict[tuple[str, str], list[float]] = {}
-    busy_until, last = (spans[0][1], spans[0][2]) if spans else (0, "")
-    for start, end, name in spans[1:]:
-        if start > busy_until:
-            gaps.setdefault((last[:60], name[:60]), []).append((start - busy_until) / 1e3)
-        if end > busy_until:
-            busy_until, last = end, name
-    yield {"gap": "all", "ms a step": sum(map(sum, gaps.values())) / steps}
-    for (before, after), times in sorted(gaps.items(), key=lambda item: -sum(item[1]))[:25]:
-        ms = round(sum(times) / steps, 3)
-        yield {"gap": f"{before} -> {after}", "ms a step": ms, "times": len(times) / steps, "longest": max(times)}
 
 
 class SyncCounter:

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy as np
 from benchmarks.contenders import Contender, StepTimer
 
 # emb_dim, n_heads, n_layers
-SIZES = {"355m": (1024, 16, 24), "124m": (768, 12, 12), "small": (384, 6, 6), "toy": (16, 2, 1)}
+SIZES = {"124m": (768, 12, 12), "small": (384, 6, 6), "toy": (16, 2, 1)}
 VOCAB_SIZE = 50257
 PADDED_VOCAB_SIZE = 50304  # nanoGPT and litgpt round up to this
 WARM, STEPS = 5, 2  # steps before the first measurement, and per measurement
@@ -60,7 +59,6 @@ def contender(
     steps: int = STEPS,
     device: str = "cpu",
     flags: Sequence[str] = (),
-    patches: Sequence[str] = (),
 ) -> Any:
     """Train and call the timer after each step; never returns. "matmul" returns a function to be measured.
 
@@ -75,17 +73,12 @@ def contender(
         steps: Steps per measurement.
         device: "cpu" or "cuda".
         flags: Additional flags of `train.py fit`, for gptlit.
-        patches: Functions without arguments, as "module:name", called before anything is built.
     """
     import torch
 
-    for patch in patches:
-        module, _, function = patch.partition(":")
-        getattr(import_module(module), function)()
-
     torch.manual_seed(0)
     if kind == "tuned" and device == "cpu":
-        from benchmarks.allocator import keep_freed_memory
+        from benchmarks.contenders import keep_freed_memory
 
         keep_freed_memory()
     if name == "matmul":

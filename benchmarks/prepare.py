@@ -1,19 +1,15 @@
-"""`gptlit prepare` compared with the tokenizer alone: speed on one file, and peak memory on files of two sizes."""
+"""Speed of `gptlit prepare`, compared with that of the tokenizer alone."""
 
 import ast
 import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-from rich.progress import track
 
 from benchmarks.contenders import compare
 from gptlit.data.prepare import prepare
@@ -22,39 +18,23 @@ from gptlit.data.splitting import Split
 from gptlit.data.tokenizer import load_tokenizer
 
 
-def run(
-    megabytes: int = 200,
-    small: int = 20,
-    large: int = 1000,
-    rounds: int = 5,
-    out: str = "prepare.json",
-    folder: str | None = None,
-) -> None:
+def run(megabytes: int = 200, rounds: int = 5, out: str = "prepare.json", folder: str | None = None) -> None:
     """Compare `prepare` (reading, splitting, encoding, hashing, writing) with encoding the same documents in memory.
 
     Args:
         megabytes: Size of the JSON lines file in MB.
-        small: Size of the smaller file of the memory measurement in MB.
-        large: Size of the larger file of the memory measurement in MB.
         rounds: Interleaved measurements of each contender.
         out: JSON file for the results.
-        folder: Folder for the corpora; a temporary one by default.
+        folder: Folder for the corpus; a temporary one by default.
     """
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        files = {size: Path(temporary, f"{size}.jsonl") for size in (megabytes, small, large)}
-        documents = docstrings()
-        for size, path in track(files.items(), "writing the corpora"):
-            write(path, size * 10**6, documents)
+        source = Path(temporary, "corpus.jsonl")
+        write(source, megabytes * 10**6, docstrings())
         contenders = {
-            "gptlit prepare": ("benchmarks.prepare", {"kind": "prepare", "source": str(files[megabytes])}),
-            "encode_ordinary_batch": ("benchmarks.prepare", {"kind": "encode", "source": str(files[megabytes])}),
+            name: (__name__, {"kind": name, "source": str(source)}) for name in ("prepare", "encode_ordinary_batch")
         }
-        pairs = [("gptlit prepare", "encode_ordinary_batch")]
+        pairs = [("prepare", "encode_ordinary_batch")]
         compare(f"preparing {megabytes} MB of text", contenders, pairs, "MB/s", Path(out), rounds)
-        peaks = {size: peak_memory(files[size]) for size in (small, large)}
-    for size, peak in peaks.items():
-        print(f"peak memory, {size} MB of text: {peak:.0f} MB, with two workers")
-    print(f"ratio: {peaks[large] / peaks[small]:.2f}")
 
 
 def docstrings() -> list[str]:
@@ -99,48 +79,15 @@ def contender(kind: str, source: str) -> Callable[[], dict[str, float]]:
         shutil.rmtree(out, ignore_errors=True)
         prepare(corpus, out, tokenizer, Split())
 
-    texts = list(corpus.documents()) if kind == "encode" else []
-
-    def encode() -> None:
-        tokenizer.encode_ordinary_batch(texts, num_threads=len(os.sched_getaffinity(0)))
-
-    work = encode if kind == "encode" else write_shards
+    texts = list(corpus.documents()) if kind != "prepare" else []
 
     def once() -> dict[str, float]:
         start = time.perf_counter()
-        work()
+        if kind == "prepare":
+            write_shards()
+        else:
+            tokenizer.encode_ordinary_batch(texts, num_threads=len(os.sched_getaffinity(0)))
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "MB/s": size / seconds}
 
     return once
-
-
-def peak_memory(source: Path) -> float:
-    """Return the peak memory in MB of `gptlit prepare` with its workers, sampled 20 times per second."""
-    command = [sys.executable, "-m", "gptlit", "prepare", str(source), "--out", f"{source}-out", "--num_workers", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    peak = 0.0
-    while process.poll() is None:
-        peak = max(peak, sum(map(resident, [process.pid, *children(process.pid)])))
-        time.sleep(0.05)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} exited with status {process.returncode}")
-    return peak
-
-
-def children(pid: int) -> list[int]:
-    """Return the child processes of a process (Linux)."""
-    try:
-        files = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
-    except OSError:
-        return []
-    return [int(word) for text in files for word in text.split()]
-
-
-def resident(pid: int) -> float:
-    """Return the resident memory of a process in MB (Linux)."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return sum(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmRSS"))

@@ -88,7 +88,7 @@ def contender(size: str, batch_size: int, length: int) -> None:
     """Train under `train.py` with descriptive kernel names, and profile a step; never returns."""
     from torch._inductor import config
 
-    from benchmarks.allocator import keep_freed_memory
+    from benchmarks.contenders import keep_freed_memory
 
     keep_freed_memory()
     config.cpp.enable_kernel_profile = True

@@ -29,7 +29,7 @@ def run(
         rounds: Measurements of each contender; every other round runs in reverse order.
         nanogpt: Folder of a clone of nanoGPT.
         litgpt_python: Python of an environment with litgpt, whose pinned requirements conflict with ours.
-        out: JSON file for the results; the peer is appended to its name. A table and a plot are written next to it.
+        out: JSON file for the results; the peer is appended to its name.
     """
     for peer in peers:  # one peer at a time: all of them at once need too much memory for a small machine
         shipped = [] if peer == "litgpt" else ["gptlit, shipped", f"{peer}, shipped"]
@@ -103,7 +103,7 @@ def contender(level: int, batch_size: int, length: int) -> Any:
     import torch
     import torch.nn.functional as F
 
-    from benchmarks.allocator import keep_freed_memory
+    from benchmarks.contenders import keep_freed_memory
     from gptlit import GPTConfig, GPTModel
     from gptlit.model import attention
     from gptlit.model import gpt as architecture

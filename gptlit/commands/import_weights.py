@@ -1,6 +1,5 @@
 """`gptlit import`: another project's weights -> a checkpoint."""
 
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +43,4 @@ def import_weights(
             )
     save_checkpoint(found, path)
     print(f"{path}: {found.config.summary}, vocabulary {found.config.vocab_size:,}")
-    flags = ["--model.init_from", out]
-    if found.tokenizer_name not in (None, "gpt2"):
-        flags += ["--data.tokenizer", str(found.tokenizer_name)]
-    print(f"next: python train.py fit --config configs/finetune.yaml {shlex.join(flags)} --data.source FILE.txt")
+    print(f"next: python train.py fit --config configs/finetune.yaml --model.init_from {out} --data.source FILE.txt")

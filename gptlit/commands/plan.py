@@ -37,7 +37,8 @@ class PlanCLI(TrainingCLI):
         preset = replace(PRESETS[HUB_NAMES[name]], qkv_bias=True, tie_weights=True)  # without a download
         given = self._given("model", "config")
         check_compatible(given, PretrainedWeights(Path(config.model.init_from), preset, {}))
-        config.model.config.update(asdict(preset) | given)
+        for key, value in (asdict(preset) | given).items():
+            config.model.config[key] = value
 
     @override
     def instantiate_classes(self) -> None:
@@ -59,7 +60,7 @@ def run(args: list[str], with_measure: bool, as_json: bool) -> None:
     cli = command_line(PlanCLI, ["fit", *args])
     try:
         config = cli.config["fit"]
-        spec = run_spec(cli.parser.instantiate_classes(cli.config)["fit"], cli.run)
+        spec = run_spec(cli.parser.instantiate(cli.config)["fit"], cli.run)
         plan = make_plan(spec)
         if not as_json:
             print("\n".join(describe(spec, plan)), flush=True)

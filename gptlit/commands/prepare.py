@@ -1,13 +1,12 @@
 """`gptlit prepare`: texts -> token shards."""
 
 import shlex
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gptlit.commands.options import Separator, TextKey
-from gptlit.errors import InputError, user_path
+from gptlit.errors import user_path
 
 if TYPE_CHECKING:
     from gptlit.data.token_files import TokenData
@@ -54,17 +53,11 @@ def prepare(
 
     split = Split(0.0 if val_source else val_fraction, 0.0 if test_source else test_fraction)
     encoding = load_tokenizer(tokenizer)
-    corpora = {}
-    for name, sources in {"train": source, "val": val_source, "test": test_source}.items():
-        if sources:
-            corpora[name] = open_corpus(sources, ReadOptions(text_key, separator))
-    folder = user_path(out)
-    inside = [file.name for corpus in corpora.values() for file in corpus.files if _is_in(file.name, folder)]
-    if inside:
-        raise InputError(f"the source {inside[0]} is in --out {out}: choose another folder for the tokens")
+    given = {"train": source, "val": val_source, "test": test_source}
+    corpora = {name: open_corpus(one, ReadOptions(text_key, separator)) for name, one in given.items() if one}
     data = run(
         corpora,
-        folder,
+        user_path(out),
         encoding,
         split,
         shard_tokens=shard_tokens,
@@ -74,10 +67,6 @@ def prepare(
     )
     _print_table(data)
     print(f"\nnext: python train.py fit --config configs/quickstart.yaml --data.source {shlex.quote(out)}")
-
-
-def _is_in(name: str, folder: Path) -> bool:
-    return folder.is_dir() and Path(name).is_file() and Path(name).resolve().is_relative_to(folder.resolve())
 
 
 def _print_table(data: "TokenData") -> None:

@@ -74,7 +74,7 @@ def test_temperature_zero_needs_no_seed(run: Path, capsys: pytest.CaptureFixture
         (["--prompt=a", "--top_p=0"], "top_p must be above 0 and at most 1, got 0.0"),
         (["--prompt=a", "--top_p=1.5"], "top_p must be above 0 and at most 1, got 1.5"),
         (["--prompt=a", "--temperature=-1"], "temperature must be at least 0, got -1.0"),
-        (["--prompt=a", "--max_new_tokens=-1"], "-1 is not in the range x>=0"),
+        (["--prompt=a", "--max_new_tokens=-1"], "Input should be greater than or equal to 0"),
         (["--prompt=a", "--checkpoint=nowhere"], "checkpoint 'nowhere' does not exist"),
         (["--prompt=a", "--checkpoint=cut.ckpt"], "cut.ckpt is damaged, truncated or no checkpoint"),
         (
@@ -286,7 +286,6 @@ def test_weights_are_trained_further_with_their_own_tokenizer(
     assert (found.tokenizer, found.config.vocab_size) == (tokenizer_json.read_text(), rows - 1)
     main(["generate", "--checkpoint=the weights", "--prompt=a", "--max_new_tokens=3"])
     main(["import", "the weights", "--out=a.ckpt"])
-    assert "--model.init_from a.ckpt --data.tokenizer 'the weights/tokenizer.json' " in capsys.readouterr().out
     settings = json.loads(tokenizer_json.read_text())
     words = settings["model"]["vocab"]
     words["a"], words["b"] = words["b"], words["a"]
@@ -407,7 +406,11 @@ def test_several_sources_and_separate_validation(tmp_path: Path, capsys: pytest.
         (["prepare", "dump.jsonl", "--out=o", "--tokenizer=gpt9"], "no tokenizer is named 'gpt9'", 1),
         (["inspect", "nowhere"], "nowhere is no folder of tokens", 1),
         (["inspect", ".", "--verify"], "has no .bin file with 'train' in its name", 1),
-        (["inspect", ".", "--position=-1"], "Invalid value for '--position': -1 is not in the range", 2),
+        (
+            ["inspect", ".", "--position=-1"],
+            "Invalid value for '--position': Input should be greater than or equal to 0",
+            2,
+        ),
     ],
 )
 def test_what_prepare_and_inspect_refuse_is_one_line(
@@ -428,16 +431,6 @@ def test_any_separator_is_taken_as_it_is(separator: str, capsys: pytest.CaptureF
     main(["prepare", "a.txt", "--out=o", "--separator", separator, "--val_fraction=0"])
     main(["inspect", "o"])
     assert "a<|endoftext|>b<|endoftext|>c" in capsys.readouterr().out
-
-
-def test_the_tokens_are_not_taken_for_sources(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("texts").mkdir()
-    Path("texts/a.txt").write_text("some text")
-    for _ in range(2):
-        main(["prepare", "texts", "--out=texts/out", "--val_fraction=0"])
-    with pytest.raises(SystemExit):
-        main(["prepare", "texts/**", "--out=texts/out", "--val_fraction=0"])
-    assert "in --out texts/out: choose another folder" in capsys.readouterr().err
 
 
 def test_a_changed_shard_is_found_by_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
