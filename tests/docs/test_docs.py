@@ -1,5 +1,6 @@
 """Every command in the README and in docs/ is read by the parser that it is for; those of the README run, in order."""
 
+import ast
 import inspect
 import json
 import re
@@ -13,6 +14,7 @@ import pytest
 import yaml
 from typer.main import get_command
 
+import gptlit
 from conftest import ROOT, one_parser, run_script
 from gptlit.commands.main import app, main
 
@@ -20,10 +22,15 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benc
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
+def code_blocks(text: str) -> list[tuple[str, str]]:
+    """Return the language and the text of each block of code."""
+    return re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
 def commands(page: Path) -> Iterator[list[str]]:
     """Yield the words of each command in a page: in its blocks, and in backticks."""
     text = page.read_text()
-    blocks = "\n".join(re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)).replace("\\\n", " ")
+    blocks = "\n".join(block for kind, block in code_blocks(text) if not kind).replace("\\\n", " ")
     inline = re.findall(r"`((?:python |gptlit )[^`\n]+)`", text)
     for line in [*blocks.splitlines(), *inline]:
         line = re.sub(r"^\.venv/bin/", "", line.strip())
@@ -83,6 +90,17 @@ def test_flags_of_the_benchmarks_are_known(words: list[str]) -> None:
     assert {word[2:] for word in words[4:] if word.startswith("--")} <= set(
         inspect.signature(RUNS[words[3]]).parameters
     )
+
+
+def test_python_in_the_docs_imports_from_gptlit_itself() -> None:
+    imports = []
+    for page in PAGES:
+        for kind, block in code_blocks(page.read_text()):
+            if kind == "python":
+                imports += [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
+    ours = [node for node in imports if str(node.module).startswith("gptlit")]
+    assert {node.module for node in ours} == {"gptlit"}
+    assert {alias.name for node in ours for alias in node.names} == set(gptlit.__all__)
 
 
 def test_links_lead_somewhere() -> None:
@@ -156,7 +174,7 @@ def test_the_readmes_commands_run_in_their_order(text: str) -> None:
     Path("configs/quickstart.yaml").write_text(TINY)
     shutil.copy(ROOT / "train.py", "train.py")
     section = (ROOT / "README.md").read_text().split("## What you can do")[1]
-    block = re.findall(r"^```\n(.*?)^```", section, re.DOTALL | re.MULTILINE)[0]
+    _, block = code_blocks(section)[0]
     ran = 0
     for line in block.splitlines():
         words = shlex.split(line, comments=True)
