@@ -4,8 +4,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from gptlit.errors import note
-
 if TYPE_CHECKING:
     from gptlit.data.tokenizer import Tokenizer
     from gptlit.model.gpt import GPTModel
@@ -24,7 +22,7 @@ Quantize = Annotated[
     typer.Option(help="Store the matrices in 8 bits: half the memory of bf16, and faster on a CPU."),
 ]
 Compile = Annotated[
-    bool, typer.Option("--compile", help="Compile the blocks first: a slower start, then twice the speed.")
+    bool, typer.Option("--compile", help="On a CPU, compile the blocks: a slower start, then twice the speed.")
 ]
 TextKey = Annotated[str, typer.Option(help="Key or column of the text in .jsonl and .parquet files.")]
 Separator = Annotated[
@@ -45,8 +43,6 @@ def load_for_generation(
     model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     if torch.cuda.is_available():
         model.cuda()
-        if compile:
-            note("--compile is ignored: on a GPU each step is a CUDA graph without it")
     return for_generation(model, quantize, compile), tokenizer
 
 
