@@ -16,7 +16,7 @@ from gptlit.commands.inspect import inspect
 from gptlit.commands.options import Json
 from gptlit.commands.plot import plot
 from gptlit.commands.prepare import prepare
-from gptlit.errors import InputError, fail, set_up_streams, user_path
+from gptlit.errors import InputError, fail, set_up_streams
 
 app = typer.Typer(
     help="Everything around training a GPT; training itself is `python train.py fit --help`.",
@@ -55,24 +55,10 @@ def plan(
     run(context.args, with_measure=measure, as_json=json)
 
 
-def schema(out: Annotated[str, typer.Option(help="The .json file to write.")]) -> None:
-    """Write a JSON schema of the YAML files, with which an editor completes and checks them.
-
-    A YAML file names it in its first line: # yaml-language-server: $schema=FILE
-    """
-    from json import dumps
-
-    from gptlit.commands.plan import json_schema
-
-    user_path(out).write_text(dumps(json_schema(), indent=1) + "\n")
-    print(f"{out}\nfirst line of a YAML file: # yaml-language-server: $schema={out}")
-
-
 app.command()(prepare)
 app.command()(inspect)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(plan)
 app.command()(plot)
-app.command()(schema)
 app.command()(generate)
 app.command()(chat)
 app.command()(evaluate)

@@ -18,7 +18,6 @@ from gptlit.data.compatibility import check_division, micro_batch_size
 from gptlit.errors import InputError, fail
 from gptlit.training.cli import TrainingCLI, command_line
 from gptlit.training.estimate import RunSpec, describe, gigabytes, make_plan, warnings
-from gptlit.training.lightning_compat import parser_schema
 from gptlit.training.measure import measure
 
 HUB_NAMES = {"gpt2": "gpt2-small", **{name: name for name in ("gpt2-medium", "gpt2-large", "gpt2-xl")}}
@@ -150,8 +149,3 @@ def time_of(spec: RunSpec, plan: dict[str, Any], done: int) -> dict[str, Any]:
     end = None if total is None else (datetime.now() + timedelta(seconds=total)).isoformat(timespec="seconds")
     rate = plan["step"]["tokens"] / seconds
     return {"seconds_a_step": seconds, "seconds": total, "tokens_per_second": rate, "end": end}
-
-
-def json_schema() -> dict[str, Any]:
-    """Return the JSON schema of the YAML files of `train.py fit`."""
-    return parser_schema(command_line(PlanCLI, ["fit", "--trainer.max_steps=1", "--trainer.precision=32-true"]), "fit")

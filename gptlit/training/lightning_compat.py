@@ -11,7 +11,6 @@ import torch
 import torch._dynamo.config
 import torch._functorch.config
 from jsonargparse import ArgumentParser
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.utils.tensorboard import SummaryWriter
@@ -105,22 +104,6 @@ def option_strings(parser: ArgumentParser) -> list[str]:
         for subparser in parser._subcommands_action.choices.values():
             actions += subparser._actions
     return sorted({option for action in actions for option in action.option_strings})
-
-
-def parser_schema(cli: LightningCLI, command: str) -> dict[str, Any]:
-    """Return the JSON schema of a command's YAML files: the public `--print_completion` prints it in `fit` itself, and
-    fails where Lightning takes a metaclass, whose subclasses cannot be listed.
-    """
-    from jsonargparse._completions_jsonschema import ParserJsonschema
-
-    class Schema(ParserJsonschema):  # type: ignore[misc,unused-ignore]
-        def action_type_schema(self, action: Any, consts: Any) -> Any:
-            try:
-                return super().action_type_schema(action, consts)  # type: ignore[no-untyped-call,unused-ignore]
-            except TypeError:
-                return {}
-
-    return dict(Schema().generate(cli._parser(command)))  # type: ignore[no-untyped-call,unused-ignore]
 
 
 # --- TensorBoard --------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import json
 import re
 import shlex
 import shutil
@@ -11,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from typer.main import get_command
 
 import gptlit
 from conftest import ROOT, one_parser, run_script
-from gptlit.commands.main import app, main
+from gptlit.commands.main import app
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -114,44 +112,6 @@ def test_tests_that_are_named_exist() -> None:
     for page in PAGES:
         for name in re.findall(r"`(test_\w+?)(?:_?\.\.\.)?`", page.read_text()):
             assert any(known.startswith(name) for known in names), f"{page.name}: {name}"
-
-
-# --- the schema of the YAML ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def schema(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A validator of the schema that the command writes."""
-    from jsonschema import validators
-
-    path = tmp_path_factory.mktemp("schema") / "s.json"
-    main(["schema", "--out", str(path)])
-    content = json.loads(path.read_text())
-    return validators.validator_for(content)(content)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.name)
-def test_the_schema_takes_every_config(file: Path, schema: Any) -> None:
-    schema.validate(yaml.safe_load(file.read_text()))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("group", "key", "value"),
-    [("model", "learning_rate", 1e-3), ("model", "lr", "much"), ("run", "val_every_n_step", 5), (None, "trainr", {})],
-)
-def test_the_schema_refuses_what_is_misspelt(group: str | None, key: str, value: Any, schema: Any) -> None:
-    config = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
-    (config if group is None else config[group])[key] = value
-    assert not schema.is_valid(config)
-
-
-def test_the_schema_is_written(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("gptlit.commands.plan.json_schema", dict)
-    main(["schema", "--out", "s.json"])
-    assert "yaml-language-server: $schema=s.json" in capsys.readouterr().out
-    assert Path("s.json").read_text() == "{}\n"
 
 
 # --- the README, as a new user ---

@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.strategies import ModelParallelStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -175,15 +175,6 @@ def test_torch_has_the_queries_and_settings() -> None:
             assert torch._functorch.config.cse is False
         finally:
             torch._functorch.config.cse, torch._functorch.config.ban_recompute_materialized_backward = before
-
-
-def test_a_parser_has_a_schema(monkeypatch: pytest.MonkeyPatch) -> None:
-    parser = LightningArgumentParser()
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--any", type=type)  # a metaclass, as a plugin of Lightning takes
-    monkeypatch.setattr(LightningCLI, "_parser", lambda _, command: parser)  # raises if there is no such method
-    schema = lightning_compat.parser_schema(LightningCLI.__new__(LightningCLI), "fit")
-    assert schema["properties"]["steps"]["type"] == "integer"
 
 
 @pytest.mark.parametrize("value", [True, False])
