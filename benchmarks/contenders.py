@@ -181,6 +181,15 @@ def _print(title: str, results: dict[str, list[dict[str, float]]], ratios: dict[
     console.print("\n".join(f"{key}: {value}" for key, value in machine().items()))
 
 
+def read_curve(run: Path, tag: str) -> dict[int, float]:
+    """Read a curve from TensorBoard's files: step -> value."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
 def machine() -> dict[str, str]:
     """Describe the machine and the package versions."""
     cpuinfo = Path("/proc/cpuinfo")

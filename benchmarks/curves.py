@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.contenders import machine
+from benchmarks.contenders import machine, read_curve
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -95,18 +95,9 @@ def train_gptlit(steps: int, seed: int) -> None:
     """Train the quickstart, compiled, without text samples and checkpoints."""
     from gptlit.training.cli import main
 
-    flags = [
-        f"--seed_everything={seed}",
-        f"--trainer.max_steps={steps}",
-        "--run.val_every_n_steps=25",
-        "--run.sample_prompt=",
-        "--model.compile=true",
-    ]
-    flags += [
-        "--trainer.precision=bf16-mixed",
-        "--trainer.enable_checkpointing=false",
-        "--trainer.callbacks+=benchmarks.curves.Clock",
-    ]
+    flags = [f"--seed_everything={seed}", f"--trainer.max_steps={steps}", "--run.val_every_n_steps=25"]
+    flags += ["--run.sample_prompt=", "--model.compile=true", "--trainer.precision=bf16-mixed"]
+    flags += ["--trainer.enable_checkpointing=false", "--trainer.callbacks+=benchmarks.curves.Clock"]
     with tempfile.TemporaryDirectory() as folder:
         main(["fit", f"--config={QUICKSTART}", f"--trainer.default_root_dir={folder}", *flags])
 
@@ -210,8 +201,6 @@ def numerics(steps: int = 200, out: str = "numerics.json") -> None:
 
 def losses(script: str, steps: int, flags: list[str]) -> list[float]:
     """Return train/loss of each step."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     shape = {"emb_dim": 384, "n_heads": 6, "n_layers": 6, "context_length": 256}
     words = [f"--model.config.{key}={value}" for key, value in shape.items()]
     words += ["--model.optimizer=adamw", "--model.lr=1e-3", "--data.batch_size=4", "--trainer.log_every_n_steps=1"]
@@ -220,9 +209,7 @@ def losses(script: str, steps: int, flags: list[str]) -> list[float]:
         words += [f"--trainer.default_root_dir={folder}", "--trainer.enable_checkpointing=false"]
         command = [sys.executable, "-c", script, "fit", f"--config={QUICKSTART}", *words, *flags]
         subprocess.run(command, check=True, cwd=ROOT)
-        events = EventAccumulator(str(next(Path(folder).glob("*/version_0"))), size_guidance={"scalars": 0})
-        events.Reload()
-        return [event.value for event in events.Scalars("train/loss")]
+        return list(read_curve(next(Path(folder).glob("*/version_0")), "train/loss").values())
 
 
 if __name__ == "__main__":

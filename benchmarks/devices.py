@@ -14,22 +14,16 @@ from subprocess import PIPE
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.contenders import machine
+from benchmarks.contenders import machine, read_curve
 from benchmarks.faults import ROOT, write_words
 
-TRAIN = [
-    *("fit", "--data.source=words.txt", "--data.batch_size=8", "--data.micro_batch_size=1", "--data.val_fraction=0.05"),
-    *("--model.config.context_length=64", "--model.config.emb_dim=64", "--model.config.n_heads=4"),
-    *("--model.config.n_layers=3", "--model.config.drop_rate=0", "--model.config.init=gpt2"),
-    *(
-        "--model.lr=1e-3",
-        "--model.schedule=constant",
-        "--trainer.accelerator=cpu",
-        "--trainer.precision=32-true",
-        "--trainer.log_every_n_steps=1",
-    ),
-    *("--trainer.gradient_clip_val=1", "--run.val_every_n_steps=5", "--run.sample_prompt="),
-]
+TRAIN = """
+fit --data.source=words.txt --data.batch_size=8 --data.micro_batch_size=1 --data.val_fraction=0.05
+--model.config.context_length=64 --model.config.emb_dim=64 --model.config.n_heads=4 --model.config.n_layers=3
+--model.config.drop_rate=0 --model.config.init=gpt2 --model.lr=1e-3 --model.schedule=constant
+--trainer.accelerator=cpu --trainer.precision=32-true --trainer.log_every_n_steps=1 --trainer.gradient_clip_val=1
+--run.val_every_n_steps=5 --run.sample_prompt=
+""".split()
 DEVICES = {
     "1 device": ["--trainer.devices=1"],
     "DDP x 2": ["--trainer.devices=2", "--trainer.strategy=ddp"],
@@ -110,13 +104,8 @@ class Devices:
         self._read_curves(name)
 
     def _read_curves(self, name: str) -> None:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        path = name.replace(" ", "").replace("->", "-")
-        events = EventAccumulator(str(self.folder / "runs" / path / "version_0"), size_guidance={"scalars": 0})
-        events.Reload()
-        curves = [{event.step: event.value for event in events.Scalars(tag)} for tag in ("train/loss", "val/loss")]
-        self.curves[name] = curves[0], curves[1]
+        run = self.folder / "runs" / name.replace(" ", "").replace("->", "-") / "version_0"
+        self.curves[name] = read_curve(run, "train/loss"), read_curve(run, "val/loss")
 
     def compare(self, name: str) -> tuple[float, float, float, float]:
         """Return the last losses, and the largest differences from one device over all steps."""

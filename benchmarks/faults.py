@@ -26,14 +26,13 @@ from gptlit.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 STEPS = 40
-TRAIN = [
-    "fit",
-    *("--model.config.context_length=32", "--model.config.emb_dim=32", "--model.config.n_heads=2"),
-    *("--model.config.n_layers=2", "--model.config.drop_rate=0.1", "--model.config.init=gpt2"),
-    *("--data.source=words.txt", "--data.batch_size=8", "--data.micro_batch_size=2", "--data.val_fraction=0.05"),
-    *("--trainer.accelerator=cpu", "--trainer.precision=32-true", f"--trainer.max_steps={STEPS}"),
-    *("--run.save_every_n_steps=2", "--run.val_every_n_steps=7", "--run.sample_prompt=", "--ckpt_path=last"),
-]
+TRAIN = f"""
+fit --model.config.context_length=32 --model.config.emb_dim=32 --model.config.n_heads=2 --model.config.n_layers=2
+--model.config.drop_rate=0.1 --model.config.init=gpt2
+--data.source=words.txt --data.batch_size=8 --data.micro_batch_size=2 --data.val_fraction=0.05
+--trainer.accelerator=cpu --trainer.precision=32-true --trainer.max_steps={STEPS}
+--run.save_every_n_steps=2 --run.val_every_n_steps=7 --run.sample_prompt= --ckpt_path=last
+""".split()
 # train.py with slowed-down checkpoint writes, so that many kills happen during a write.
 SLOW = """
 import sys, time, torch

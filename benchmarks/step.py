@@ -88,14 +88,8 @@ def ladder(batch_size: int = 1, length: int = 1024, rounds: int = 4, out: str = 
         }
         path = Path(out)
         title = f"seconds per step, 124m, {batch_size} x {length} tokens"
-        compare(
-            title,
-            contenders,
-            [(ABLATION[level], ABLATION[last])],
-            "seconds",
-            path.with_stem(f"{path.stem}-{level}"),
-            rounds,
-        )
+        pairs = [(ABLATION[level], ABLATION[last])]
+        compare(title, contenders, pairs, "seconds", path.with_stem(f"{path.stem}-{level}"), rounds)
 
 
 def contender(level: int, batch_size: int, length: int) -> Any:

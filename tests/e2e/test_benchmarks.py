@@ -35,6 +35,6 @@ def test_phases_write_their_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [line["phase"] for line in ends] == list(phases)
     assert all(line["status"] == 0 for line in ends), ends
     checks = {line["check"]: line for line in lines if "check" in line}
-    assert len(checks) == 9
+    assert len(checks) == 8
     assert all(line.get("passed") for line in checks.values()), checks
     assert [line["contender"] for line in lines if line.get("tokens/s")] == ["gptlit"]
