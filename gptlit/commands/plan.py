@@ -80,7 +80,7 @@ def run(args: list[str], with_measure: bool, as_json: bool) -> None:
 
 
 def run_spec(config: Any, run: Path) -> RunSpec:
-    """Return what is to be planned, from an instantiated configuration of `fit`."""
+    """Return the spec of an instantiated configuration of `fit`."""
     data, trainer = config.data, config.trainer
     device = device_of(trainer.accelerator)
     devices = count_devices(trainer.devices, device) * int(trainer.num_nodes)

@@ -21,7 +21,6 @@ def plot(
     out: Annotated[str, typer.Option(help="The picture to write: .png, .svg or .pdf.")],
 ) -> None:
     """Draw the losses of one or several runs by tokens and by time, and print how their settings differ."""
-    from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -32,12 +31,12 @@ def plot(
     runs = [read_run(folder) for folder in run]
     draw(runs).savefig(path, dpi=150)
     console = Console(width=None if Console().is_terminal else 160)
-    table = Table("run", "best val/loss", "at step", "train/loss, smoothed", "tokens", "minutes", box=box.SIMPLE)
+    table = Table("run", "best val/loss", "at step", "train/loss, smoothed", "tokens", "minutes", box=None)
     for one in runs:
         table.add_row(*summary(one))
     console.print(table)
     if differing := differences(runs):
-        table = Table("setting", *(one.name for one in runs), box=box.SIMPLE)
+        table = Table("setting", *(one.name for one in runs), box=None)
         for name, values in differing.items():
             table.add_row(name, *(Text(str(value)) for value in values))
         console.print(table)
@@ -195,11 +194,9 @@ def _draw_run(axes: Any, run: Run, color: str, along: str, size: float) -> None:
         axes.plot(x, smooth(train.values), color=color, label=f"{run.name}, train")
     if (val := run.curves.get("val")) is not None:
         x, best = getattr(val, along) / size, val.best
-        axes.plot(x, val.values, "--o", color=color, markersize=3, linewidth=1, label=f"{run.name}, val")
+        label = f"{run.name}, val, best {val.values[best]:.3f}"
+        axes.plot(x, val.values, "--o", color=color, markersize=3, linewidth=1, label=label)
         axes.plot(x[best], val.values[best], "*", color=color, markersize=13)
-        axes.annotate(
-            f"{val.values[best]:.3f}", (x[best], val.values[best]), (0, -14), textcoords="offset points", ha="center"
-        )
 
 
 def summary(run: Run) -> list[str]:

@@ -58,7 +58,8 @@ def test_the_picture_shows_curves_and_best_points(runs: list[str]) -> None:
     assert [len(part.lines) for part in (tokens, seconds)] == [8, 8]  # raw, smoothed, val, best: of two runs
     assert tokens.lines[3].get_xydata()[0] == pytest.approx([0.03, 5.2])  # million tokens
     assert seconds.lines[3].get_xydata()[0] == pytest.approx([75 / 60, 5.2])
-    assert {text.get_text() for text in tokens.texts} == {"5.200", "5.100"}
+    labels = [text.get_text() for text in tokens.get_legend().get_texts()]
+    assert labels[1::2] == ["a/version_0, val, best 5.200", "a/version_1, val, best 5.100"]
 
 
 def test_the_newest_version_is_taken(runs: list[str]) -> None:
