@@ -74,7 +74,7 @@ def test_a_prepared_corpus_is_counted(text_file: Path, capsys: pytest.CaptureFix
     assert plan["warnings"] == []
     with pytest.raises(SystemExit):
         main(["plan", f"--config={ROOT / 'configs/gpt2-124m.yaml'}", "--data.source=tokens"])
-    assert "the val part of 'tokens' has" in capsys.readouterr().err
+    assert "the val part of 'tokens' is too short" in capsys.readouterr().err
 
 
 def test_measure_gives_a_time(text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
