@@ -10,7 +10,6 @@ import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
 from importlib.metadata import version
 from io import FileIO
 from pathlib import Path
@@ -37,6 +36,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         super().__init__()
         self.asynchronous = asynchronous
         self.then: Callable[[], None] | None = None  # called once, after the next write is durable
+        self.opened: dict[Path, dict[str, Any]] = {}  # checkpoints that were read before the Trainer asks for them
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
@@ -83,7 +83,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
     @override
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         # Never executes anything, whatever `weights_only` says.
-        checkpoint = read_checkpoint(Path(path))
+        checkpoint = self.opened.pop(Path(path), None) or read_checkpoint(Path(path))
         check_finite(checkpoint["state_dict"], Path(path))
         checkpoint.setdefault("pytorch-lightning_version", version("lightning"))  # missing in imported weights
         return checkpoint
@@ -180,7 +180,7 @@ def load_plain(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"checkpoint {str(path)!r} does not exist")
     try:
-        _check_crc(path.resolve(), path.stat().st_size, path.stat().st_mtime_ns)
+        _check_crc(path)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} is damaged, or holds more than tensors and plain values: it is not opened") from error
@@ -191,9 +191,8 @@ def load_plain(path: Path) -> dict[str, Any]:
     return content
 
 
-@lru_cache(maxsize=8)
-def _check_crc(path: Path, size: int, mtime: int) -> None:
-    """Check the CRC-32 of every record of a zip file, which `torch.load` does not; once per process and file."""
+def _check_crc(path: Path) -> None:
+    """Check the CRC-32 of every record of a zip file, which `torch.load` does not."""
     with zipfile.ZipFile(path) as file:
         if (damaged := file.testzip()) is not None:
             raise zipfile.BadZipFile(f"{damaged} does not match its checksum")

@@ -67,9 +67,11 @@ def read_weights(source: str | Path, n_heads: int | None = None) -> PretrainedWe
 def _read(path: Path, n_heads: int | None) -> PretrainedWeights:
     if (path / "config.json").is_file():
         return _read_huggingface(path)
-    path = path if path.is_file() else find_checkpoint(path)
+    if path.suffix == SUFFIX or not path.is_file():
+        path, checkpoint = find_checkpoint(path)
+        return _read_own(checkpoint, path)
     content = load_plain(path)
-    if path.suffix == SUFFIX or "hyper_parameters" in content:
+    if "hyper_parameters" in content:
         return _read_own(read_checkpoint(path), path)
     if "model_args" in content:
         return _read_nanogpt(content, path)

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -80,8 +81,8 @@ def locked_new_run(root: Path, name: str) -> Iterator[Path]:
                     folder.rmdir()
 
 
-def newest_checkpoint(run: Path) -> Path | None:
-    """Return the newest checkpoint of a run that loads; None if it has none.
+def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest checkpoint of a run that loads, and what is in it; None if it has none.
 
     Raises:
         InputError: It has checkpoints, but none of them loads.
@@ -89,24 +90,25 @@ def newest_checkpoint(run: Path) -> Path | None:
     found = checkpoints(run)
     for path in reversed(found):
         try:
-            read_checkpoint(path)
+            checkpoint = read_checkpoint(path)
         except InputError as error:
             note(f"skipped: {error}")
         else:
-            return path
+            return path, checkpoint
     if found:
         raise InputError(f"none of the {len(found)} checkpoints of {run} loads")
     return None
 
 
-def find_checkpoint(path: Path) -> Path:
-    """Return a checkpoint file: the path itself, or the newest one in a run's folder or in a folder of its versions.
+def find_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
+    """Return a checkpoint and what is in it: the file itself, or the newest one in a run's folder or in a folder of its
+    versions.
 
     Raises:
-        InputError: There is none.
+        InputError: There is none, or the file is damaged.
     """
     if path.is_file():
-        return path
+        return path, read_checkpoint(path)
     if not path.exists():
         raise InputError(f"checkpoint {str(path)!r} does not exist: give a .ckpt file or a run's folder")
     if path.name == "checkpoints":

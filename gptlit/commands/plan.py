@@ -11,7 +11,6 @@ import torch
 from typing_extensions import override
 
 from gptlit.checkpoint.formats import PretrainedWeights
-from gptlit.checkpoint.io import read_checkpoint
 from gptlit.checkpoint.pretrained import check_compatible
 from gptlit.config import PRESETS
 from gptlit.data.compatibility import check_division, micro_batch_size
@@ -64,7 +63,7 @@ def run(args: list[str], with_measure: bool, as_json: bool) -> None:
         if not as_json:
             print("\n".join(describe(spec, plan)), flush=True)
         if with_measure:
-            done = read_checkpoint(Path(config.ckpt_path))["global_step"] if config.ckpt_path is not None else 0
+            done = 0 if cli.checkpoint is None else cli.checkpoint["global_step"]
             plan["time"] = time_of(spec, plan, done)
     except (ValueError, TypeError, RuntimeError) as error:
         fail(error, status=2)

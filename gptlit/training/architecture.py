@@ -1,25 +1,24 @@
 """The architecture of a run: what the configuration leaves open comes from a checkpoint, weights or the tokenizer."""
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from gptlit.checkpoint.io import read_checkpoint
 from gptlit.checkpoint.pretrained import check_compatible, check_tokenizer, read_weights
 from gptlit.data.corpora import tokenizer_for
 from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import note
 
 
-def complete_architecture(config: Any, given: dict[str, Any]) -> None:
+def complete_architecture(config: Any, given: dict[str, Any], checkpoint: dict[str, Any] | None) -> None:
     """Fill in `model.config`. Given values that contradict their source are rejected here, by the module or the data.
 
     Args:
         config: The parsed configuration of a command; changed in place.
         given: The keys of `model.config` that files and flags set.
+        checkpoint: That of a resume.
     """
-    if config.ckpt_path is not None:
-        found = read_checkpoint(Path(config.ckpt_path))["hyper_parameters"]["config"]
+    if checkpoint is not None:
+        found = checkpoint["hyper_parameters"]["config"]
     elif config.model.init_from is not None:
         found = _of_pretrained(config, given)
     else:

@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch.distributed import DistError
 from typing_extensions import override
 
-from gptlit.checkpoint.io import DurableCheckpointIO, read_checkpoint
+from gptlit.checkpoint.io import DurableCheckpointIO
 from gptlit.checkpoint.runs import (
     find_checkpoint,
     folder_to_continue,
@@ -158,27 +158,26 @@ class TrainingCLI(LightningCLI):
         root, name, is_fit = Path(config.trainer.default_root_dir), config.run.name, self.subcommand == "fit"
         if config.ckpt_path is None and is_fit and int(os.environ.get("SLURM_RESTART_COUNT") or 0):
             config.ckpt_path = "last"  # SLURM has requeued the job
-        found = folder = None
+        path = folder = None
+        self.checkpoint: dict[str, Any] | None = None  # that of a resume
         if config.ckpt_path == "last":
             folder = last_run(root, name, must_exist=not is_fit)
         elif config.ckpt_path is not None:
-            found = find_checkpoint(Path(config.ckpt_path))
-            if is_fit and "optimizer_states" not in read_checkpoint(found):
-                raise InputError(
-                    f"{found} holds weights only, there is no run to resume: use --model.init_from {found}"
-                )
-            folder = folder_to_continue(found, name)
+            path, self.checkpoint = find_checkpoint(Path(config.ckpt_path))
+            if is_fit and "optimizer_states" not in self.checkpoint:
+                raise InputError(f"{path} holds weights only, there is no run to resume: use --model.init_from {path}")
+            folder = folder_to_continue(path, name)
         elif not is_fit and config.model.init_from is None:
             note("there is neither --ckpt_path nor --model.init_from: untrained weights are measured")
         self.run, self._is_new = folder or new_run_folder(root, name), folder is None
         if folder is not None and self._writes(config):
             self._locks.enter_context(locked(folder))
-        if config.ckpt_path == "last" and folder is not None:
-            found = newest_checkpoint(folder)
-        config.ckpt_path = None if found is None else str(found)
-        if found is not None:
+        if folder is not None and path is None and (newest := newest_checkpoint(folder)) is not None:
+            path, self.checkpoint = newest
+        config.ckpt_path = None if path is None else str(path)
+        if path is not None:
             config.model.init_from = None  # the weights come from the checkpoint
-            note(f"{'resuming from' if is_fit else 'checkpoint'} {found}")
+            note(f"{'resuming from' if is_fit else 'checkpoint'} {path}")
 
     def _writes(self, config: Any) -> bool:
         """Whether this process writes a run's folder."""
@@ -205,10 +204,12 @@ class TrainingCLI(LightningCLI):
             self.run = self._locks.enter_context(locked_new_run(Path(config.trainer.default_root_dir), run.name))
         on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         io = DurableCheckpointIO(asynchronous=on_gpu if run.async_save is None else run.async_save)
+        if self.checkpoint is not None:
+            io.opened[Path(config.ckpt_path)] = self.checkpoint
         self.trainer_defaults["callbacks"] = run_callbacks(self.config[self.subcommand], run, self.run, io)
         if config.trainer.logger is not False:
             others = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
-            ours = [run_logger(self.run, config.ckpt_path, self.config.fit)] if self.subcommand == "fit" else []
+            ours = [run_logger(self.run, self.checkpoint, self.config.fit)] if self.subcommand == "fit" else []
             kwargs["logger"] = [*ours, *(logger for logger in others if logger not in (None, True))]
         self.save_config_kwargs = {"run": self.run}
         kwargs["val_check_interval"], kwargs["check_val_every_n_epoch"] = run.val_every_n_steps, None
@@ -216,7 +217,7 @@ class TrainingCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _settle_architecture(self, config: Any) -> None:
-        complete_architecture(config, self._given("model", "config"))
+        complete_architecture(config, self._given("model", "config"), self.checkpoint)
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:

@@ -12,7 +12,6 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from typing_extensions import override
 
-from gptlit.checkpoint.io import read_checkpoint
 from gptlit.training.lightning_compat import add_summary
 
 LAYOUT = {
@@ -92,17 +91,16 @@ class StepLogger(TensorBoardLogger):
             self._by_tokens = None
 
 
-def run_logger(run: Path, resumed_from: str | None, config: Namespace) -> StepLogger:
+def run_logger(run: Path, checkpoint: dict[str, Any] | None, config: Namespace) -> StepLogger:
     """Return the logger of a run's folder; after a resume, curves continue from the checkpoint's step.
 
     Args:
         run: The run's folder.
-        resumed_from: The checkpoint of a resume.
+        checkpoint: That of a resume.
         config: The parsed configuration of `fit`.
     """
     step = tokens = None
-    if resumed_from is not None:
-        checkpoint = read_checkpoint(Path(resumed_from))
+    if checkpoint is not None:
         step, tokens = checkpoint["global_step"], checkpoint.get("tokens")
     return StepLogger(
         run.parent.parent,

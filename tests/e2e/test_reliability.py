@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -473,6 +474,15 @@ def test_a_damaged_newest_checkpoint_is_skipped_but_not_when_it_is_named(
     said = capsys.readouterr().err
     assert "skipped: " in said
     assert "resuming from runs/t/version_0/checkpoints/step-00000002.ckpt" in said
+
+
+def test_a_resume_reads_its_checkpoint_once(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit("--trainer.max_steps=2")
+    read: list[str | None] = []
+    testzip = zipfile.ZipFile.testzip
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", lambda file: read.append(file.filename) or testzip(file))
+    fit("--trainer.max_steps=3", "--ckpt_path=last")
+    assert read == ["runs/t/version_0/checkpoints/step-00000002.ckpt"]
 
 
 def test_what_differs_may_be_named_and_is_resumed_despite(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_prepare import corpus_of
 
 from conftest import ROOT, TINY, one_parser
-from gptlit.checkpoint.io import DurableCheckpointIO, _check_crc, read_checkpoint
+from gptlit.checkpoint.io import DurableCheckpointIO, read_checkpoint
 from gptlit.config import GPTConfig
 from gptlit.data.prepare import prepare
 from gptlit.data.splitting import Split
@@ -75,7 +75,6 @@ def test_mutated_checkpoints(tmp_path: Path, examples: int) -> None:
     @given(mutations())
     def check(change: Callable[[bytes], bytes]) -> None:
         path.write_bytes(change(content))
-        _check_crc.cache_clear()
 
         def work() -> None:
             loaded = read_checkpoint(path)
