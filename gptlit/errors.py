@@ -13,31 +13,15 @@ class InputError(ValueError):
     """Something from outside (a file, a flag, a key) is wrong; the message names it, its value and the remedy."""
 
 
-def check_utf8(text: str) -> None:
-    """Check that a name can be written to configurations, logs and checkpoints, which are UTF-8.
-
-    Raises:
-        InputError: It cannot.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{text!r} is not UTF-8: rename it, or name its folder or a glob that matches it") from error
-
-
 def user_path(text: str) -> Path:
     """Return a path that a user wrote, with `~` resolved.
 
     Raises:
-        InputError: It is empty or not UTF-8, or there is no such home.
+        InputError: It is empty: that would be the current folder.
     """
-    check_utf8(text)
     if not text:
         raise InputError("a path is empty: name a file or folder")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise InputError(f"{text!r}: {error}") from error
+    return Path(text).expanduser()
 
 
 def note(message: str) -> None:

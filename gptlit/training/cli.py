@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -28,20 +27,15 @@ from gptlit.checkpoint.runs import (
 )
 from gptlit.data.compatibility import check_division, check_trainer_settings
 from gptlit.data.datamodule import TokenDataModule
-from gptlit.errors import InputError, check_utf8, fail, note, set_up_streams
-from gptlit.training import config_files
-from gptlit.training.architecture import complete_architecture
+from gptlit.errors import InputError, fail, note, set_up_streams
 from gptlit.training.callbacks.checkpoint import StepCheckpoint
-from gptlit.training.callbacks.monitoring import DrawnWindows, Throughput
-from gptlit.training.callbacks.nonfinite import NonFinite
-from gptlit.training.callbacks.progress import StepProgress
+from gptlit.training.callbacks.monitoring import NonFinite, Throughput
+from gptlit.training.callbacks.progress import StepProgress, print_closing, print_result
 from gptlit.training.callbacks.signals import GracefulStop
 from gptlit.training.callbacks.validation import FinalValidation, SampleText
-from gptlit.training.closing import print_closing, print_result
 from gptlit.training.distributed import register_strategies
 from gptlit.training.environment import (
     best_precision,
-    check_devices,
     end_with_parent,
     is_first_process,
     keep_freed_memory,
@@ -50,10 +44,11 @@ from gptlit.training.environment import (
 )
 from gptlit.training.lightning_compat import disable_path_values, starts_scripts
 from gptlit.training.module import GPTModule
-from gptlit.training.parser import Parser, check_values
+from gptlit.training.parser import Parser
+from gptlit.training.resume import complete_architecture
 from gptlit.training.run_config import RunConfig, SaveRunConfig
-from gptlit.training.supported import check_precision, check_trainer
-from gptlit.training.tensorboard import run_logger
+from gptlit.training.supported import check_trainer
+from gptlit.training.tensorboard import StepLogger
 
 
 class TrainingCLI(LightningCLI):
@@ -62,6 +57,7 @@ class TrainingCLI(LightningCLI):
     makes_files = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.checkpoint: dict[str, Any] | None = None  # that of a resume, until it is handed to the Trainer
         with ExitStack() as self._locks:  # Lightning parses and runs in here
             super().__init__(*args, **kwargs)
 
@@ -91,10 +87,15 @@ class TrainingCLI(LightningCLI):
         self._args = args
         try:
             self.config = parser.parse_args(args)
-        except UnicodeDecodeError as error:
-            fail(f"a configuration file is not UTF-8 ({error}): save it as that", status=2)
-        command = self.config.subcommand
-        check_values(self._subcommand_parsers[command], self.config[command])
+            config = self.config[self.config.subcommand]
+            for group in ("model", "data", "trainer", "run", "model.config"):
+                if config[group] is None:
+                    raise InputError(f"{group} is empty: give it settings, or leave the line out")
+            self._subcommand_parsers[self.config.subcommand].validate(config, skip_unset=False)  # an empty value
+            if not isinstance(config.seed_everything, bool) and not 0 <= config.seed_everything < 2**32:
+                raise InputError(f"seed_everything must be at least 0 and below 2^32, got {config.seed_everything}")
+        except (ValueError, TypeError) as error:
+            fail(error, status=2)
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -105,53 +106,11 @@ class TrainingCLI(LightningCLI):
         """Resolve what depends on the machine or the disk: precision, devices, run folder, checkpoint, architecture."""
         try:
             config = self.config[self.subcommand]
-            self._settle_trainer(config)
+            settle_trainer(config.trainer, self.subcommand == "fit")
             self._settle_run(config)
             self._settle_architecture(config)
         except ValueError as error:
             fail(error, status=2)
-
-    def _settle_trainer(self, config: Any) -> None:
-        trainer = config.trainer
-        trainer.default_root_dir = trainer.default_root_dir or "runs"
-        if trainer.val_check_interval is not None or trainer.check_val_every_n_epoch != 1:
-            raise InputError(
-                "trainer.val_check_interval and trainer.check_val_every_n_epoch cannot be set: "
-                "use run.val_every_n_steps, in optimizer steps"
-            )
-        endless = trainer.max_steps == -1 and trainer.max_epochs in (None, -1) and not trainer.fast_dev_run
-        if self.subcommand == "fit":
-            check_trainer_settings(trainer)
-        if endless and self.subcommand == "fit":
-            raise InputError("a run needs an end: set trainer.max_steps or trainer.max_epochs")
-        if trainer.precision is None:
-            trainer.precision, why = best_precision(trainer.accelerator)
-            if self.subcommand == "fit":
-                note(f"trainer.precision {trainer.precision}: {why}")
-        check_precision(trainer.precision)  # before Lightning asks for a package
-        self._settle_devices(trainer)
-
-    def _settle_devices(self, trainer: Any) -> None:
-        """Take the numbers of nodes and of devices per node from torchrun or SLURM unless they are given."""
-        nodes, devices = launched()
-        if nodes is None or devices is None:
-            return
-        given = self._given("trainer")
-        for key, ours in {"num_nodes": nodes, "devices": devices}.items():
-            if key not in given or given[key] in ("auto", -1, "-1"):
-                trainer[key] = ours
-            elif str(given[key]) != str(ours):
-                raise InputError(
-                    f"trainer.{key} is {given[key]}, but this process was started for {nodes} "
-                    f"node{'s' * (nodes != 1)} with {devices} device{'s' * (devices != 1)} each: leave it out"
-                )
-
-    def _given(self, *keys: str) -> dict[str, Any]:
-        """Return what files and flags set under a key, without defaults."""
-        given: Any = self.parser.parse_args(self._args, defaults=False, _skip_validation=True).as_dict()
-        for key in (self.subcommand, *keys):
-            given = (given or {}).get(key) or {}
-        return dict(given)
 
     def _settle_run(self, config: Any) -> None:
         """Choose the checkpoint to resume and the run folder, which is locked before its newest one is looked for."""
@@ -159,7 +118,6 @@ class TrainingCLI(LightningCLI):
         if config.ckpt_path is None and is_fit and int(os.environ.get("SLURM_RESTART_COUNT") or 0):
             config.ckpt_path = "last"  # SLURM has requeued the job
         path = folder = None
-        self.checkpoint: dict[str, Any] | None = None  # that of a resume
         if config.ckpt_path == "last":
             folder = last_run(root, name, must_exist=not is_fit)
         elif config.ckpt_path is not None:
@@ -179,6 +137,16 @@ class TrainingCLI(LightningCLI):
             config.model.init_from = None  # the weights come from the checkpoint
             note(f"{'resuming from' if is_fit else 'checkpoint'} {path}")
 
+    def _settle_architecture(self, config: Any) -> None:
+        complete_architecture(config, self._given("model", "config"), self.checkpoint)
+
+    def _given(self, *keys: str) -> dict[str, Any]:
+        """Return what files and flags set under a key, without defaults."""
+        given: Any = self.parser.parse_args(self._args, defaults=False, _skip_validation=True).as_dict()
+        for key in (self.subcommand, *keys):
+            given = (given or {}).get(key) or {}
+        return dict(given)
+
     def _writes(self, config: Any) -> bool:
         """Whether this process writes a run's folder."""
         return self.subcommand == "fit" and self.makes_files and not config.trainer.fast_dev_run and is_first_process()
@@ -191,7 +159,6 @@ class TrainingCLI(LightningCLI):
             check_trainer(self.trainer)
             if self.subcommand == "fit":
                 check_division(self.datamodule.batch_size, self.trainer.num_devices * self.trainer.num_nodes)
-            check_devices(self.trainer)
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             fail(error, status=2)
 
@@ -204,20 +171,20 @@ class TrainingCLI(LightningCLI):
             self.run = self._locks.enter_context(locked_new_run(Path(config.trainer.default_root_dir), run.name))
         on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         io = DurableCheckpointIO(asynchronous=on_gpu if run.async_save is None else run.async_save)
+        resumed_step = None
         if self.checkpoint is not None:
-            io.opened[Path(config.ckpt_path)] = self.checkpoint
-        self.trainer_defaults["callbacks"] = run_callbacks(self.config[self.subcommand], run, self.run, io)
+            resumed_step, io.opened[Path(config.ckpt_path)] = self.checkpoint.get("global_step"), self.checkpoint
+            self.checkpoint = None  # a file that is open keeps its space on disk
+        self.trainer_defaults["callbacks"] = run_callbacks(config, run, self.run, io)
         if config.trainer.logger is not False:
             others = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
-            ours = [run_logger(self.run, self.checkpoint, self.config.fit)] if self.subcommand == "fit" else []
+            is_fit = self.subcommand == "fit"
+            ours = [StepLogger(self.run, self.config.fit, resumed_step)] if is_fit else []
             kwargs["logger"] = [*ours, *(logger for logger in others if logger not in (None, True))]
         self.save_config_kwargs = {"run": self.run}
         kwargs["val_check_interval"], kwargs["check_val_every_n_epoch"] = run.val_every_n_steps, None
         kwargs["plugins"] = [*(config.trainer.plugins or []), io]
         return super().instantiate_trainer(**kwargs)
-
-    def _settle_architecture(self, config: Any) -> None:
-        complete_architecture(config, self._given("model", "config"), self.checkpoint)
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
@@ -256,30 +223,44 @@ class TrainingCLI(LightningCLI):
     def after_fit(self) -> None:
         """Print the result, the checkpoint and what to type next."""
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            print_closing(self.trainer, self.run, self.config[self.subcommand])
+            print_closing(self.trainer, self.run)
+
+
+def settle_trainer(trainer: Any, is_fit: bool) -> None:
+    """Check the settings that this project makes itself, and choose precision and devices where they are left open.
+
+    Under torchrun and SLURM, the launcher determines the numbers of nodes and of devices.
+    """
+    trainer.default_root_dir = trainer.default_root_dir or "runs"
+    if trainer.val_check_interval is not None or trainer.check_val_every_n_epoch != 1:
+        raise InputError(
+            "trainer.val_check_interval and trainer.check_val_every_n_epoch cannot be set: "
+            "use run.val_every_n_steps, in optimizer steps"
+        )
+    if is_fit:
+        check_trainer_settings(trainer)
+        if trainer.max_steps == -1 and trainer.max_epochs in (None, -1) and not trainer.fast_dev_run:
+            raise InputError("a run needs an end: set trainer.max_steps or trainer.max_epochs")
+    if trainer.precision is None:
+        trainer.precision, why = best_precision(trainer.accelerator)
+        if is_fit:
+            note(f"trainer.precision {trainer.precision}: {why}")
+    if (numbers := launched()) is not None:
+        trainer.num_nodes, trainer.devices = numbers
 
 
 def run_callbacks(config: Any, run: RunConfig, folder: Path, io: DurableCheckpointIO) -> list[Callback]:
-    """Return this project's callbacks, in the order in which Lightning calls them.
-
-    Args:
-        config: The parsed configuration of a command.
-        run: Its `run` group.
-        folder: The run's folder.
-        io: Writes the checkpoints.
-    """
+    """Return this project's callbacks, in the order in which Lightning calls them."""
     callbacks: list[Callback] = [FinalValidation(run.val_every_n_steps)]
     checkpoint = None
     if config.trainer.enable_checkpointing is not False:
         checkpoint = StepCheckpoint(folder, io, run.save_every_n_steps, run.keep_last, run.keep_best)
         callbacks.append(checkpoint)
-    callbacks += [GracefulStop(checkpoint), NonFinite(folder, run.max_nonfinite_steps)]
+    callbacks += [GracefulStop(checkpoint), NonFinite(run.max_nonfinite_steps)]
     if run.sample_prompt:
         callbacks.append(SampleText(run.sample_prompt))
     if config.trainer.enable_progress_bar is not False:
         callbacks.append(StepProgress())
-    if isinstance(config.data.source, list):
-        callbacks.append(DrawnWindows())
     return [*callbacks, Throughput(None if run.peak_tflops is None else run.peak_tflops * 1e12)]
 
 
@@ -290,7 +271,11 @@ def main(args: list[str] | None = None) -> None:
 
 def command_line(cli: type[TrainingCLI], args: list[str] | None) -> TrainingCLI:
     """Set the process up, then parse and run `args`."""
-    _set_up_process(sys.argv[1:] if args is None else args)
+    set_up_streams(drop_unwritable=True)
+    silence_lightning()
+    keep_freed_memory()
+    end_with_parent()
+    register_strategies()
     try:
         return cli(
             GPTModule,
@@ -322,17 +307,3 @@ def command_line(cli: type[TrainingCLI], args: list[str] | None) -> TrainingCLI:
         if isinstance(error.__context__, KeyboardInterrupt):
             raise SystemExit(130) from None
         raise
-
-
-def _set_up_process(args: list[str]) -> None:
-    set_up_streams(drop_unwritable=True)
-    silence_lightning()
-    keep_freed_memory()
-    end_with_parent()
-    register_strategies()
-    config_files.register()
-    try:
-        for word in args:
-            check_utf8(word)
-    except InputError as error:
-        fail(error, status=2)

@@ -1,25 +1,21 @@
-"""The environment of a process: launcher, devices, precision, allocator, logging."""
+"""The environment of a process: launcher, precision, allocator, logging."""
 
 import ctypes
 import logging
 import os
 import platform
 import signal
-import socket
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.accelerators import CPUAccelerator
 
-from gptlit.errors import InputError
 from gptlit.training.lightning_compat import cpu_has_native_bf16
 
 
-def launched() -> tuple[int | None, int | None]:
+def launched() -> tuple[int, int] | None:
     """Return the numbers of nodes and of processes per node that torchrun or SLURM started; None without either."""
     get = os.environ.get
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -27,7 +23,12 @@ def launched() -> tuple[int | None, int | None]:
     if "SLURM_NTASKS" in os.environ and get("SLURM_JOB_NAME") not in ("bash", "interactive"):
         nodes = int(get("SLURM_NNODES", 1))
         return nodes, int(get("SLURM_NTASKS", 1)) // nodes
-    return None, None
+    return None
+
+
+def is_first_process() -> bool:
+    """Whether this is the first process of a run, whichever launcher started it."""
+    return not any(int(os.environ.get(key) or 0) for key in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def best_precision(accelerator: Any) -> tuple[str, str]:
@@ -64,51 +65,23 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
-def is_first_process() -> bool:
-    """Whether this is the first process of a run, whichever launcher started it."""
-    return not any(int(os.environ.get(key) or 0) for key in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
-
-
-def check_devices(trainer: pl.Trainer) -> None:
-    """Check, before a process is started for each device, that the machine can run them and they can connect.
-
-    Raises:
-        InputError: There are far more devices than CPU cores, or MASTER_PORT cannot be used.
-    """
-    most = max(8, os.cpu_count() or 1)
-    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > most:
-        raise InputError(
-            f"trainer.devices {trainer.num_devices} would start as many processes on this CPU of "
-            f"{os.cpu_count()} cores: use at most {most}"
-        )
-    starts_others = launched() == (None, None) and not {"LOCAL_RANK", "NODE_RANK"} & os.environ.keys()
-    if trainer.num_devices * trainer.num_nodes > 1 and starts_others and (port := os.environ.get("MASTER_PORT")):
-        _check_port(port)
-
-
-def _check_port(port: str) -> None:
-    """Check that this process can listen on a port."""
-    try:
-        socket.create_server(("", int(port))).close()
-    except (OSError, ValueError, OverflowError) as error:
-        raise InputError(
-            f"MASTER_PORT {port} cannot be used ({error}): set another, or none to have one found"
-        ) from error
-
-
 def silence_lightning() -> None:
     """Hide Lightning's seed, device and tip lines; keep warnings and the output of callbacks and profilers."""
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message=".*recommended to use `self.log.*sync_dist=True")  # they are means
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning_fabric", "pytorch_lightning"):
+    for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name in ("callbacks", "profilers", "tuner", "utilities.rank_zero"):
-        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
-    logging.getLogger("lightning.fabric.strategies.launchers").setLevel(logging.INFO)  # a child process has ended
+    for name in (
+        "pytorch.callbacks",
+        "pytorch.profilers",
+        "pytorch.utilities.rank_zero",
+        "fabric.strategies.launchers",
+    ):
+        logging.getLogger(f"lightning.{name}").setLevel(logging.INFO)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a message of Lightning's shared logger is a warning or comes from a callback or the tuner."""
-    return record.levelno > logging.INFO or Path(record.pathname).parent.name in ("callbacks", "tuner")
+    """Whether a message of Lightning's shared logger is a warning or comes from a callback."""
+    return record.levelno > logging.INFO or Path(record.pathname).parent.name == "callbacks"

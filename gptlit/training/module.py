@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
@@ -27,7 +28,7 @@ from gptlit.training.optimizer import (
     build_optimizer,
     update_param_groups,
 )
-from gptlit.training.resume import check_architecture, check_optimizer, prepare_fit
+from gptlit.training.resume import check_resume, prepare_fit
 from gptlit.training.supported import check_trainer
 
 
@@ -36,7 +37,7 @@ class GPTModule(pl.LightningModule):
 
     Logged every `trainer.log_every_n_steps` optimizer steps: train/loss (mean of the global batch), train/grad_norm
     (before clipping), train/tokens (seen so far, all devices), lr, and train/skipped_steps once there is one. After
-    each validation: val/loss, val/perplexity.
+    each validation: val/loss, val/perplexity, val/bits_per_byte.
 
     A step with a non-finite gradient leaves weights and optimizer state unchanged and is counted. Dropout is seeded for
     each micro-batch from the run's seed and the step, so that a resumed run equals an uninterrupted one.
@@ -95,8 +96,8 @@ class GPTModule(pl.LightningModule):
         self.init_from = init_from
         self.guard = NonFiniteGuard()
         self.tokens = 0  # of the optimizer steps since the run began, all devices
-        self._step_tokens = 0  # of the micro-batches of one optimizer step
         self._losses: list[Tensor] = []  # of the micro-batches of one optimizer step, on the device
+        self._step_tokens = 0  # of the same
         self.save_hyperparameters({**arguments, "config": asdict(self.config)})  # plain values: see `weights_only`
 
     @override
@@ -109,29 +110,17 @@ class GPTModule(pl.LightningModule):
             return
         trainer = attached_trainer(self)
         device = torch.device("cpu") if trainer is None else trainer.strategy.root_device
-        if self.device_mesh is not None:  # only a sharding strategy has one
-            self.model = sharded_model(self.config, self.device_mesh["data_parallel"], device)
-        else:
-            with torch.device("cpu"):  # a seed gives the same weights on any device
-                self.model = GPTModel(self.config)
+        self.model = _new_model(self.config, self.device_mesh, device)
         if self.init_from is not None:
             source = read_weights(self.init_from)
-            if (data := getattr(trainer, "datamodule", None)) is not None and hasattr(data, "tokenizer"):
-                check_tokenizer(source, data.tokenizer)
+            if (tokenizer := getattr(getattr(trainer, "datamodule", None), "tokenizer", None)) is not None:
+                check_tokenizer(source, tokenizer)
             copy_weights(self.model, source)
-        if self.compile_model:
-            configure_compiler(device)
-        for block in self.model.trf_blocks:
-            assert isinstance(block, TransformerBlock)
-            block.activation_checkpointing = self.activation_checkpointing
-            if self.compile_model:
-                block.compile()  # in place: the keys of the state dict stay as they are
+        _set_up_blocks(self.model, self.activation_checkpointing, self.compile_model, device)
 
     @override
     def forward(self, token_ids: Tensor) -> Tensor:
         return self.model(token_ids)  # type: ignore[no-any-return]
-
-    # --- training -----------------------------------------------------------------------------------------------
 
     @override
     def on_train_start(self) -> None:
@@ -140,8 +129,7 @@ class GPTModule(pl.LightningModule):
         update_param_groups(optimizer, **self._group_values)
         self._run_seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self.guard.reset(self.device)
-        self._losses.clear()
-        self._step_tokens = 0  # a previous fit may have ended inside an accumulation window
+        self._losses, self._step_tokens = [], 0  # a previous fit may have ended inside an accumulation window
         steps = self.trainer.max_steps
         self._max_steps = steps if steps > 0 else int(self.trainer.estimated_stepping_batches)
 
@@ -176,7 +164,7 @@ class GPTModule(pl.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        self.tokens, self._step_tokens = self.tokens + self._step_tokens, 0
+        self.tokens += self._step_tokens
         norm = clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         if self.trainer.precision != "16-mixed":
             self.guard.check(optimizer, norm)
@@ -187,7 +175,7 @@ class GPTModule(pl.LightningModule):
             self.log("lr", optimizer.param_groups[0]["lr"])
             if skipped := self.guard.total:
                 self.log("train/skipped_steps", float(skipped))
-        self._losses.clear()
+        self._losses, self._step_tokens = [], 0
 
     @override
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
@@ -201,8 +189,6 @@ class GPTModule(pl.LightningModule):
         return build_optimizer(
             self.model, self.optimizer_name, lr=self.schedule.peak, fused=fused, **self._group_values
         )
-
-    # --- evaluation ---------------------------------------------------------------------------------------------
 
     @override
     def on_validation_epoch_start(self) -> None:
@@ -224,15 +210,13 @@ class GPTModule(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         self._log_mean("test")
 
-    def _log_mean(self, name: str) -> None:
+    def _log_mean(self, name: Literal["val", "test"]) -> None:
         loss = self._mean_loss.compute()  # over all devices
         self.log(f"{name}/loss", loss)
         self.log(f"{name}/perplexity", loss.exp())
         bytes_per_token = getattr(getattr(self.trainer, "datamodule", None), "bytes_per_token", None)
         if bytes_per_token is not None and name in (ratios := bytes_per_token()):
             self.log(f"{name}/bits_per_byte", loss / math.log(2) / ratios[name])
-
-    # --- checkpoints --------------------------------------------------------------------------------------------
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -242,16 +226,32 @@ class GPTModule(pl.LightningModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_architecture(self.config, checkpoint)
         trainer = attached_trainer(self)
-        if trainer is not None and trainer.state.fn == "fit":
-            check_optimizer(self.optimizer_name, checkpoint)
+        is_fit = trainer is not None and trainer.state.fn == "fit"
+        check_resume(self.config, self.optimizer_name if is_fit else None, checkpoint)
+        if trainer is not None and is_fit:
             prepare_fit(trainer, checkpoint)
         self.tokens, self.guard.before = checkpoint.get("tokens", 0), checkpoint.get("skipped_steps", 0)
 
 
+def _new_model(config: GPTConfig, mesh: DeviceMesh | None, device: torch.device) -> GPTModel:
+    if mesh is not None:  # only a sharding strategy has one
+        return sharded_model(config, mesh["data_parallel"], device)
+    with torch.device("cpu"):  # a seed gives the same weights on any device
+        return GPTModel(config)
+
+
+def _set_up_blocks(model: GPTModel, activation_checkpointing: bool, compile: bool, device: torch.device) -> None:
+    if compile:
+        configure_compiler(device)
+    for block in model.trf_blocks:
+        assert isinstance(block, TransformerBlock)
+        block.activation_checkpointing = activation_checkpointing
+        if compile:
+            block.compile()  # in place: the keys of the state dict stay as they are
+
+
 def _seed(*values: int) -> int:
-    """Return a 64-bit seed that depends on all values."""
     text = " ".join(map(str, values))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
 

@@ -1,52 +1,91 @@
-"""What a checkpoint may and may not change in a run that resumes from it."""
+"""Which run and checkpoint a command starts from, and what that decides and restricts.
 
-from dataclasses import fields
+A checkpoint holds where a run stands once for each owner: `global_step` is Lightning's, `tokens` the module's, and the
+position in the data (`TokenDataModule`) the data module's.
+"""
+
+from dataclasses import asdict, fields
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import Timer, WeightAveraging
 
+from gptlit.checkpoint.pretrained import check_compatible, check_tokenizer, read_weights
 from gptlit.config import GPTConfig
+from gptlit.data.corpora import tokenizer_for
+from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import InputError, note
 from gptlit.training.lightning_compat import set_global_step
-from gptlit.training.supported import is_averaging
 
 
-def check_architecture(config: GPTConfig, checkpoint: dict[str, Any]) -> None:
-    """Check that a checkpoint has the model's architecture; `drop_rate` may differ.
+def complete_architecture(config: Any, given: dict[str, Any], checkpoint: dict[str, Any] | None) -> None:
+    """Fill in what `model.config` leaves open, from a checkpoint, weights or the tokenizer. Given values that
+    contradict their source are rejected here, by the module or the data.
+
+    Args:
+        config: The parsed configuration of a command; changed in place.
+        given: The keys of `model.config` that files and flags set.
+        checkpoint: That of a resume.
+    """
+    if checkpoint is not None:
+        found = checkpoint["hyper_parameters"]["config"]
+    elif config.model.init_from is not None:
+        found = _of_pretrained(config, given)
+    else:
+        found = {"vocab_size": load_tokenizer(tokenizer_for(config.data.source, config.data.tokenizer)).n_vocab}
+    for key, value in {**found, **given}.items():
+        config.model.config[key] = value
+
+
+def _of_pretrained(config: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the architecture of `model.init_from`, and set the tokenizer it was trained with if none is given."""
+    source = read_weights(config.model.init_from)
+    name = tokenizer_for(config.data.source, config.data.tokenizer, source.tokenizer_name or "gpt2")
+    if name == source.tokenizer_name:
+        config.data.tokenizer = name
+    check_tokenizer(source, load_tokenizer(name))
+    rows = source.config.vocab_size
+    source = check_compatible({"vocab_size": load_tokenizer(name).n_vocab, **given}, source)
+    if source.config.vocab_size < rows:
+        note(f"the vocabulary is cut: from {rows} to {source.config.vocab_size} ids")
+    found = asdict(source.config)
+    length, theirs = given.get("context_length", found["context_length"]), found["context_length"]
+    if length != theirs:
+        what = "cut" if length < theirs else "extended with untrained rows"
+        note(f"the table of positions is {what}: from {theirs} to {length} tokens")
+    return found
+
+
+def check_resume(config: GPTConfig, optimizer: str | None, checkpoint: dict[str, Any]) -> None:
+    """Check that a checkpoint is one of this model; `drop_rate` may differ.
+
+    Args:
+        config: The model's architecture.
+        optimizer: A key of `OPTIMIZERS`; None: its state is not loaded.
+        checkpoint: The checkpoint.
 
     Raises:
         InputError: A key differs; it is named, with both values.
     """
-    theirs = checkpoint["hyper_parameters"]["config"]
-    for field in fields(GPTConfig):
-        ours = getattr(config, field.name)
-        if field.name != "drop_rate" and theirs.get(field.name) != ours:
+    theirs = checkpoint["hyper_parameters"]
+    names = [field.name for field in fields(GPTConfig) if field.name != "drop_rate"]
+    pairs = {f"config.{name}": (getattr(config, name), theirs["config"].get(name)) for name in names}
+    if optimizer is not None:
+        pairs["optimizer"] = optimizer, theirs.get("optimizer", optimizer)
+    for key, (ours, value) in pairs.items():
+        if ours != value:
             raise InputError(
-                f"model.config.{field.name} is {ours}, but the checkpoint was trained with "
-                f"{theirs.get(field.name)}: set it to that, or start a new run"
+                f"model.{key} is {ours}, but the checkpoint was trained with {value}: set it to that, or start a new "
+                "run with --model.init_from"
             )
-
-
-def check_optimizer(name: str, checkpoint: dict[str, Any]) -> None:
-    """Check that a checkpoint has the state of this optimizer.
-
-    Raises:
-        InputError: It has another one's.
-    """
-    theirs = checkpoint["hyper_parameters"].get("optimizer", name)
-    if theirs != name:
-        raise InputError(
-            f"model.optimizer is {name!r}, but the checkpoint was trained with {theirs!r}: "
-            "set it to that, or start a new run with --model.init_from"
-        )
 
 
 def prepare_fit(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     """Let a fit continue at the checkpoint's step, with the callbacks and the accumulation of this configuration."""
-    if "current_model_state" in checkpoint and not is_averaging(trainer):
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if "current_model_state" in checkpoint and not any(isinstance(c, WeightAveraging) for c in callbacks):
         note("the checkpoint has averaged weights too: the run goes on with the others, without an average")
         checkpoint["state_dict"] = checkpoint["current_model_state"]
     set_global_step(trainer, checkpoint["global_step"])
-    for timer in (callback for callback in trainer.callbacks if isinstance(callback, Timer)):  # type: ignore[attr-defined]
+    for timer in (callback for callback in callbacks if isinstance(callback, Timer)):
         checkpoint.get("callbacks", {}).pop(timer.state_key, None)  # trainer.max_time counts from each start

@@ -348,7 +348,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     assert set(losses(run, "train/skipped_steps").values()) == {1.0}
 
 
-def test_too_many_in_a_row_end_the_run_with_their_windows(
+def test_too_many_in_a_row_end_the_run(
     fit: Fit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loss = module.linear_cross_entropy
@@ -356,14 +356,7 @@ def test_too_many_in_a_row_end_the_run_with_their_windows(
     with pytest.raises(SystemExit) as exit_:
         fit("--trainer.max_steps=9", "--run.max_nonfinite_steps=3")
     assert exit_.value.code == 1
-    assert "error: the gradient was not finite in 3 steps in a row, up to step 3; their windows are in" in (
-        capsys.readouterr().err
-    )
-    found = json.loads(Path("runs/t/version_0/non-finite.json").read_text())
-    assert found["steps"] == [1, 3]
-    assert len(found["windows"]) == 3 * 4
-    assert found["windows"][0]["shard"].endswith("train-00000.bin")
-    assert found["windows"][0]["offset"] % 16 == 0
+    assert "error: the gradient was not finite in 3 steps in a row, up to step 3: lower" in capsys.readouterr().err
 
 
 def test_weights_that_are_not_finite_are_not_saved(
@@ -588,8 +581,7 @@ def test_max_time_is_named_and_counts_anew_at_each_start(
     monkeypatch.setattr(Timer, "time_elapsed", lambda self, *rest: sum(late) or elapsed(self, *rest))
     at[(2, 0)] = lambda: late.append(7200.0)  # inside an accumulation window
     fit(*flags)
-    why = "stopped after step 2 of 4: the time of trainer.max_time is over; continue with --ckpt_path runs/t/version_0"
-    assert why in capsys.readouterr().err
+    assert "stopped after step 2 of 4; continue with --ckpt_path runs/t/version_0" in capsys.readouterr().err
     at.clear()
     late.clear()
     fit(*flags, "--ckpt_path=last")
@@ -611,28 +603,17 @@ def test_what_callbacks_and_profilers_of_the_user_say_is_shown(
     assert "FIT Profiler Report" in log.getvalue()
     assert "Stopping threshold reached" in log.getvalue()
     assert "GPU available" not in log.getvalue()
-    said = capsys.readouterr()
-    assert "stopped after step 2 of 9: EarlyStopping: Stopping threshold reached" in said.err
-    commands = [line for line in said.out.splitlines() if line.startswith("  ")]
-    assert [re.search(r"generate|fit|plot|tensorboard", line)[0] for line in commands] == ["generate", "fit"]  # type: ignore[index]
-    assert "--trainer.max" not in commands[1]
+    assert "stopped after step 2 of 9: Stopping threshold reached" in capsys.readouterr().err
 
 
 def test_what_is_proposed_next_works_when_pasted(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     from gptlit.commands.main import main as gptlit
-    from gptlit.training.cli import main
 
-    flags = ["--run.name=it's a: {run}", "--run.sample_prompt=- the 'model'", "--trainer.max_epochs=1"]
-    fit(*flags, "--trainer.max_steps=2")
+    fit("--run.name=it's a: {run}", "--trainer.max_steps=2")
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
-    generate, again, plot, board = lines
-    fit(*flags, "--trainer.max_steps=1")  # a newer run of that name
-    run = Path("runs/it's a: {run}/version_0")
-    main(again[2:])
-    assert list(losses(run)) == [1, 2, 3, 4]
-    capsys.readouterr()
+    generate, plot, board = lines
     gptlit([*generate[3:], "--max_new_tokens=2"])
-    assert capsys.readouterr().out.startswith("- the 'model'")
+    assert capsys.readouterr().out.startswith("The")
     gptlit(plot[3:])
     assert Path("curves.png").is_file()
     assert Path(board[-1]) == Path("runs")

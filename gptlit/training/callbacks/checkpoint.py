@@ -125,3 +125,8 @@ class StepCheckpoint(Checkpoint):
             for path in [path for path in checkpoints(self.run) if path <= newest][: -self.keep_last]:
                 if path != best:
                     path.unlink(missing_ok=True)
+
+
+def step_checkpoint(trainer: pl.Trainer) -> StepCheckpoint | None:
+    """Return the Trainer's StepCheckpoint; None if it saves nothing."""
+    return next((c for c in trainer.checkpoint_callbacks if isinstance(c, StepCheckpoint)), None)

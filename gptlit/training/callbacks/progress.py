@@ -1,20 +1,23 @@
-"""The progress bar, and the summary at the start of a fit."""
+"""What a fit prints: a summary at its start, the progress bar, and its result."""
 
+import shlex
 import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.rule import Rule
 from rich.text import Text
 from typing_extensions import override
 
+from gptlit.checkpoint.runs import best_path, checkpoint_path
 from gptlit.data.datamodule import TokenDataModule
-from gptlit.training.callbacks.checkpoint import StepCheckpoint
+from gptlit.errors import note
+from gptlit.training.callbacks.checkpoint import step_checkpoint
 from gptlit.training.callbacks.validation import SampleText
 from gptlit.training.estimate import RunSpec, describe, make_plan, warnings
 from gptlit.training.lightning_compat import is_log_step
@@ -136,7 +139,21 @@ def _summary(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(datamodule, TokenDataModule):
         return []
-    spec = _run_spec(trainer, pl_module, datamodule)
+    saver = step_checkpoint(trainer)
+    spec = RunSpec.of(
+        pl_module,
+        datamodule,
+        precision=str(trainer.precision),
+        device=trainer.strategy.root_device.type,
+        devices=trainer.world_size,
+        nodes=trainer.num_nodes,
+        shards=pl_module.device_mesh is not None,
+        micro_batch_size=datamodule.micro_batch_size_used,
+        steps=trainer.max_steps,
+        keep_last=0 if saver is None else saver.keep_last,
+        keep_best=saver is not None and saver.keep_best,
+        folder=Path(".") if saver is None else saver.run,
+    )
     plan = make_plan(spec)
     lines = describe(spec, plan)
     source = datamodule.source if isinstance(datamodule.source, str) else f"{len(datamodule.sources)} corpora"
@@ -144,19 +161,31 @@ def _summary(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
     return [f"corpus  {source}", *mix, *lines, *(f"warning: {line}" for line in warnings(spec, plan))]
 
 
-def _run_spec(trainer: pl.Trainer, module: GPTModule, datamodule: TokenDataModule) -> RunSpec:
-    saver = next((c for c in trainer.checkpoint_callbacks if isinstance(c, StepCheckpoint)), None)
-    return RunSpec.of(
-        module,
-        datamodule,
-        precision=str(trainer.precision),
-        device=trainer.strategy.root_device.type,
-        devices=trainer.world_size,
-        nodes=trainer.num_nodes,
-        shards=module.device_mesh is not None,
-        micro_batch_size=datamodule.micro_batch_size_used,
-        steps=trainer.max_steps,
-        keep_last=saver.keep_last if saver is not None else 0,
-        keep_best=saver is not None and saver.keep_best,
-        folder=saver.run if saver is not None else Path("."),
-    )
+def print_result(trainer: pl.Trainer, name: str) -> None:
+    """Print the loss and perplexity of "val" or "test", on rank 0."""
+    metrics = trainer.callback_metrics
+    if trainer.is_global_zero and f"{name}/loss" in metrics:
+        loss, perplexity = float(metrics[f"{name}/loss"]), float(metrics[f"{name}/perplexity"])
+        print(f"{name + '/loss':<10}  {loss:.4f}   perplexity {perplexity:.1f}")
+
+
+def print_closing(trainer: pl.Trainer, run: Path) -> None:
+    """Print the result of a fit, its checkpoints, and commands that use them."""
+    print()
+    print_result(trainer, "val")
+    saver = step_checkpoint(trainer)
+    if saver is not None and 0 <= saver.best_step < trainer.global_step:
+        print(f"best        {saver.best_loss:.4f} at step {saver.best_step}: {best_path(run)}")
+    folder, newest = shlex.quote(str(run)), checkpoint_path(run, trainer.global_step)
+    if trainer.global_step < trainer.max_steps:
+        stops = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
+        why = "".join(
+            f": {reason}" for stop in stops if (reason := stop.stopping_reason_message)
+        )  # Timer prints its own
+        note(
+            f"stopped after step {trainer.global_step} of {trainer.max_steps}{why}; continue with --ckpt_path {folder}"
+        )
+    if newest.is_file():
+        print(f"checkpoint  {newest}\n\nwhat next:\n  python -m gptlit generate --checkpoint {folder} --prompt The")
+        print(f"  python -m gptlit plot {folder} --out curves.png")
+        print(f"  tensorboard --logdir {shlex.quote(str(run.parent.parent))}")
