@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -230,13 +229,6 @@ class TokenDataModule(pl.LightningDataModule):
         """Position of the next window, over all devices, after the last optimizer step."""
         return self._position_after(self._attached_trainer.global_step)
 
-    def addresses(self, step: int) -> list[dict[str, Any]]:
-        """Return where the windows of the optimizer step after `step` steps are: file and offset in tokens."""
-        windows = self.windows["train"]
-        positions = self._position_after(step) + np.arange(self.batch_size)
-        found = [windows.address(int(window)) for window in self.mixture(positions)]
-        return [{"step": step + 1, "shard": str(windows.shards[s].path), "offset": offset} for s, offset in found]
-
     @override
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -278,10 +270,6 @@ class TokenDataModule(pl.LightningDataModule):
         splits = self.data.manifest.get("splits", {})
         own = [name for name in splits if not self.corpora.held_out.get(name) and self.data.tokens(name)]
         return {name: splits[name]["bytes"] / self.data.tokens(name) for name in own}
-
-    def drawn(self) -> dict[str, int]:
-        """Return how many windows of each corpus were served up to the last optimizer step."""
-        return dict(zip(self.corpora.names, self.mixture.drawn(self.position), strict=True))
 
     def describe_mixture(self) -> list[str]:
         """Return a line on each corpus, if there are several."""

@@ -17,11 +17,8 @@ from gptlit.training.module import GPTModule
 from gptlit.training.optimizer import OPTIMIZERS, OptimizerName
 
 CHINCHILLA = 20  # tokens a parameter. Source: Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models"
-
-
 PROGRAM = 0.7e9  # bytes of main memory that Python, torch and Lightning take
 COMPILER = 0.25e9  # and torch.compile
-
 # Dense bf16 TFLOPS, by a part of the device's name. Source: NVIDIA's datasheets.
 DATASHEET_PEAKS = {
     "B200": 2250,
@@ -37,65 +34,37 @@ DATASHEET_PEAKS = {
     "RTX 4090": 165,
     "RTX 5090": 209,
 }
-
-
 # Bytes of activations that a block saves for backward, per token and emb_dim, by the size of an activation.
 SAVED = {2: 42, 4: 68, 8: 136}
-
-
 # The same with torch.compile, which recomputes cheap operations. On CUDA, 2 is measured, the others are estimated.
 SAVED_COMPILED = {"cpu": {2: 24, 4: 44, 8: 88}, "cuda": {2: 30, 4: 60, 8: 120}}
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What the estimates depend on. None: not known yet.
-
-    Args:
-        config: The architecture.
-        optimizer: A key of `OPTIMIZERS`.
-        precision: Lightning's name, for example "bf16-mixed".
-        device: "cpu", "cuda" or "mps".
-        devices: Number of devices, over all nodes.
-        nodes: Number of machines.
-        shards: Whether parameters, gradients and optimizer state are sharded over the devices.
-        activation_checkpointing: Whether blocks are recomputed in backward.
-        compile: Whether blocks are compiled.
-        batch_size: Windows in an optimizer step, over all devices.
-        micro_batch_size: Windows in a micro-batch of one device.
-        steps: Optimizer steps of the run.
-        epochs: Epochs over the training windows, if they limit the run.
-        lr: The peak of the learning rate.
-        warmup_steps: Optimizer steps until the peak.
-        is_pretrained: Whether the initial weights are pretrained.
-        windows: Training windows.
-        val_windows: Validation windows; 0 for no validation.
-        train_tokens: Training tokens.
-        saves: Checkpoints that are kept; None for all.
-        folder: Where checkpoints go.
-    """
+    """What the estimates depend on. None: not known yet."""
 
     config: GPTConfig
     optimizer: OptimizerName = "adamw"
-    precision: str = "32-true"
-    device: str = "cpu"
-    devices: int = 1
+    precision: str = "32-true"  # Lightning's name
+    device: str = "cpu"  # "cpu", "cuda" or "mps"
+    devices: int = 1  # over all nodes
     nodes: int = 1
-    shards: bool = False
+    shards: bool = False  # parameters, gradients and optimizer state are sharded over the devices
     activation_checkpointing: bool = False
     compile: bool = False
-    batch_size: int = 16
-    micro_batch_size: int = 16
-    steps: int | None = None
-    epochs: int | None = None
-    lr: float = 6e-4
+    batch_size: int = 16  # windows in an optimizer step, over all devices
+    micro_batch_size: int = 16  # windows in a micro-batch of one device
+    steps: int | None = None  # optimizer steps
+    epochs: int | None = None  # over the training windows, if they limit the run
+    lr: float = 6e-4  # the peak
     warmup_steps: int = 0
     is_pretrained: bool = False
-    windows: int | None = None
-    val_windows: int | None = None
+    windows: int | None = None  # to train on
+    val_windows: int | None = None  # 0 for no validation
     train_tokens: int | None = None
-    saves: int | None = 3
-    folder: Path = Path("runs")
+    saves: int | None = 3  # checkpoints that are kept; None for all
+    folder: Path = Path("runs")  # where checkpoints go
 
     @classmethod
     def of(
@@ -123,7 +92,7 @@ class RunSpec:
 def make_plan(spec: RunSpec) -> dict[str, Any]:
     """Return the estimates as nested values: bytes, tokens, steps, seconds; None for what is not known."""
     parameters = count_parameters(spec.config)
-    size = bytes_per_param(spec.precision) * parameters["total"] + optimizer_bytes(spec)
+    size = bytes_per_param(spec.precision) * parameters["total"] + optimizer_bytes(spec, parameters["total"])
     return {
         "parameters": parameters,
         "memory": memory(spec, parameters["total"]),
@@ -131,7 +100,7 @@ def make_plan(spec: RunSpec) -> dict[str, Any]:
         "checkpoint": {
             "bytes": size,
             "bytes_kept": None if spec.saves is None else size * spec.saves,
-            "free": shutil.disk_usage(_existing(spec.folder)).free,
+            "free": _free_bytes(spec.folder),
         },
         "time": {"seconds_a_step": None, "seconds": None, "tokens_per_second": None, "end": None},
     }
@@ -139,19 +108,20 @@ def make_plan(spec: RunSpec) -> dict[str, Any]:
 
 def _steps(spec: RunSpec, parameters: dict[str, int]) -> dict[str, dict[str, Any]]:
     """Return what a step, the data and the run amount to."""
-    steps, per_epoch, epochs = spec.steps, None, None
+    steps, per_epoch, epochs, tokens = spec.steps, None, None, None
     if spec.windows is not None:
         per_epoch = math.ceil(spec.windows / spec.batch_size)
         if spec.epochs is not None:
             limit = math.ceil(spec.epochs * spec.windows / spec.batch_size)
             steps = limit if steps is None else min(steps, limit)
         epochs = None if steps is None or not spec.windows else steps * spec.batch_size / spec.windows
-    tokens_a_step = spec.batch_size * spec.config.context_length
-    tokens = None if steps is None else steps * tokens_a_step
+    per_step = spec.batch_size * spec.config.context_length
+    if steps is not None:
+        tokens = steps * per_step
     return {
         "step": {
             "windows": spec.batch_size,
-            "tokens": tokens_a_step,
+            "tokens": per_step,
             "devices": spec.devices,
             "micro_batch_size": spec.micro_batch_size,
             "accumulation": accumulation(spec),
@@ -205,12 +175,12 @@ def bytes_per_param(precision: str) -> int:
     return {"64-true": 8, "bf16-true": 2, "16-true": 2}.get(precision, 4)
 
 
-def optimizer_bytes(spec: RunSpec) -> int:
-    """Return the bytes of the optimizer state."""
+def optimizer_bytes(spec: RunSpec, total: int) -> int:
+    """Return the bytes of the optimizer state of a model with `total` parameters."""
     entry = OPTIMIZERS[spec.optimizer]
     in_blocks = 12 * spec.config.n_layers * spec.config.emb_dim**2
-    others = count_parameters(spec.config)["total"] - in_blocks
-    return bytes_per_param(spec.precision) * (entry.block_matrix_state * in_blocks + entry.other_state * others)
+    values = entry.block_matrix_state * in_blocks + entry.other_state * (total - in_blocks)
+    return bytes_per_param(spec.precision) * values
 
 
 def memory(spec: RunSpec, total: int) -> dict[str, int | None]:
@@ -237,7 +207,7 @@ def memory(spec: RunSpec, total: int) -> dict[str, int | None]:
     parts: dict[str, int] = {
         "weights": bytes_per_param(spec.precision) * total // n,
         "gradients": bytes_per_param(spec.precision) * total // (n if accumulation(spec) == 1 else 1),
-        "optimizer": optimizer_bytes(spec) // n,
+        "optimizer": optimizer_bytes(spec, total) // n,
         "activations": activations + casts,
         "logits": (6 if size == 2 else 4) * vocabulary * width + size * vocabulary * rows,
         "program": int(PROGRAM + COMPILER * spec.compile) if spec.device == "cpu" else 0,
@@ -279,10 +249,7 @@ def warnings(spec: RunSpec, plan: dict[str, Any]) -> list[str]:
         )
     if spec.val_windows is not None and 0 < spec.val_windows < 20:
         found.append(f"val/loss comes from {spec.val_windows} windows only: a larger data.val_fraction is less noisy")
-    per_epoch, steps = plan["data"]["steps_per_epoch"], plan["run"]["steps"]
-    if per_epoch is not None and per_epoch < spec.warmup_steps:
-        found.append(f"the warm-up of {spec.warmup_steps} steps is longer than an epoch of {per_epoch}")
-    if steps is not None and spec.warmup_steps >= steps:
+    if (steps := plan["run"]["steps"]) is not None and spec.warmup_steps >= steps:
         found.append(f"the warm-up of {spec.warmup_steps} steps is no shorter than the run of {steps}")
     usual = usual_lr(plan["parameters"]["total"] - plan["parameters"]["tok_emb"] - plan["parameters"]["pos_emb"])
     if spec.lr > 5 * usual or (spec.lr < usual / 10 and not spec.is_pretrained):
@@ -296,47 +263,33 @@ def warnings(spec: RunSpec, plan: dict[str, Any]) -> list[str]:
 
 def describe(spec: RunSpec, plan: dict[str, Any]) -> list[str]:
     """Return the plan as lines of text."""
-    parameters = plan["parameters"]
-    counted = {"embeddings": parameters["tok_emb"] + parameters["pos_emb"], "blocks": parameters["trf_blocks"]}
-    counted["head"] = parameters["out_head"]
-    parts = ", ".join(f"{name} {count:,}" for name, count in counted.items() if count)
-    lines = [
-        f"model   {parameters['total']:,} parameters: {spec.config.summary}; "
-        f"{spec.precision} on {spec.devices} x {spec.device}",
-        f"        {parts}{', head tied' if spec.config.tie_weights else ''}",
-        _memory_line(spec, plan["memory"]),
-    ]
+    parameters, memory = plan["parameters"], plan["memory"]
     step, run, data, saved = plan["step"], plan["run"], plan["data"], plan["checkpoint"]
-    line = f"step    {step['windows']} windows = {step['tokens']:,} tokens"
-    if step["devices"] > 1 or step["accumulation"] > 1:
-        line += f": {step['micro_batch_size']} at once on {step['devices']} x {spec.device}"
-        line += f", accumulated over {step['accumulation']} micro-batches" * (step["accumulation"] > 1)
-    lines.append(line)
-    if data["train_windows"] is not None:
-        val = f", {data['val_windows']:,} to validate" if data["val_windows"] is not None else ""
-        epoch = f"an epoch is {data['steps_per_epoch']:,} steps"
-        lines.append(f"data    {data['train_tokens']:,} tokens, {data['train_windows']:,} windows{val}; {epoch}")
-    else:
+    where = f"{spec.devices} x {spec.device}"
+    parts = [f"{name} {gigabytes(n)}" for name, n in memory.items() if n and name not in ("total", "available")]
+    have = "" if memory["available"] is None else f" of {gigabytes(memory['available'])}"
+    lines = [
+        f"model   {parameters['total']:,} parameters: {spec.config.summary}; {spec.precision} on {where}",
+        f"memory  {gigabytes(memory['total'])}{have} on each device, about: {', '.join(parts)}",
+        f"step    {step['windows']} windows = {step['tokens']:,} tokens: {step['micro_batch_size']} at once on {where}"
+        + f", accumulated over {step['accumulation']} micro-batches" * (step["accumulation"] > 1),
+    ]
+    if data["train_windows"] is None:
         lines.append("data    no corpus yet: `fit` or `gptlit prepare` makes it; windows and epochs are known then")
+    else:
+        lines.append(
+            f"data    {data['train_tokens']:,} tokens, {data['train_windows']:,} windows, "
+            f"{data['val_windows']:,} to validate; an epoch is {data['steps_per_epoch']:,} steps"
+        )
     if run["steps"] is not None:
         epochs = f", {data['epochs']:.2g} epochs" if data["epochs"] is not None else ""
         lines.append(
             f"run     {run['steps']:,} steps, {run['tokens']:,} tokens{epochs}: {run['tokens_per_parameter']:.2g} a "
             f"parameter (Chinchilla: {CHINCHILLA})"
         )
-    if spec.saves == 0:
-        return [*lines, "disk    no checkpoints"]
     kept = "all are kept" if saved["bytes_kept"] is None else f"at most {gigabytes(saved['bytes_kept'])} kept"
     lines.append(f"disk    {gigabytes(saved['bytes'])} a checkpoint, {kept}; {gigabytes(saved['free'])} free")
     return lines
-
-
-def _memory_line(spec: RunSpec, memory: dict[str, int | None]) -> str:
-    parts = [f"{name} {gigabytes(n)}" for name, n in memory.items() if n and name not in ("total", "available")]
-    have = "" if memory["available"] is None else f" of {gigabytes(memory['available'])}"
-    name = {"cpu": "CPU", "cuda": "GPU"}.get(spec.device, spec.device)
-    where = f"each {name}" if spec.devices > 1 else f"the {name}"
-    return f"memory  {gigabytes(memory['total'] or 0)}{have} on {where}, about: {', '.join(parts)}"
 
 
 def gigabytes(size: float) -> str:
@@ -346,6 +299,6 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:.2g} GB" if size < 9.95e9 else f"{size / 1e9:,.0f} GB"
 
 
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    return next(folder for folder in (path, *path.parents) if folder.exists())
+def _free_bytes(folder: Path) -> int:
+    folder = folder.absolute()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free

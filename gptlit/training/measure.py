@@ -27,43 +27,34 @@ def measure(spec: RunSpec) -> float:
     )
     ids = torch.randint(spec.config.vocab_size, (spec.micro_batch_size, spec.config.context_length + 1))
     batch = ids[:, :-1], ids[:, 1:]
-    timer = _StepTimer()
+    laps = _Laps()
     trainer = pl.Trainer(
         accelerator=spec.device,
         devices=1,
         precision=spec.precision,  # type: ignore[arg-type]
         max_steps=WARM_UP + MEASURED,
         gradient_clip_val=1.0,
-        callbacks=[timer],
+        callbacks=[laps],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
     trainer.fit(module, DataLoader([batch] * (WARM_UP + MEASURED), batch_size=None))  # type: ignore[arg-type]
-    return accumulation(spec) * median(timer.backward[WARM_UP:]) + median(timer.step[WARM_UP:])
+    starts, steps, ends = (laps.times[hook::3][WARM_UP:] for hook in range(3))
+    backward = median(step - start for start, step in zip(starts, steps, strict=True))
+    return accumulation(spec) * backward + median(end - step for step, end in zip(steps, ends, strict=True))
 
 
-class _StepTimer(Callback):
-    """Measures forward and backward of each micro-batch, and clipping and the optimizer's step."""
+class _Laps(Callback):
+    """Notes when a micro-batch begins, when its backward has ended, and when the optimizer's step has."""
 
     def __init__(self) -> None:
-        self.backward: list[float] = []  # seconds
-        self.step: list[float] = []
-
-    def _lap(self, pl_module: pl.LightningModule) -> float:
-        getattr(torch, pl_module.device.type).synchronize()
-        began, self._began = getattr(self, "_began", 0.0), time.perf_counter()
-        return self._began - began
+        self.times: list[float] = []  # seconds
 
     @override
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        self._lap(pl_module)
+        getattr(torch, pl_module.device.type).synchronize()
+        self.times.append(time.perf_counter())
 
-    @override
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        self.backward.append(self._lap(pl_module))
-
-    @override
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        self.step.append(self._lap(pl_module))
+    on_before_optimizer_step = on_train_batch_end = on_train_batch_start  # type: ignore[assignment]

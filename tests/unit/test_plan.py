@@ -151,7 +151,6 @@ def test_flops_are_those_of_the_paper(preset: str, tie_weights: bool) -> None:
     [
         ({"micro_batch_size": 10**6, "batch_size": 10**6}, "are needed and the device has"),
         ({"windows": 1000, "val_windows": 3}, "val/loss comes from 3 windows only"),
-        ({"windows": 160, "warmup_steps": 30}, "the warm-up of 30 steps is longer than an epoch of 10"),
         ({"warmup_steps": 1000}, "the warm-up of 1000 steps is no shorter than the run of 1000"),
         ({"lr": 0.1}, "model.lr 0.1 is far from the usual 0.0007"),
         ({"lr": 1e-6}, "model.lr 1e-06 is far from the usual"),
@@ -239,7 +238,6 @@ def test_describe_shows_every_part() -> None:
     text = "\n".join(describe(spec, make_plan(spec)))
     for words in (
         "124,439,808 parameters: 12 layers, 12 heads, 768 wide, context 1024; 32-true on 2 x cpu",
-        "blocks 85,054,464, head tied",
         "step    64 windows = 65,536 tokens: 16 at once on 2 x cpu, accumulated over 2 micro-batches",
         "1,638,401 tokens, 1,600 windows, 80 to validate; an epoch is 25 steps",
         "1,000 steps, 65,536,000 tokens, 40 epochs: 0.53 a parameter (Chinchilla: 20)",
@@ -287,6 +285,6 @@ def test_memory_is_that_of_a_run(config: str, flags: list[str], text: str) -> No
 def test_a_fit_begins_with_its_plan(fit: Callable[..., None], capsys: pytest.CaptureFixture[str]) -> None:
     fit("--trainer.max_steps=2", "--trainer.enable_progress_bar=true", "--model.warmup_steps=2")
     err = capsys.readouterr().err
-    assert re.search(r"memory  .* of .* on the CPU, about: weights", err)
+    assert re.search(r"memory  .* of .* on each device, about: weights", err)
     assert re.search(r"disk    .* a checkpoint, at most", err)
     assert "warning: the warm-up of 2 steps is no shorter than the run of 2" in err

@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.rule import Rule
 from rich.text import Text
 from typing_extensions import override
@@ -29,108 +29,82 @@ class StepProgress(ProgressBar):
 
     def __init__(self) -> None:
         super().__init__()
-        self.console = Console(stderr=True)
+        console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("[dim]{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+            refresh_per_second=4,
+            disable=not console.is_terminal,
+        )
         self._enabled = True
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
-        self._shown_step = -1
 
     @override
     def disable(self) -> None:
-        self._enabled = False
-
-    @override
-    def enable(self) -> None:
-        self._enabled = True
+        self._enabled = False  # on ranks above 0
 
     @override
     def print(self, *args: Any, **kwargs: Any) -> None:
         if self._enabled:
-            (self._progress.console if self._progress else self.console).print(*args, **kwargs)
+            self._bar.console.print(*args, highlight=False, soft_wrap=True, **kwargs)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._began, self._first_step = time.monotonic(), trainer.global_step
         for line in _summary(trainer, pl_module):
-            self.print(line, highlight=False, markup=False, soft_wrap=True)
-        if self._enabled and self.console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=None),
-                MofNCompleteColumn(),
-                TextColumn("[dim]{task.fields[figures]}"),
-                TimeRemainingColumn(),
-                console=self.console,
-                refresh_per_second=4,
-            )
-            self._progress.start()
-            self._task = self._progress.add_task(
-                "training", total=trainer.max_steps, completed=trainer.global_step, figures=""
-            )
+            self.print(line, markup=False)
+        options = {"total": trainer.max_steps, "completed": trainer.global_step, "figures": ""}
+        self._task = self._bar.add_task("training", **options)  # type: ignore[arg-type]
+        if self._enabled:
+            self._bar.start()
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, GPTModule)
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=trainer.global_step, figures=_figures(trainer))
-        elif self._enabled and pl_module.is_between_steps and is_log_step(trainer, trainer.global_step):
-            self._line(trainer)
-
-    def _line(self, trainer: pl.Trainer) -> None:
         step = trainer.global_step
-        if step == self._shown_step or step == self._first_step:
-            return
-        self._shown_step = step
-        rate = (time.monotonic() - self._began) / (step - self._first_step)
-        left = timedelta(seconds=int(rate * (trainer.max_steps - step)))
-        self.print(
-            f"step {step}/{trainer.max_steps}  {_figures(trainer)}  {left} left", highlight=False, soft_wrap=True
-        )
+        self._bar.update(self._task, completed=step, figures=_figures(trainer))
+        if self._bar.disable and pl_module.is_between_steps and is_log_step(trainer, step):
+            rate = (time.monotonic() - self._began) / (step - self._first_step)
+            left = timedelta(seconds=int(rate * (trainer.max_steps - step)))
+            self.print(f"step {step}/{trainer.max_steps}  {_figures(trainer)}  {left} left")
 
     @override
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if self._progress is not None and self._task is not None:
-            total = sum(trainer.num_val_batches)
-            self._progress.update(self._task, description=f"validating {batch_idx + 1}/{total}")
+        if trainer.state.fn == "fit":
+            self._bar.update(self._task, description=f"validating {batch_idx + 1}/{sum(trainer.num_val_batches)}")
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
+        if trainer.state.fn != "fit":
             return
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, description="training", figures=_figures(trainer))
-        step = trainer.global_step
+        self._bar.update(self._task, description="training", figures=_figures(trainer))
         metrics = trainer.callback_metrics
         if "val/loss" in metrics:
             loss, perplexity = float(metrics["val/loss"]), float(metrics["val/perplexity"])
-            self.print(f"step {step}: val/loss {loss:.4f}, perplexity {perplexity:.1f}", highlight=False)
+            self.print(f"step {trainer.global_step}: val/loss {loss:.4f}, perplexity {perplexity:.1f}")
         sample = next((c.text for c in trainer.callbacks if isinstance(c, SampleText)), "")  # type: ignore[attr-defined]
         if sample:
             self.print(Rule("sample", style="dim"), Text(sample, style="italic"), Rule(style="dim"))
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        self._bar.stop()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, "fit")
+        self._bar.stop()
 
 
 def _figures(trainer: pl.Trainer) -> str:
     """Return the metrics that were logged last. They are on the host: reading them does not synchronise."""
-    metrics = trainer.logged_metrics
-    names = {
-        "train/loss": ("loss", ".3f"),
-        "val/loss": ("val", ".3f"),
-        "perf/tokens_per_second": ("tokens/s", ",.0f"),
-    }
-    known = {**{k: v for k, v in trainer.callback_metrics.items() if k == "val/loss"}, **metrics}
-    return "  ".join(f"{label} {float(known[key]):{form}}" for key, (label, form) in names.items() if key in known)
+    known = {**{k: v for k, v in trainer.callback_metrics.items() if k == "val/loss"}, **trainer.logged_metrics}
+    shown = (("train/loss", "loss", ".3f"), ("val/loss", "val", ".3f"), ("perf/tokens_per_second", "tokens/s", ",.0f"))
+    return "  ".join(f"{label} {float(known[key]):{form}}" for key, label, form in shown if key in known)
 
 
 def _summary(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
