@@ -200,23 +200,19 @@ class GPTModule(pl.LightningModule):
         n_targets = (targets >= 0).sum()  # without padding
         self._mean_loss.update(self._loss(inputs, targets, "sum") / n_targets.clamp(min=1), weight=n_targets)
 
-    on_test_epoch_start, test_step = on_validation_epoch_start, validation_step
-
     @override
     def on_validation_epoch_end(self) -> None:
-        self._log_mean("val")
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        self._log_mean("test")
-
-    def _log_mean(self, name: Literal["val", "test"]) -> None:
+        name = "test" if self.trainer.testing else "val"
         loss = self._mean_loss.compute()  # over all devices
         self.log(f"{name}/loss", loss)
         self.log(f"{name}/perplexity", loss.exp())
         bytes_per_token = getattr(getattr(self.trainer, "datamodule", None), "bytes_per_token", None)
         if bytes_per_token is not None and name in (ratios := bytes_per_token()):
             self.log(f"{name}/bits_per_byte", loss / math.log(2) / ratios[name])
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -378,10 +378,10 @@ def test_weights_that_are_not_finite_are_not_saved(
 def test_the_best_checkpoint_is_kept_and_found(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([3.0, 1.0, 2.0, 4.0])
 
-    def log_mean(self: GPTModule, name: str) -> None:
+    def log_mean(self: GPTModule) -> None:
         self.log_dict({"val/loss": next(values), "val/perplexity": 1.0})
 
-    monkeypatch.setattr(GPTModule, "_log_mean", log_mean)
+    monkeypatch.setattr(GPTModule, "on_validation_epoch_end", log_mean)
     fit("--trainer.max_steps=8", "--run.val_every_n_steps=2", "--run.save_every_n_steps=100", "--run.keep_last=1")
     run = Path("runs/t/version_0")
     assert [path.name for path in checkpoints(run)] == ["step-00000004.ckpt", "step-00000008.ckpt"]

@@ -4,7 +4,6 @@ import os
 import shlex
 import signal
 import subprocess
-import threading
 import time
 from typing import Any, NoReturn
 
@@ -50,8 +49,6 @@ class GracefulStop(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         GracefulStop.fits += 1
         self._key = f"gptlit/stop/{GracefulStop.fits}"
-        if threading.current_thread() is not threading.main_thread():
-            return
         for name in self.SIGNALS:
             number = getattr(signal, name, None)  # Windows has neither SIGUSR1 nor SIGHUP
             if number and not (name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN):
