@@ -98,20 +98,21 @@ def _has_events(folder: Path) -> bool:
 
 
 def _curves(run: Path) -> Iterator[tuple[str, Curve]]:
-    """Read the losses: the logger writes each by step and, in the folder `tokens`, by tokens."""
+    """Read the losses, and the tokens seen at their steps from train/tokens."""
     import numpy as np
 
-    scalars, tokens = _scalars(run), _scalars(run / "tokens")
+    scalars = _scalars(run)
+    seen = {0: 0.0, **{event.step: event.value for event in scalars.get("train/tokens", [])}}
     # Each fit of a run has an event file of its own; the time between two fits is not training.
     starts = sorted({float(path.name.split(".")[3]) for path in run.glob("events.out.tfevents.*")})
     times = sorted(event.wall_time for tag in ("train/loss", "val/loss") for event in scalars.get(tag, []))
     pauses = [start - max((time for time in times if time < start), default=0.0) for start in starts]
     for name in ("train", "val"):
-        pairs = list(zip(scalars.get(f"{name}/loss", []), tokens.get(f"loss_by_tokens/{name}", []), strict=False))
-        if pairs:
-            seconds = [a.wall_time - sum(pauses[: np.searchsorted(starts, a.wall_time, "right")]) for a, _ in pairs]
-            points = [a.step for a, _ in pairs], [b.step for _, b in pairs], seconds, [a.value for a, _ in pairs]
-            yield name, Curve(*map(np.array, points))
+        if events := scalars.get(f"{name}/loss", []):
+            steps = [event.step for event in events]
+            tokens = np.interp(steps, list(seen), list(seen.values()))
+            seconds = [e.wall_time - sum(pauses[: np.searchsorted(starts, e.wall_time, "right")]) for e in events]
+            yield name, Curve(*map(np.array, (steps, tokens, seconds, [event.value for event in events])))
 
 
 def _scalars(folder: Path) -> dict[str, list[Any]]:

@@ -24,16 +24,15 @@ def runs() -> list[str]:
     """Two runs, as training leaves them."""
     for version, lr in enumerate((1e-3, 2e-3)):
         folder = Path(f"runs/a/version_{version}")
-        (writer, began), (by_tokens, _) = event_file(folder), event_file(folder / "tokens")
+        writer, began = event_file(folder)
         for step in range(1, 41):
             losses = {"train": 5 + 5 * math.exp(-step / 8) - version / 10}
             if step % 10 == 0:
                 losses["val"] = 5.2 + abs(step - 30) / 50 - version / 10
             for name, loss in losses.items():
                 writer.add_scalar(f"{name}/loss", loss, step, walltime=began + step * 2.5)
-                by_tokens.add_scalar(f"loss_by_tokens/{name}", loss, step * 1000)
+            writer.add_scalar("train/tokens", step * 1000, step)
         writer.close()
-        by_tokens.close()
         config = {"model": {"lr": lr, "config": {"emb_dim": 32}}, "run": {"name": f"a{version}"}}
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return ["runs/a/version_0", "runs/a/version_1"]
@@ -105,10 +104,8 @@ def test_the_pause_before_a_resume_is_left_out(runs: list[str], monkeypatch: pyt
     monkeypatch.setattr(time, "time", lambda: resumed)
     writer, began = event_file(Path(runs[0]))
     writer.add_scalar("train/loss", 4.0, 41, walltime=began + 2.5)
+    writer.add_scalar("train/tokens", 41000, 41)
     writer.close()
-    by_tokens = SummaryWriter(str(Path(runs[0], "tokens")))
-    by_tokens.add_scalar("loss_by_tokens/train", 4.0, 41000)
-    by_tokens.close()
     curve = read_run(runs[0]).curves["train"]
     assert (curve.steps[-1], curve.tokens[-1]) == (41, 41000)
     assert curve.seconds[-1] == pytest.approx(last + 2.5)
