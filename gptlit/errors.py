@@ -73,10 +73,3 @@ def set_up_streams(drop_unwritable: bool = False) -> None:
             setattr(sys, name, _LossyOutput(stream.buffer, stream.encoding, errors, None, *buffering))
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
-
-
-class OneLineErrors:
-    """Mixin for a jsonargparse parser: an error is one line, without the usage, and exits with status 2."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        fail(ex if ex is not None and os.environ.get("GPTLIT_TRACEBACK") else message, status=2)

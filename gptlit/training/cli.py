@@ -30,7 +30,7 @@ from gptlit.data.datamodule import TokenDataModule
 from gptlit.errors import InputError, fail, note, set_up_streams
 from gptlit.training.callbacks.checkpoint import StepCheckpoint
 from gptlit.training.callbacks.monitoring import NonFinite, Throughput
-from gptlit.training.callbacks.progress import StepProgress, print_closing, print_result
+from gptlit.training.callbacks.progress import StepProgress, print_closing
 from gptlit.training.callbacks.signals import GracefulStop
 from gptlit.training.callbacks.validation import FinalValidation, SampleText
 from gptlit.training.distributed import register_strategies
@@ -65,12 +65,8 @@ class TrainingCLI(LightningCLI):
     @override
     def subcommands() -> dict[str, set[str]]:
         """Return each command with the arguments of its Trainer method that are not options."""
-        loaders = {"model", "datamodule", "weights_only"}
-        return {
-            "fit": loaders | {"train_dataloaders", "val_dataloaders"},
-            "validate": loaders | {"dataloaders", "verbose"},
-            "test": loaders | {"dataloaders", "verbose"},
-        }
+        commands = LightningCLI.subcommands()
+        return {name: commands[name] | {"weights_only"} for name in ("fit", "validate", "test")}
 
     @override
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -206,19 +202,6 @@ class TrainingCLI(LightningCLI):
         launch(strategy.setup_environment)  # the Trainer skips both then
         config = self.config_init[subcommand]
         config["ckpt_path"] = strategy.broadcast(config["ckpt_path"])
-
-    @override
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        kwargs = super()._prepare_subcommand_kwargs(subcommand)
-        return kwargs if subcommand == "fit" else {**kwargs, "verbose": False}  # no table of results
-
-    def after_validate(self) -> None:
-        """Print val/loss and perplexity."""
-        print_result(self.trainer, "val")
-
-    def after_test(self) -> None:
-        """Print test/loss and perplexity."""
-        print_result(self.trainer, "test")
 
     def after_fit(self) -> None:
         """Print the result, the checkpoint and what to type next."""

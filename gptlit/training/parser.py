@@ -1,6 +1,7 @@
 """The parser of train.py: one-line errors that name the nearest known setting, and no duplicate keys in YAML."""
 
 import difflib
+import os
 import re
 from typing import Any, NoReturn
 
@@ -9,12 +10,12 @@ from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
-from gptlit.errors import OneLineErrors
+from gptlit.errors import fail
 from gptlit.training.lightning_compat import option_strings
 
 
-class Parser(OneLineErrors, LightningArgumentParser):
-    """LightningArgumentParser whose errors are one line and say what was probably meant."""
+class Parser(LightningArgumentParser):
+    """LightningArgumentParser whose errors are one line, without the usage, and say what was probably meant."""
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -22,7 +23,7 @@ class Parser(OneLineErrors, LightningArgumentParser):
             known = [option.removeprefix("--") for option in option_strings(self)]
             if near := difflib.get_close_matches(match[1] or match[2], known, 1):
                 message += f": did you mean {'--' * bool(match[1])}{near[0]}?"
-        super().error(message, ex)
+        fail(ex if ex is not None and os.environ.get("GPTLIT_TRACEBACK") else message, status=2)
 
 
 class _UniqueKeys(yaml.BaseLoader):  # type: ignore[misc]

@@ -18,6 +18,11 @@ Fit = Callable[..., None]
 RUN = Path("runs/t/version_0")
 
 
+def shown(capsys: pytest.CaptureFixture[str]) -> float:
+    """Return val/loss of Lightning's table of results."""
+    return float(re.findall(r"val/loss\W+(\d+\.\d+)", capsys.readouterr().out)[-1])
+
+
 def test_a_fit_leaves_curves_configuration_and_checkpoints(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     fit("--trainer.max_steps=7", "--run.val_every_n_steps=3", "--run.save_every_n_steps=2", "--run.keep_last=2")
     assert [path.name for path in checkpoints(RUN)] == ["step-00000006.ckpt", "step-00000007.ckpt"]
@@ -160,7 +165,7 @@ def test_validate_gives_the_loss_of_the_fit(fit: Fit, capsys: pytest.CaptureFixt
     fit("--trainer.max_steps=2")
     capsys.readouterr()
     fit("--ckpt_path=last", command="validate")
-    assert f"{losses(RUN, 'val/loss')[2]:.4f}" in capsys.readouterr().out
+    assert shown(capsys) == pytest.approx(losses(RUN, "val/loss")[2])
     assert not Path("runs/t/version_1").exists()
     with pytest.raises(SystemExit):
         fit("--ckpt_path=last", command="test")
@@ -250,7 +255,7 @@ def test_imported_weights_can_be_validated(fit: Fit, capsys: pytest.CaptureFixtu
     fit("--trainer.max_steps=1")
     save_checkpoint(read_weights(RUN), Path("weights.ckpt"))
     fit("--ckpt_path=weights.ckpt", command="validate")
-    assert f"{losses(RUN, 'val/loss')[1]:.4f}" in capsys.readouterr().out
+    assert shown(capsys) == pytest.approx(losses(RUN, "val/loss")[1])
     fit(command="validate")
     assert "untrained weights are measured" in capsys.readouterr().err
 

@@ -135,18 +135,11 @@ def _summary(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
     return [f"corpus  {source}", *mix, *lines, *(f"warning: {line}" for line in warnings(spec, plan))]
 
 
-def print_result(trainer: pl.Trainer, name: str) -> None:
-    """Print the loss and perplexity of "val" or "test", on rank 0."""
-    metrics = trainer.callback_metrics
-    if trainer.is_global_zero and f"{name}/loss" in metrics:
-        loss, perplexity = float(metrics[f"{name}/loss"]), float(metrics[f"{name}/perplexity"])
-        print(f"{name + '/loss':<10}  {loss:.4f}   perplexity {perplexity:.1f}")
-
-
 def print_closing(trainer: pl.Trainer, run: Path) -> None:
     """Print the result of a fit, its checkpoints, and commands that use them."""
-    print()
-    print_result(trainer, "val")
+    metrics = trainer.callback_metrics
+    if "val/loss" in metrics:
+        print(f"\nval/loss    {metrics['val/loss']:.4f}   perplexity {metrics['val/perplexity']:.1f}")
     saver = step_checkpoint(trainer)
     if saver is not None and 0 <= saver.best_step < trainer.global_step:
         print(f"best        {saver.best_loss:.4f} at step {saver.best_step}: {best_path(run)}")
