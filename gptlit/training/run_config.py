@@ -31,7 +31,7 @@ class RunConfig:
             writer slows down training.
         max_nonfinite_steps: Consecutive steps with a non-finite gradient that end the run.
         sample_prompt: Text to continue after each validation; empty: no sample.
-        peak_tflops: Peak of one device, for perf/mfu; None: from the datasheet, else measured at the start.
+        peak_tflops: Peak of one device, for perf/mfu; None: from the datasheet of a known GPU.
     """
 
     name: str = "gpt"
