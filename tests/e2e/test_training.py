@@ -204,7 +204,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(fit: Fit, capsys: pytest.Cap
     first, newest = checkpoints(RUN)
     newest.write_bytes(newest.read_bytes()[:1000])
     fit("--trainer.max_steps=5", "--ckpt_path=last", "--run.keep_last=1")
-    assert "step-00000004.ckpt is truncated" in capsys.readouterr().err
+    assert "step-00000004.ckpt is damaged, truncated" in capsys.readouterr().err
     assert list(losses(RUN)) == [1, 2, 3, 4, 5]
     assert [path.name for path in checkpoints(RUN)] == ["step-00000005.ckpt"]
     assert not first.exists()
