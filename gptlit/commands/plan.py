@@ -57,7 +57,6 @@ def run(args: list[str], with_measure: bool, as_json: bool) -> None:
     """
     cli = command_line(PlanCLI, ["fit", *args])
     try:
-        config = cli.config["fit"]
         spec = run_spec(cli.parser.instantiate(cli.config)["fit"], cli.run)
         plan = make_plan(spec)
         if not as_json:
