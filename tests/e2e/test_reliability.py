@@ -168,6 +168,16 @@ def test_a_signal_is_said_and_what_to_do_next(fit: Fit, at: Any, capsys: pytest.
     said = capsys.readouterr().err
     assert "SIGTERM: saving and ending after this step (a second one, after 2 s, ends at once)" in said
     assert "stopped by SIGTERM after step 3; continue with --ckpt_path runs/t/version_0" in said
+
+
+def test_a_signal_before_the_first_step_promises_no_checkpoint(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    began = GPTModule.on_train_start
+    monkeypatch.setattr(GPTModule, "on_train_start", lambda module: [began(module), stop()()])
+    with pytest.raises(SystemExit):
+        fit("--trainer.max_steps=9")
+    assert "stopped by SIGTERM after step 0; nothing is saved" in capsys.readouterr().err
     assert "GracefulStop" not in repr(signal.getsignal(signal.SIGTERM))
 
 
