@@ -30,8 +30,10 @@ LIMITS = {  # time limits of the phases, in seconds
     "kernels": 90,
     "syncs": 90,
     "batches": 200,
-    "reliability": 200,
+    "larger": 150,
     "generation": 90,
+    "transformers": 150,
+    "reliability": 200,
 }
 
 
@@ -132,27 +134,29 @@ def timed(function: Callable[[], Any], device: str, repeats: int = 10) -> float:
     return statistics.median(times)
 
 
-def gptlit(device: str, batch: int = 16, flags: Sequence[str] = ()) -> Contender:
+def gptlit(device: str, batch: int = 16, flags: Sequence[str] = (), size: str = "124m") -> Contender:
     """Return `train.py fit` as a contender; on a CPU tiny and not compiled."""
     if device == "cpu":
         flags = ["--model.compile=false", *flags, "--data.micro_batch_size=2"]
         return make("gptlit", "toy", 2, 16, device=device, warm=1, steps=2, flags=flags)
-    return make("gptlit", "124m", batch, 1024, device=device, warm=8, steps=10, flags=flags)
+    return make("gptlit", size, batch, 1024, device=device, warm=8, steps=10, flags=flags)
 
 
-def nanogpt_contender(device: str, batch: int, folder: str) -> Contender:
-    """Return nanoGPT's model as a contender; on a CPU tiny and not compiled."""
+def peer(name: str, device: str, batch: int = 16, folder: str = "") -> Contender:
+    """Return another project's model as a contender; on a CPU tiny and not compiled."""
     if device == "cpu":
-        return make("nanogpt, shipped", "toy", 2, 16, device=device, warm=1, steps=2, folder=folder)
-    return make("nanogpt", "124m", batch, 1024, device=device, warm=8, steps=10, folder=folder)
+        return make(f"{name}, shipped", "toy", 2, 16, device=device, warm=1, steps=2, folder=folder)
+    return make(name, "124m", batch, 1024, device=device, warm=8, steps=10, folder=folder)
 
 
-def summaries(results: dict[str, list[dict[str, float]]], tokens: dict[str, int], device: str) -> Lines:
+def summaries(
+    results: dict[str, list[dict[str, float]]], tokens: dict[str, int], device: str, size: str = "124m"
+) -> Lines:
     """Yield tokens per second, MFU, memory and the ratio to the first contender's time, for each contender."""
     first = next(iter(results.values()))
     for name, runs in results.items():
         rates = sorted(tokens[name] / found["seconds"] for found in runs)
-        flops = step_flops("124m", 1, 1024) / 1024
+        flops = step_flops(size, 1, 1024) / 1024
         peak = datasheet(device)
         ratios = [found["seconds"] / base["seconds"] for found, base in zip(runs, first, strict=True)]
         yield {
@@ -175,7 +179,9 @@ def datasheet(device: str) -> float | None:
     return datasheet_peak(torch.cuda.get_device_name(), "bf16-mixed") if device == "cuda" else None
 
 
-def compare(contenders: dict[str, Contender], tokens: dict[str, int], device: str, rounds: int = 3) -> Lines:
+def compare(
+    contenders: dict[str, Contender], tokens: dict[str, int], device: str, rounds: int = 3, size: str = "124m"
+) -> Lines:
     """Start all contenders at once, then measure them in interleaved rounds."""
     began = time.monotonic()
     processes = {name: Process(contender) for name, contender in contenders.items()}
@@ -187,7 +193,7 @@ def compare(contenders: dict[str, Contender], tokens: dict[str, int], device: st
         except RuntimeError as error:
             yield {"contender": name, "error": str(error)}
     if ready:
-        yield from summaries(measure_interleaved(ready, rounds), tokens, device)
+        yield from summaries(measure_interleaved(ready, rounds), tokens, device, size)
 
 
 # --- the phases ---------------------------------------------------------------------------------------------------
@@ -246,7 +252,7 @@ def step(device: str, nanogpt: str | None) -> Lines:
     """gptlit under its Trainer and nanoGPT; the correctness checks run while they compile."""
     contenders = {"gptlit": gptlit(device)}
     if nanogpt is not None:
-        contenders["nanoGPT"] = nanogpt_contender(device, 16, nanogpt)
+        contenders["nanoGPT"] = peer("nanogpt", device, 16, nanogpt)
     checks = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.gpu", "correctness", json.dumps({"device": device, "nanogpt": nanogpt})]
     )
@@ -267,11 +273,27 @@ def batches(device: str, nanogpt: str | None) -> Lines:
         contenders[f"gptlit, {batch} x 1024"] = gptlit(device, batch, flags=flags)
         tokens[f"gptlit, {batch} x 1024"] = batch * 1024
         if nanogpt is not None:
-            contenders[f"nanoGPT, {batch} x 1024"] = nanogpt_contender(device, batch, nanogpt)
+            contenders[f"nanoGPT, {batch} x 1024"] = peer("nanogpt", device, batch, nanogpt)
             tokens[f"nanoGPT, {batch} x 1024"] = batch * 1024
     contenders["gptlit, 8 times 64 x 1024"] = gptlit(device, 64, flags=["--data.micro_batch_size=64", *many])
     tokens["gptlit, 8 times 64 x 1024"] = 64 * 1024
     yield from compare(contenders, tokens, device)
+
+
+def larger(device: str, nanogpt: str | None) -> Lines:
+    """The 355M model."""
+    contenders = {
+        f"355M, {batch} x 1024": gptlit(device, batch, [f"--data.micro_batch_size={batch}"], "355m")
+        for batch in (16, 32)
+    }
+    tokens = {name: int(name.split()[1]) * 1024 for name in contenders}
+    yield from compare(contenders, tokens, device, size="355m")
+
+
+def transformers(device: str, nanogpt: str | None) -> Lines:
+    """Transformers' GPT-2, compiled, and gptlit."""
+    contenders = {"gptlit": gptlit(device), "Transformers": peer("transformers", device)}
+    yield from compare(contenders, dict.fromkeys(contenders, 16 * 1024 if device == "cuda" else 2 * 16), device)
 
 
 def kernels(device: str, nanogpt: str | None) -> Lines:
@@ -311,8 +333,10 @@ PHASES = {
     "kernels": kernels,
     "syncs": syncs,
     "batches": batches,
-    "reliability": reliability,
+    "larger": larger,
     "generation": generation,
+    "transformers": transformers,
+    "reliability": reliability,
     "correctness": correctness,
 }
 
