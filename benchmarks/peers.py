@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.contenders import Contender, StepTimer
 
 # emb_dim, n_heads, n_layers
-SIZES = {"124m": (768, 12, 12), "small": (384, 6, 6), "toy": (16, 2, 1)}
+SIZES = {"355m": (1024, 16, 24), "124m": (768, 12, 12), "small": (384, 6, 6), "toy": (16, 2, 1)}
 VOCAB_SIZE = 50257
 PADDED_VOCAB_SIZE = 50304  # nanoGPT and litgpt round up to this
 WARM, STEPS = 5, 2  # steps before the first measurement, and per measurement
