@@ -13,6 +13,8 @@ import torch._functorch.config
 from jsonargparse import ArgumentParser
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from torch import Tensor
+from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 from torch.utils.tensorboard import SummaryWriter
 
 # --- public, but awkward ------------------------------------------------------------------------------------------
@@ -138,3 +140,13 @@ def recompute_cheap_ops(device: torch.device) -> None:
     if device.type == "cpu":
         torch._functorch.config.cse = False
         torch._functorch.config.ban_recompute_materialized_backward = False
+
+
+def orthogonalize(gradient: Tensor, group: dict[str, Any]) -> Tensor:
+    """Return the orthogonalised matrix in bf16, for a parameter group of torch's Muon: it has no public form."""
+    return _zeropower_via_newtonschulz(gradient, group["ns_coefficients"], group["ns_steps"], group["eps"])
+
+
+def muon_lr(shape: torch.Size, group: dict[str, Any]) -> float:
+    """Return the learning rate of a matrix, for a parameter group of torch's Muon."""
+    return _adjust_lr(group["lr"], group["adjust_lr_fn"], shape)

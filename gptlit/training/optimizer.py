@@ -3,14 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
-from typing_extensions import override
+from torch.optim import AdamW, Optimizer
 
 from gptlit.model.gpt import GPTModel
+from gptlit.training.muon import MuonAdamW
 
 OptimizerName = Literal["adamw", "muon"]
 
@@ -89,32 +87,6 @@ OPTIMIZERS: dict[OptimizerName, OptimizerEntry] = {
     "adamw": OptimizerEntry(_adamw, block_matrix_state=2, other_state=2),
     "muon": OptimizerEntry(_muon, block_matrix_state=1, other_state=2),
 }
-
-
-class MuonAdamW(Optimizer):
-    """torch's Muon and AdamW as one optimizer: the first group is Muon's, the others are AdamW's.
-
-    Muon's updates are scaled to the RMS of AdamW's, so that both use the same learning rate. Groups and state are kept
-    here, so that saving and loading is torch's own.
-    """
-
-    def __init__(self, hidden: list[nn.Parameter], groups: list[dict[str, Any]], lr: float, fused: bool) -> None:
-        self._muon = Muon(hidden, lr=lr, adjust_lr_fn="match_rms_adamw")
-        self._adamw = AdamW(groups, lr=lr, fused=fused)
-        super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})
-
-    @override
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._muon.param_groups, self._adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
-        for optimizer in (self._muon, self._adamw):
-            optimizer.state = self.state
-            optimizer.step()  # type: ignore[no-untyped-call,unused-ignore]
-        return loss
 
 
 ScheduleName = Literal["cosine", "constant"]
