@@ -97,7 +97,7 @@ def run_spec(config: Any, run: Path) -> RunSpec:
         device=device,
         devices=devices,
         nodes=int(trainer.num_nodes),
-        shards=trainer.strategy == "fsdp2",
+        shards={"fsdp2": devices, "hsdp": devices // int(trainer.num_nodes)}.get(str(trainer.strategy), 1),
         micro_batch_size=micro_batch_size(data.batch_size, devices, data.micro_batch_size),
         steps=None if trainer.max_steps == -1 else trainer.max_steps,
         epochs=None if trainer.max_epochs in (None, -1) else trainer.max_epochs,

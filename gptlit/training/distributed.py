@@ -1,4 +1,4 @@
-"""Training on several devices: sharded models (FSDP2), the norm of their gradient, and the strategies."""
+"""Training on several devices: sharded models (FSDP2, HSDP), the norm of their gradient, and the strategies."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.linalg import vector_norm
 from torch.optim import Optimizer
@@ -19,24 +19,25 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from gptlit.config import GPTConfig
+from gptlit.errors import InputError
 from gptlit.model.gpt import GPTModel
 from gptlit.model.sharding import gathered, local, shard_like
-from gptlit.training.lightning_compat import set_data_parallel_size
 
 TIMEOUT = timedelta(minutes=10)  # after which a process that waits for a silent one gives up
 
 
-def sharded_model(config: GPTConfig, mesh: DeviceMesh, device: torch.device) -> GPTModel:
+def sharded_model(config: GPTConfig, mesh: DeviceMesh, device: torch.device, precision: str = "32-true") -> GPTModel:
     """Build a sharded GPTModel with the weights that `GPTModel(config)` would have.
 
     No device ever holds more than its shards and one full parameter, which is initialised on the CPU.
 
     Args:
         config: The architecture.
-        mesh: The devices, in one dimension.
+        mesh: The devices that shard; in two dimensions: (replicas, devices that shard each).
         device: This process's own.
+        precision: The Trainer's. In bf16-mixed, parameters are gathered in bf16 and gradients reduced in float32.
     """
-    model = sharded_meta_model(config, mesh)
+    model = sharded_meta_model(config, mesh, precision)
     model.to_empty(device=device)
     if config.tie_weights:
         model.out_head.weight = model.tok_emb.weight
@@ -45,13 +46,16 @@ def sharded_model(config: GPTConfig, mesh: DeviceMesh, device: torch.device) -> 
     return model
 
 
-def sharded_meta_model(config: GPTConfig, mesh: DeviceMesh) -> GPTModel:
+def sharded_meta_model(config: GPTConfig, mesh: DeviceMesh, precision: str = "32-true") -> GPTModel:
     """Build a sharded GPTModel on the meta device: shapes without storage. Source: Zhao et al. 2023, "PyTorch FSDP"."""
+    policy = MixedPrecisionPolicy()
+    if precision == "bf16-mixed":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     with torch.device("meta"):
         model = GPTModel(config)
     for block in model.trf_blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(model, "hidden")
     return model
 
@@ -89,8 +93,8 @@ def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     else:
         total = torch.nn.utils.get_total_norm(shards)
     if isinstance(gradients[0], DTensor):
-        square = total.square()
-        torch.distributed.all_reduce(square, group=gradients[0].device_mesh.get_group())
+        square, mesh = total.square(), gradients[0].device_mesh
+        torch.distributed.all_reduce(square, group=mesh.get_group(mesh.ndim - 1))  # replicas have the same shards
         total = square.sqrt()
     return total.float()
 
@@ -105,16 +109,17 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def __init__(self, process_group_backend: str | None = None, timeout: timedelta | None = TIMEOUT) -> None:
         super().__init__(
-            tensor_parallel_size=1,
-            save_distributed_checkpoint=False,
-            process_group_backend=process_group_backend,
-            timeout=timeout,
+            save_distributed_checkpoint=False, process_group_backend=process_group_backend, timeout=timeout
         )
 
-    @override
-    def setup_environment(self) -> None:
-        set_data_parallel_size(self, self.num_processes * self.num_nodes)
-        super().setup_environment()
+    def mesh_shape(self) -> tuple[int, ...]:
+        """Return (replicas,) and the devices over which each of them is sharded."""
+        return (self.num_processes * self.num_nodes,)
+
+    def sharding_mesh(self) -> DeviceMesh:
+        """Build the mesh of `sharded_model`; Lightning's own, `device_mesh`, is (nodes, devices of a node)."""
+        shape = self.mesh_shape()
+        return init_device_mesh(self.root_device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
 
     @override
     @contextmanager
@@ -195,12 +200,47 @@ class FSDP2Strategy(ModelParallelStrategy):
             optimizer.load_state_dict({"state": sharded, "param_groups": state["param_groups"]})
 
 
+class HSDPStrategy(FSDP2Strategy):
+    """Shards as FSDP2 does, but within groups of devices, which are replicas: between groups only gradients are sent.
+
+    Args:
+        shard_size: Devices of a group; None: those of a node.
+        process_group_backend: "nccl" or "gloo"; None: the default for the device.
+        timeout: Of a collective.
+    """
+
+    def __init__(
+        self,
+        shard_size: int | None = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = TIMEOUT,
+    ) -> None:
+        super().__init__(process_group_backend, timeout)
+        self._shard_size = shard_size
+
+    @override
+    def mesh_shape(self) -> tuple[int, ...]:
+        """Return (replicas, devices over which each of them is sharded).
+
+        Raises:
+            InputError: The devices are not two or more such groups.
+        """
+        (devices,) = super().mesh_shape()
+        size = self.num_processes if self._shard_size is None else self._shard_size
+        if not 1 < size < devices or devices % size:
+            raise InputError(
+                f"trainer.strategy hsdp cannot split {devices} devices into two or more groups of {size} (shard_size, "
+                "by default the devices of a node; at least 2): use another shard_size, or fsdp2"
+            )
+        return devices // size, size
+
+
 def register_strategies() -> None:
-    """Register "fsdp2" for `trainer.strategy`. Also let "ddp" (and "auto" on several devices) use gradients that are
-    views of its communication buckets, which saves a copy of them.
+    """Register "fsdp2" and "hsdp" for `trainer.strategy`. Also let "ddp" (and "auto" on several devices) use gradients
+    that are views of its communication buckets, which saves a copy of them.
     """
     StrategyRegistry.register(
         "ddp", DDPStrategy, override=True, start_method="popen", gradient_as_bucket_view=True, timeout=TIMEOUT
     )
-    if "fsdp2" not in StrategyRegistry:
-        StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all devices")
+    StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2 over all devices", override=True)
+    StrategyRegistry.register("hsdp", HSDPStrategy, description="FSDP2 within nodes, replicas between", override=True)

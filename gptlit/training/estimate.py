@@ -50,7 +50,7 @@ class RunSpec:
     device: str = "cpu"  # "cpu", "cuda" or "mps"
     devices: int = 1  # over all nodes
     nodes: int = 1
-    shards: bool = False  # parameters, gradients and optimizer state are sharded over the devices
+    shards: int = 1  # devices over which parameters, gradients and optimizer state are sharded
     activation_checkpointing: bool = False
     compile: bool = False
     batch_size: int = 16  # windows in an optimizer step, over all devices
@@ -195,7 +195,7 @@ def memory(spec: RunSpec, total: int) -> dict[str, int | None]:
     tokens = spec.micro_batch_size * config.context_length
     size = {"64": 8, "32": 4}.get(spec.precision.split("-")[0], 2)
     per_block = (SAVED_COMPILED.get(spec.device, SAVED) if spec.compile else SAVED)[size]
-    n = spec.devices if spec.shards else 1
+    n = spec.shards
     saved = per_block * (layers + 2)  # and what one block takes in backward
     if config.drop_rate:
         saved += 2 * layers  # masks behind attention and feed-forward
@@ -217,7 +217,8 @@ def memory(spec: RunSpec, total: int) -> dict[str, int | None]:
     if spec.devices == accumulation(spec) == 1:
         parts["gradients"] = max(0, parts["gradients"] - parts["activations"])
     if n > 1:
-        parts["weights"] += 8 * (vocabulary * width + 12 * width**2)  # the embedding and a block, gathered
+        gathered = 2 * (2 if spec.precision == "bf16-mixed" else 4)  # bytes of a parameter and its gradient
+        parts["weights"] += gathered * (vocabulary * width + 12 * width**2)  # the embedding and a block
     return {**parts, "total": sum(parts.values()), "available": available_memory(spec)}
 
 

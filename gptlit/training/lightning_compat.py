@@ -11,7 +11,7 @@ import torch
 import torch._dynamo.config
 import torch._functorch.config
 from jsonargparse import ArgumentParser
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch import Tensor
 from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
@@ -83,11 +83,6 @@ def disable_signal_handlers(trainer: pl.Trainer) -> None:
 def starts_scripts(strategy: Strategy) -> bool:
     """Whether each process runs the script from its start: the launcher's class is private."""
     return strategy.launcher is None or isinstance(strategy.launcher, _SubprocessScriptLauncher)
-
-
-def set_data_parallel_size(strategy: ModelParallelStrategy, size: int) -> None:
-    """Shard over `size` devices: the constructor takes a number only where it is known before the launcher is."""
-    strategy._data_parallel_size = size
 
 
 # --- the command line ---------------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
@@ -17,7 +16,7 @@ from gptlit.checkpoint.pretrained import check_tokenizer, copy_weights, read_wei
 from gptlit.config import GPTConfig
 from gptlit.model.gpt import GPTModel, TransformerBlock
 from gptlit.model.loss import chunked_softmax_, linear_cross_entropy, softmax_
-from gptlit.training.distributed import sharded_model
+from gptlit.training.distributed import FSDP2Strategy, sharded_model
 from gptlit.training.gradients import NonFiniteGuard, clip_gradients
 from gptlit.training.lightning_compat import attached_trainer, configure_compiler, is_log_step
 from gptlit.training.optimizer import (
@@ -110,7 +109,7 @@ class GPTModule(pl.LightningModule):
             return
         trainer = attached_trainer(self)
         device = torch.device("cpu") if trainer is None else trainer.strategy.root_device
-        self.model = _new_model(self.config, self.device_mesh, device)
+        self.model = _new_model(self.config, trainer, device)
         if self.init_from is not None:
             source = read_weights(self.init_from)
             if (tokenizer := getattr(getattr(trainer, "datamodule", None), "tokenizer", None)) is not None:
@@ -230,9 +229,9 @@ class GPTModule(pl.LightningModule):
         self.tokens, self.guard.before = checkpoint.get("tokens", 0), checkpoint.get("skipped_steps", 0)
 
 
-def _new_model(config: GPTConfig, mesh: DeviceMesh | None, device: torch.device) -> GPTModel:
-    if mesh is not None:  # only a sharding strategy has one
-        return sharded_model(config, mesh["data_parallel"], device)
+def _new_model(config: GPTConfig, trainer: pl.Trainer | None, device: torch.device) -> GPTModel:
+    if trainer is not None and isinstance(trainer.strategy, FSDP2Strategy):
+        return sharded_model(config, trainer.strategy.sharding_mesh(), device, str(trainer.precision))
     with torch.device("cpu"):  # a seed gives the same weights on any device
         return GPTModel(config)
 

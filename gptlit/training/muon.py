@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import all_to_all_single
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Muon, Optimizer
 from typing_extensions import override
@@ -63,17 +64,18 @@ def _step_sharded(matrices: list[Any], group: dict[str, Any], state: Any) -> Non
     all-to-all for all matrices and direction; DTensor would gather and reduce in each iteration of each matrix.
     """
     mesh = matrices[0].device_mesh
-    devices, rank = mesh.get_group(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
-    ranks = devices.size()
+    ranks, rank = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
     owners = assign_owners([matrix.shape for matrix in matrices], ranks)
     owned = [[index for index, owner in enumerate(owners) if owner == other] for other in range(ranks)]
     gradients = [_apply_momentum(matrix, group, state[matrix]) for matrix in matrices]
     sent = [[gradients[index].bfloat16() for index in indices] for indices in owned]  # Muon's own precision
     shards = [[_shard_shape(matrices[index].shape, other, ranks) for index in owned[rank]] for other in range(ranks)]
-    collected = zip(*_exchange(sent, shards, devices), strict=True)  # for each matrix of this rank: its shards
-    updates = [orthogonalize(torch.cat(parts), group).split([len(part) for part in parts]) for parts in collected]
+    collected = zip(*_exchange(sent, shards, mesh), strict=True)  # for each matrix of this rank: its shards
+    updates = [
+        orthogonalize(torch.cat(parts), group).split_with_sizes([len(part) for part in parts]) for parts in collected
+    ]
     sent = [[update[other] for update in updates] for other in range(ranks)]
-    returned = _exchange(sent, [[gradients[index].shape for index in indices] for indices in owned], devices)
+    returned = _exchange(sent, [[gradients[index].shape for index in indices] for indices in owned], mesh)
     for index, update in zip(chain(*owned), chain(*returned), strict=True):
         shard, rate = local(matrices[index]), muon_lr(matrices[index].shape, group)
         shard.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
@@ -94,12 +96,13 @@ def _shard_shape(shape: tuple[int, int], rank: int, ranks: int) -> torch.Size:
     return torch.Size((max(0, min(rows, shape[0] - rank * rows)), shape[1]))
 
 
-def _exchange(sent: list[list[Tensor]], shapes: list[list[torch.Size]], devices: Any) -> list[list[Tensor]]:
-    """Send the tensors `sent[r]` to each rank r; return those from each rank, of the shapes in `shapes[r]`."""
-    out = torch.cat([tensor.flatten() for tensors in sent for tensor in tensors])
+def _exchange(sent: list[list[Tensor]], shapes: list[list[torch.Size]], mesh: DeviceMesh) -> list[list[Tensor]]:
+    """Send the bf16 tensors `sent[r]` to each rank r; return those from each rank, of the shapes in `shapes[r]`."""
+    empty = torch.empty(0, dtype=torch.bfloat16, device=mesh.device_type)  # for a rank that owns nothing
+    out = torch.cat([empty, *(tensor.flatten() for tensors in sent for tensor in tensors)])
     sizes = [[shape.numel() for shape in row] for row in shapes]
     received = out.new_empty(sum(map(sum, sizes)))
     out_sizes = [sum(tensor.numel() for tensor in tensors) for tensors in sent]
-    all_to_all_single(received, out, [sum(row) for row in sizes], out_sizes, group=devices)
-    parts = iter(received.split(list(chain(*sizes))))
+    all_to_all_single(received, out, [sum(row) for row in sizes], out_sizes, mesh.get_group(mesh.ndim - 1))
+    parts = iter(received.split_with_sizes(list(chain(*sizes))))
     return [[next(parts).view(shape) for shape in row] for row in shapes]

@@ -10,9 +10,10 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 
 from gptlit.errors import InputError
+from gptlit.training.distributed import FSDP2Strategy
 from gptlit.training.lightning_compat import uses_distributed_sampler
 
 REFUSED_CALLBACKS: dict[type[Callback], str] = {
@@ -38,13 +39,15 @@ def check_trainer(trainer: pl.Trainer) -> None:
     if trainer.precision == "16-true":
         raise InputError("trainer.precision 16-true is not supported: gradients underflow in fp16, use 16-mixed")
     strategy = trainer.strategy
-    works = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy)
+    works = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDP2Strategy)
     if not works or isinstance(strategy, DeepSpeedStrategy):  # a kind of DDPStrategy
-        raise InputError(f"trainer.strategy {type(strategy).__name__} is not supported: use auto, ddp or fsdp2")
+        raise InputError(f"trainer.strategy {type(strategy).__name__} is not supported: use auto, ddp, fsdp2 or hsdp")
+    if isinstance(strategy, FSDP2Strategy):
+        strategy.mesh_shape()  # raises InputError
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         name = type(callback).__name__
         for refused, why in REFUSED_CALLBACKS.items():
             if isinstance(callback, refused):
                 raise InputError(f"trainer.callbacks: {name} does not work here: {why}")
-        if isinstance(callback, WeightAveraging) and isinstance(strategy, ModelParallelStrategy):
+        if isinstance(callback, WeightAveraging) and isinstance(strategy, FSDP2Strategy):
             raise InputError(f"trainer.callbacks: {name} does not work with sharded weights: use trainer.strategy ddp")

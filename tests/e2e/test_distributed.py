@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,6 +25,12 @@ from gptlit.training.distributed import sharded_meta_model
 RUN = Path("runs/t/version_0")
 FIT = [str(ROOT / "train.py"), "fit", *TINY]
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+FSDP2 = ["--trainer.devices=2", "--trainer.strategy=fsdp2"]
+HSDP = [  # two replicas, each in two shards
+    "--trainer.devices=4",
+    "--trainer.strategy=gptlit.training.distributed.HSDPStrategy",
+    "--trainer.strategy.shard_size=2",
+]
 # train.py, but the loss is no number where a certain word is among the targets
 POISONED = """
 from gptlit.training import module
@@ -67,7 +74,7 @@ def test_two_devices_give_the_curve_of_one(
     common += ["--trainer.gradient_clip_val=0.5"]
     fit(*common)
     common += [f"--data.source={text_file}", f"--data.tokenizer={words_json}"]
-    for name, flags in {"ddp": TWO, "fsdp2": [*TWO, "--trainer.strategy=fsdp2"]}.items():
+    for name, flags in {"ddp": TWO, "fsdp2": FSDP2}.items():
         result = run_script("fit.py", "fit", *TINY, *common, *flags, f"--run.name={name}", cwd=tmp_path)
         assert result.returncode == 0, result.stderr
     for name in ("ddp", "fsdp2"):
@@ -87,7 +94,7 @@ def test_an_error_of_the_user_is_said_once(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("flag", "error"), [("--model.config.tie_weights=true", 1e-5), ("--model.optimizer=muon", 2e-4)]
+    ("flag", "error"), [("--model.config.tie_weights=true", 1e-5), ("--model.optimizer=muon", 2e-5)]
 )
 def test_a_run_moves_from_any_devices_to_any_others(
     fit: Callable[..., None], words_json: Path, text_file: Path, tmp_path: Path, flag: str, error: float
@@ -96,9 +103,10 @@ def test_a_run_moves_from_any_devices_to_any_others(
     turns its updates in bf16, which makes differences in the last digit larger.)
     """
     common = [flag, "--run.val_every_n_steps=2", "--data.micro_batch_size=1", "--model.schedule=constant"]
-    fit(*common, "--trainer.max_steps=14", "--run.name=whole")
-    places = {"ddp": TWO, "fsdp2": [*TWO, "--trainer.strategy=fsdp2"]}
-    for leg, place in enumerate(("one", "fsdp2", "one", "ddp", "fsdp2", "ddp", "one"), 1):
+    common.append("--trainer.gradient_clip_val=0.5")
+    fit(*common, "--trainer.max_steps=16", "--run.name=whole")
+    places = {"ddp": TWO, "fsdp2": FSDP2, "hsdp": HSDP}
+    for leg, place in enumerate(("one", "fsdp2", "hsdp", "ddp", "fsdp2", "one", "hsdp", "one"), 1):
         flags = [*common, f"--trainer.max_steps={2 * leg}", *(["--ckpt_path=last"] if leg > 1 else [])]
         if place == "one":
             fit(*flags)
@@ -106,8 +114,32 @@ def test_a_run_moves_from_any_devices_to_any_others(
         flags += [f"--data.source={text_file}", f"--data.tokenizer={words_json}", *places[place]]
         result = run_script(*FIT, *flags, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
-    for tag in ("train/loss", "val/loss"):
-        assert losses(RUN, tag) == pytest.approx(losses(Path("runs/whole/version_0"), tag), abs=error), tag
+    for tag, factor in (("train/loss", 1), ("val/loss", 1), ("train/grad_norm", 20)):
+        expected = losses(Path("runs/whole/version_0"), tag)
+        assert losses(RUN, tag) == pytest.approx(expected, abs=factor * error), tag
+
+
+@pytest.mark.slow
+def test_two_nodes_are_two_replicas(
+    fit: Callable[..., None], words_json: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """With bf16, by `--trainer.strategy=hsdp`, on two torchrun agents with two devices each."""
+    common = ["--trainer.max_steps=3", "--data.micro_batch_size=1", "--trainer.precision=bf16-mixed"]
+    fit(*common)
+    common += [f"--data.source={text_file}", f"--data.tokenizer={words_json}"]
+    common += ["--trainer.strategy=hsdp", "--run.name=hsdp"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = ["--master-addr=127.0.0.1", f"--master-port={free.getsockname()[1]}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    nodes = []
+    for node in ("0", "1"):
+        agent = ["-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={node}", "--nproc-per-node=2", *address]
+        command = [sys.executable, *agent, f"--local-addr=127.0.0.{int(node) + 1}", *FIT, *common]
+        nodes.append(subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True))
+    said = [node.communicate(timeout=300)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert losses(Path("runs/hsdp/version_0")) == pytest.approx(losses(RUN), abs=3e-3)
 
 
 @pytest.mark.slow

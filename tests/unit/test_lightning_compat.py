@@ -9,7 +9,6 @@ import pytest
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.demos.boring_classes import BoringModel
-from lightning.pytorch.strategies import ModelParallelStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -122,11 +121,16 @@ def test_launchers_that_start_scripts(strategy: str, expected: bool) -> None:
     assert lightning_compat.starts_scripts(trainer(strategy=strategy, devices=devices).strategy) is expected
 
 
-def test_the_size_of_the_data_parallel_group_is_open_until_the_launcher_is_known() -> None:
-    strategy = ModelParallelStrategy()
-    assert strategy._data_parallel_size == "auto"
-    lightning_compat.set_data_parallel_size(strategy, 2)
-    assert strategy._data_parallel_size == 2
+@pytest.mark.parametrize("shape", [(12, 5), (4, 8)])
+def test_muons_parts_make_its_step(shape: tuple[int, int]) -> None:
+    matrix = torch.nn.Parameter(torch.zeros(shape))
+    matrix.grad = torch.randn(shape)
+    muon = torch.optim.Muon([matrix], lr=0.1, momentum=0, nesterov=False, adjust_lr_fn="match_rms_adamw")
+    muon.step()  # type: ignore[no-untyped-call]
+    (group,) = muon.param_groups
+    update = lightning_compat.orthogonalize(matrix.grad, group)
+    assert update.dtype == torch.bfloat16
+    assert torch.equal(matrix, torch.zeros(shape).add_(update, alpha=-lightning_compat.muon_lr(matrix.shape, group)))
 
 
 @dataclass

@@ -177,7 +177,7 @@ def test_sharding_checkpointing_and_half_precision_save_memory() -> None:
 
     assert total(activation_checkpointing=True) < total()
     assert total(precision="bf16-mixed") < total()
-    assert total(shards=True, devices=8) < total(devices=8)
+    assert total(shards=8, devices=8) < total(devices=8)
     assert total(optimizer="muon") < total()
     assert total(micro_batch_size=8) > total()
 
@@ -193,9 +193,7 @@ def test_gradients_take_memory_only_beside_activations() -> None:
 
 
 def test_sharded_gradients_are_unsharded_under_accumulation() -> None:
-    spec = RunSpec(
-        replace(PRESETS["gpt2-xl"], qkv_bias=True), device="cuda", devices=8, shards=True, micro_batch_size=8
-    )
+    spec = RunSpec(replace(PRESETS["gpt2-xl"], qkv_bias=True), device="cuda", devices=8, shards=8, micro_batch_size=8)
     unsharded, sharded = (make_plan(replace(spec, batch_size=size))["memory"]["gradients"] for size in (512, 64))
     total = count_parameters(spec.config)["total"]
     assert (unsharded, sharded) == (4 * total, 4 * total // 8)

@@ -19,6 +19,7 @@ from gptlit.data.datamodule import TokenDataModule
 from gptlit.errors import note
 from gptlit.training.callbacks.checkpoint import step_checkpoint
 from gptlit.training.callbacks.validation import SampleText
+from gptlit.training.distributed import FSDP2Strategy
 from gptlit.training.estimate import RunSpec, describe, make_plan, warnings
 from gptlit.training.lightning_compat import is_log_step
 from gptlit.training.module import GPTModule
@@ -113,15 +114,15 @@ def _summary(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(datamodule, TokenDataModule):
         return []
-    saver = step_checkpoint(trainer)
+    saver, strategy = step_checkpoint(trainer), trainer.strategy
     spec = RunSpec.of(
         pl_module,
         datamodule,
         precision=str(trainer.precision),
-        device=trainer.strategy.root_device.type,
+        device=strategy.root_device.type,
         devices=trainer.world_size,
         nodes=trainer.num_nodes,
-        shards=pl_module.device_mesh is not None,
+        shards=strategy.mesh_shape()[-1] if isinstance(strategy, FSDP2Strategy) else 1,
         micro_batch_size=datamodule.micro_batch_size_used,
         steps=trainer.max_steps,
         keep_last=0 if saver is None else saver.keep_last,
