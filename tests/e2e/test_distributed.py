@@ -103,7 +103,7 @@ def test_a_run_moves_from_any_devices_to_any_others(
     turns its updates in bf16, which makes differences in the last digit larger.)
     """
     common = [flag, "--run.val_every_n_steps=2", "--data.micro_batch_size=1", "--model.schedule=constant"]
-    common.append("--trainer.gradient_clip_val=0.5")
+    common += ["--trainer.gradient_clip_val=0.5", "--data.batch_size=8"]  # 8, 4 and 2 micro-batches a step
     fit(*common, "--trainer.max_steps=16", "--run.name=whole")
     places = {"ddp": TWO, "fsdp2": FSDP2, "hsdp": HSDP}
     for leg, place in enumerate(("one", "fsdp2", "hsdp", "ddp", "fsdp2", "one", "hsdp", "one"), 1):
