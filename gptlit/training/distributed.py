@@ -205,17 +205,11 @@ class HSDPStrategy(FSDP2Strategy):
 
     Args:
         shard_size: Devices of a group; None: those of a node.
-        process_group_backend: "nccl" or "gloo"; None: the default for the device.
-        timeout: Of a collective.
+        options: Of FSDP2Strategy.
     """
 
-    def __init__(
-        self,
-        shard_size: int | None = None,
-        process_group_backend: str | None = None,
-        timeout: timedelta | None = TIMEOUT,
-    ) -> None:
-        super().__init__(process_group_backend, timeout)
+    def __init__(self, shard_size: int | None = None, **options: Any) -> None:
+        super().__init__(**options)
         self._shard_size = shard_size
 
     @override

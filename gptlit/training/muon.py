@@ -15,17 +15,16 @@ from typing_extensions import override
 from gptlit.model.sharding import local
 from gptlit.training.lightning_compat import muon_lr, orthogonalize
 
-ADJUST_LR = "match_rms_adamw"  # scales updates to the RMS of AdamW's, so that both use the same learning rate
-
 
 class MuonAdamW(Optimizer):
     """torch's Muon and AdamW as one optimizer: the first group is Muon's, the others are AdamW's.
 
-    Groups and state are kept here, so that saving and loading is torch's own.
+    Muon's updates are scaled to the RMS of AdamW's, so that both use the same learning rate. Groups and state are kept
+    here, so that saving and loading is torch's own.
     """
 
     def __init__(self, hidden: list[nn.Parameter], groups: list[dict[str, Any]], lr: float, fused: bool) -> None:
-        self._muon = Muon(hidden, lr=lr, adjust_lr_fn=ADJUST_LR)
+        self._muon = Muon(hidden, lr=lr, adjust_lr_fn="match_rms_adamw")
         self._adamw = AdamW(groups, lr=lr, fused=fused)
         super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})
 
