@@ -17,11 +17,15 @@ def user_path(text: str) -> Path:
     """Return a path that a user wrote, with `~` resolved.
 
     Raises:
-        InputError: It is empty: that would be the current folder.
+        InputError: It is empty or not UTF-8 (as configurations and checkpoints are), or there is no such home.
     """
     if not text:
         raise InputError("a path is empty: name a file or folder")
-    return Path(text).expanduser()
+    try:
+        text.encode()
+        return Path(text).expanduser()
+    except (UnicodeEncodeError, RuntimeError) as error:
+        raise InputError(f"the path {text!r} cannot be used ({error}): rename it, or name its folder") from error
 
 
 def note(message: str) -> None:

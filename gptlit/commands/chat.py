@@ -15,6 +15,7 @@ from gptlit.commands.options import (
     TopP,
     load_for_generation,
 )
+from gptlit.errors import InputError
 
 if TYPE_CHECKING:
     from gptlit.data.tokenizer import Tokenizer
@@ -48,6 +49,10 @@ def chat(
         except EOFError:
             print()
             return
+        except RuntimeError as error:
+            if "lost sys.std" not in str(error):
+                raise
+            raise InputError(f"chat reads standard input and writes standard output ({error})") from error
 
 
 @dataclass

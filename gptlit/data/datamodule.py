@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -228,6 +229,13 @@ class TokenDataModule(pl.LightningDataModule):
     def position(self) -> int:
         """Position of the next window, over all devices, after the last optimizer step."""
         return self._position_after(self._attached_trainer.global_step)
+
+    def addresses(self, step: int) -> list[dict[str, Any]]:
+        """Return where the windows of the optimizer step after `step` steps are: file and offset in tokens."""
+        windows = self.windows["train"]
+        indices = self.mixture(self._position_after(step) + np.arange(self.batch_size))
+        found = [windows.address(int(index)) for index in indices]
+        return [{"step": step + 1, "shard": str(windows.shards[s].path), "offset": offset} for s, offset in found]
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -261,13 +261,15 @@ def folder_spec(folder: Path, vocab_size: int) -> str | None:
 
 
 def _is_gpt2(content: str, vocab_size: int) -> bool:
-    """Whether a `tokenizer.json` has GPT-2's vocabulary, and no other token among the first `vocab_size` ids."""
+    """Whether a `tokenizer.json` has GPT-2's vocabulary and merges, and no other token among the first `vocab_size`."""
     words = _spelt(load_tokenizer("gpt2"))
     try:
         settings = json.loads(content)
+        merges = [merge.split() if isinstance(merge, str) else merge for merge in settings["model"]["merges"]]
         others = [token for token in settings.get("added_tokens") or [] if token["content"] not in words]
-        return (
-            bool(settings["model"]["vocab"] == words)
+        return bool(
+            settings["model"]["vocab"] == words
+            and ["".join(merge) for merge in merges] == sorted(words, key=words.__getitem__)[256:-1]
             and settings.get("normalizer") is None
             and not settings["pre_tokenizer"]["add_prefix_space"]
             and all(token["id"] >= vocab_size for token in others)

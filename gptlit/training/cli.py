@@ -36,6 +36,7 @@ from gptlit.training.callbacks.validation import FinalValidation, SampleText
 from gptlit.training.distributed import register_strategies
 from gptlit.training.environment import (
     best_precision,
+    check_port,
     end_with_parent,
     is_first_process,
     keep_freed_memory,
@@ -155,6 +156,7 @@ class TrainingCLI(LightningCLI):
             check_trainer(self.trainer)
             if self.subcommand == "fit":
                 check_division(self.datamodule.batch_size, self.trainer.num_devices * self.trainer.num_nodes)
+            check_port(self.trainer)
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             fail(error, status=2)
 
@@ -239,7 +241,7 @@ def run_callbacks(config: Any, run: RunConfig, folder: Path, io: DurableCheckpoi
     if config.trainer.enable_checkpointing is not False:
         checkpoint = StepCheckpoint(folder, io, run.save_every_n_steps, run.keep_last, run.keep_best)
         callbacks.append(checkpoint)
-    callbacks += [GracefulStop(checkpoint), NonFinite(run.max_nonfinite_steps)]
+    callbacks += [GracefulStop(checkpoint), NonFinite(folder, run.max_nonfinite_steps)]
     if run.sample_prompt:
         callbacks.append(SampleText(run.sample_prompt))
     if config.trainer.enable_progress_bar is not False:

@@ -5,13 +5,16 @@ import logging
 import os
 import platform
 import signal
+import socket
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 
+from gptlit.errors import InputError
 from gptlit.training.lightning_compat import cpu_has_native_bf16
 
 
@@ -24,6 +27,21 @@ def launched() -> tuple[int, int] | None:
         nodes = int(get("SLURM_NNODES", 1))
         return nodes, int(get("SLURM_NTASKS", 1)) // nodes
     return None
+
+
+def check_port(trainer: pl.Trainer) -> None:
+    """Check that this process can listen on MASTER_PORT, if it is to start the others.
+
+    Raises:
+        InputError: It cannot.
+    """
+    port = os.environ.get("MASTER_PORT")
+    is_launched = launched() is not None or {"LOCAL_RANK", "NODE_RANK"} & os.environ.keys()
+    if port and trainer.num_devices * trainer.num_nodes > 1 and not is_launched:
+        try:
+            socket.create_server(("", int(port))).close()
+        except (OSError, ValueError, OverflowError) as error:
+            raise InputError(f"MASTER_PORT {port} cannot be used ({error}): set another, or none") from error
 
 
 def is_first_process() -> bool:

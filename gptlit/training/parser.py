@@ -3,6 +3,7 @@
 import difflib
 import os
 import re
+from functools import cache
 from typing import Any, NoReturn
 
 import yaml
@@ -10,7 +11,7 @@ from jsonargparse import get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
-from gptlit.errors import fail
+from gptlit.errors import fail, note
 from gptlit.training.lightning_compat import option_strings
 
 
@@ -45,7 +46,14 @@ _load_any = get_loader("yaml")
 
 def _load(text: str) -> Any:
     yaml.load(text, _UniqueKeys)
-    return _load_any(text)
+    value = _load_any(text)
+    run = value.get("run") if isinstance(value, dict) else None
+    if isinstance(run, dict) and run.pop("on_nonfinite", None):
+        _note_once("run.on_nonfinite has no effect any more: non-finite steps are skipped, see run.max_nonfinite_steps")
+    return value
+
+
+_note_once = cache(note)
 
 
 set_loader("yaml", _load, (yaml.YAMLError,))

@@ -33,6 +33,9 @@ def check_trainer(trainer: pl.Trainer) -> None:
     """
     if trainer.world_size > 1 and uses_distributed_sampler(trainer):
         raise InputError("trainer.use_distributed_sampler must be false: the data module's samplers shard by rank")
+    for key in ("accumulate_grad_batches", "log_every_n_steps"):
+        if not isinstance(value := getattr(trainer, key), int) or value < 1:
+            raise InputError(f"trainer.{key} must be a positive integer, got {value}")
     clip = trainer.gradient_clip_val
     if clip is not None and not clip >= 0:  # nor NaN
         raise InputError(f"trainer.gradient_clip_val must be at least 0 (0: no clipping), got {clip}")

@@ -1,7 +1,9 @@
 """Throughput and memory of training, and the end of a fit whose gradients are not finite."""
 
+import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -97,10 +99,12 @@ def memory_peak(device: torch.device) -> int:
 
 
 class NonFinite(Callback):
-    """Ends a fit after `limit` consecutive steps with a non-finite gradient."""
+    """Ends a fit after `limit` consecutive steps with a non-finite gradient, and writes their windows to
+    `non-finite.json` in the run's folder, by shard and offset in tokens.
+    """
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, run: Path, limit: int) -> None:
+        self.run, self.limit = run, limit
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -115,8 +119,13 @@ class NonFinite(Callback):
             return
         if count := pl_module.guard.in_a_row:
             note(f"step {step}: the gradient is not finite, nothing was changed ({count} in a row)")
-        if count >= self.limit:
-            raise InputError(
-                f"the gradient was not finite in {count} steps in a row, up to step {step}: lower model.lr, or look at "
-                "the data of these steps"
-            )
+        if count < self.limit:
+            return
+        path, datamodule = self.run / "non-finite.json", trainer.datamodule  # type: ignore[attr-defined]
+        if trainer.is_global_zero:
+            windows = [window for past in range(step - count, step) for window in datamodule.addresses(past)]
+            path.write_text(json.dumps(windows, indent=1) + "\n")
+        raise InputError(
+            f"the gradient was not finite in {count} steps in a row, up to step {step}; their windows are in {path}: "
+            "look at them, or lower model.lr"
+        )

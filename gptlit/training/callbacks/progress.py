@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import EarlyStopping, ProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ProgressBar, Timer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.rule import Rule
@@ -147,9 +147,11 @@ def print_closing(trainer: pl.Trainer, run: Path) -> None:
     folder, newest = shlex.quote(str(run)), checkpoint_path(run, trainer.global_step)
     if trainer.global_step < trainer.max_steps:
         stops = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
-        why = "".join(
-            f": {reason}" for stop in stops if (reason := stop.stopping_reason_message)
-        )  # Timer prints its own
+        timers = [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
+        reasons = [stop.stopping_reason_message for stop in stops]
+        if any(left <= 0 for timer in timers if (left := timer.time_remaining()) is not None):
+            reasons.append("the time of trainer.max_time is over")
+        why = "".join(f": {reason}" for reason in reasons if reason)
         note(
             f"stopped after step {trainer.global_step} of {trainer.max_steps}{why}; continue with --ckpt_path {folder}"
         )
