@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from gptlit.data.parsers import ReadOptions
 from gptlit.data.prepare import cache_folder, prepare_cached
+from gptlit.data.rows import Kind, RowOptions, Rows, open_rows, row_kind, stored_rows
 from gptlit.data.sources import PYTHON_DOCS, open_corpus
 from gptlit.data.splitting import Split
 from gptlit.data.token_files import (
@@ -52,6 +54,7 @@ class Corpora:
     held_out: dict[str, str | None]  # other sources for val and test, each taken in full; None: a part of `sources`
     split: Split
     options: ReadOptions
+    rows: RowOptions
     tokenizer: Tokenizer
     dtype: str  # of token files without a header
     cache_dir: Path  # of tokenised corpora
@@ -67,6 +70,22 @@ class Corpora:
         """Whether a part is meant to validate."""
         return self.split.val_fraction > 0 or self.held_out["val"] is not None
 
+    @cached_property
+    def kind(self) -> Kind | None:
+        """What rows the sources have; None: they are texts or tokens, for windows.
+
+        Raises:
+            InputError: They differ in that, or an option has no use for it.
+        """
+        paths = [source.path for source in self.sources] + [path for path in self.held_out.values() if path]
+        kinds = {row_kind(user_path(path), self.options) for path in paths}
+        if len(kinds) > 1:
+            has = " and ".join(sorted(kind or "texts" for kind in kinds))
+            raise InputError(f"the sources {', '.join(map(repr, paths))} have {has}: a run trains on one of them")
+        (kind,) = kinds
+        self.rows.check(kind, paths[0])
+        return kind
+
     def is_prepared(self) -> bool:
         """Return whether everything is on disk as tokens: nothing would be downloaded or tokenised."""
         used = [(source.path, self.split) for source in self.sources]
@@ -77,6 +96,8 @@ class Corpora:
         folder = user_path(path)
         if holds_tokens(folder) or not (path == PYTHON_DOCS or folder.exists()):
             return holds_tokens(folder)
+        if self.kind is not None:
+            return stored_rows(folder, self.kind, self.cache_dir, self.tokenizer, self._row_options(split)).is_file()
         corpus = open_corpus(path, self.options, self.cache_dir / "downloads")
         return (cache_folder(corpus, self.cache_dir, self.tokenizer, split) / MANIFEST).is_file()
 
@@ -95,11 +116,18 @@ class Corpora:
         folder = user_path(path)
         if holds_tokens(folder):
             return open_folder(folder, self.tokenizer, self.dtype)
+        if self.kind is not None:
+            options = self._row_options(split)
+            return open_rows(folder, self.kind, self.cache_dir, self.tokenizer, split, options)
         corpus = open_corpus(path, self.options, self.cache_dir / "downloads")
         return prepare_cached(corpus, self.cache_dir, self.tokenizer, split)
 
-    def check_windows(self, name: str, windows: Windows, train_windows: Sequence[int]) -> None:
-        """Check that a split has at least one window, and each source one to train on.
+    def _row_options(self, split: Split) -> RowOptions:
+        """Return how rows are made; a source that is held out is taken in full."""
+        return self.rows if split is self.split else replace(self.rows, balance=False)
+
+    def check_windows(self, name: str, windows: Windows | Rows, train_windows: Sequence[int]) -> None:
+        """Check that a split has at least one window or row, and each source one to train on.
 
         Args:
             name: Of the split.
@@ -112,7 +140,10 @@ class Corpora:
         if len(windows) and (name != "train" or 0 not in train_windows):
             return
         short = self.sources if not len(windows) else [self.sources[train_windows.index(0)]]
+        lacks = f"is too short for one window of {windows.context_length} + 1 tokens"
         remedies = ["a longer text", "a smaller model.config.context_length"]
+        if isinstance(windows, Rows):
+            lacks, remedies = "has no row with a target", ["more rows", "a larger model.config.context_length"]
         if name != "train":
             remedies += [
                 f"data.{name}_source",
@@ -121,6 +152,6 @@ class Corpora:
         if name == "val":
             remedies.append("data.val_fraction 0, which trains without validation")
         raise InputError(
-            f"the {name} part of {', '.join(repr(source.path) for source in short)} is too short for one window of "
-            f"{windows.context_length} + 1 tokens: use {', '.join(remedies[:-1])} or {remedies[-1]}"
+            f"the {name} part of {', '.join(repr(source.path) for source in short)} {lacks}: use "
+            f"{', '.join(remedies[:-1])} or {remedies[-1]}"
         )

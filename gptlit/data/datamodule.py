@@ -1,4 +1,4 @@
-"""TokenDataModule: corpora -> batches of windows, the same on any number of devices."""
+"""TokenDataModule: corpora -> batches of windows or rows, the same on any number of devices."""
 
 import math
 import os
@@ -25,23 +25,26 @@ from gptlit.data.compatibility import (
 from gptlit.data.corpora import Corpora, WeightedSource, tokenizer_for
 from gptlit.data.loaders import make_loader
 from gptlit.data.parsers import ReadOptions
+from gptlit.data.rows import RowOptions, Rows, label_names, longest_row
 from gptlit.data.splitting import Split
 from gptlit.data.token_files import SPLITS, TokenData
 from gptlit.data.tokenizer import fingerprint, load_tokenizer, tokenizer_spec
 from gptlit.data.windows import EvalSampler, TrainSampler, WeightedMixture, Windows
-from gptlit.errors import InputError
+from gptlit.errors import InputError, note
 
 Loader = DataLoader[tuple[Tensor, Tensor]]
 
 
 class TokenDataModule(pl.LightningDataModule):
-    """Serves (inputs, targets), int64 (B, T) each, targets one token to the right.
+    """Serves (inputs, targets), int64 (B, T) each: windows, with targets one token to the right, or `Rows`.
 
     Args:
         source: "python-docs" (the documentation that comes with Python); a text, .jsonl or .parquet file, a folder or a
             glob of them; hf:OWNER/NAME; a name of the catalogue; or a folder of tokens: one that was prepared here,
-            nanoGPT's `train.bin` and `val.bin`, llm.c's shards. Or a list of {path, weight}.
-        batch_size: Windows in one optimizer step, over all devices.
+            nanoGPT's `train.bin` and `val.bin`, llm.c's shards. Or rows: a .json or .jsonl file of {instruction, input,
+            output} or {messages: [{role, content}]}; a .tsv file (label, tab, text), a .csv, .json or .jsonl file of
+            texts and labels. Or a list of {path, weight}.
+        batch_size: Windows or rows in one optimizer step, over all devices.
         micro_batch_size: Limit on the windows that one device takes at once; None: no limit. Gradients are accumulated
             up to `batch_size`.
         tokenizer: Name of a tiktoken encoding or path of a Hugging Face `tokenizer.json`; None: the one that made a
@@ -55,6 +58,11 @@ class TokenDataModule(pl.LightningDataModule):
         text_key: Key or column of the text in .jsonl and .parquet.
         separator: What stands between two documents of a text file; empty: a file is one document.
         dtype: Number type of token files without a header (nanoGPT's).
+        template: How instructions are written: alpaca, chat or phi3.
+        mask_prompt: Learn the answers to instructions only. In conversations that is always so.
+        balance: Keep as many texts of each label as the rarest has.
+        label_position: Where the label is predicted, in texts padded to the longest one to train on: 0, or -1 as in the
+            book; None: at the last token of each text.
         seed: Of the order of windows; None: that of `seed_everything`.
         resume_despite: What may differ from the checkpoint on a resume: corpus, tokenizer, seed, stride or weights. The
             position is then one in another order.
@@ -80,6 +88,10 @@ class TokenDataModule(pl.LightningDataModule):
         text_key: str = "text",
         separator: str = "",
         dtype: Literal["uint16", "uint32"] = "uint16",
+        template: str = "alpaca",
+        mask_prompt: bool = False,
+        balance: bool = False,
+        label_position: Literal[0, -1] | None = None,
         seed: int | None = None,
         resume_despite: list[Identity] | None = None,
         num_workers: int = 0,
@@ -102,6 +114,7 @@ class TokenDataModule(pl.LightningDataModule):
             {"val": val_source, "test": test_source},
             Split(0.0 if val_source else val_fraction, 0.0 if test_source else test_fraction),
             ReadOptions(text_key, separator),
+            RowOptions(template, mask_prompt, balance, label_position),
             self.tokenizer,
             dtype,
             Path(cache_dir),
@@ -121,6 +134,11 @@ class TokenDataModule(pl.LightningDataModule):
     def vocab_size(self) -> int:
         """Number of token ids of the tokenizer."""
         return self.tokenizer.n_vocab
+
+    @property
+    def template(self) -> str | None:
+        """Name of the template of instructions; None: the data are something else."""
+        return self.corpora.rows.template if self.corpora.kind == "instructions" else None
 
     @override
     def prepare_data(self) -> None:
@@ -142,17 +160,29 @@ class TokenDataModule(pl.LightningDataModule):
         length = self.check_compatible(config) if config is not None else self.context_length
         if length is None:
             raise InputError("data.context_length is needed where there is no model to take it from")
-        if not hasattr(self, "data"):  # rank 0 calls this in `prepare_data` and in `setup`
+        if is_first := not hasattr(self, "data"):  # rank 0 calls this in `prepare_data` and in `setup`
             each, self.data = self.corpora.open()
+            self.labels = label_names(self.data.shards("train"))
             counts = [len(self._windows(data, "train", length)) for data in each]
             self.mixture = WeightedMixture(counts, [source.weight for source in self.sources], self.seed)
         self.windows = {name: self._windows(self.data, name, length) for name in SPLITS}
+        for name, windows in self.windows.items():
+            if is_first and isinstance(windows, Rows) and windows.cut:
+                lost = f"{windows.left_out} of them have nothing left to learn and are left out"
+                note(f"{name}: {windows.cut} rows are cut at {length} tokens; {lost}")
         needed = {"fit": ["train"] + ["val"] * self.corpora.has_val, "validate": ["val"], "test": ["test"]}
         for name in needed.get(stage or "", []):
             self.corpora.check_windows(name, self.windows[name], self.mixture.n_windows)
 
-    def _windows(self, data: TokenData, name: str, length: int) -> Windows:
+    def _windows(self, data: TokenData, name: str, length: int) -> Windows | Rows:
         pin = self.num_workers == 0 and torch.cuda.is_available()  # with workers, the loader pins
+        if self.corpora.kind is not None:
+            if self.stride is not None:
+                raise InputError(f"data.stride {self.stride} is for windows: {self.source!r} has {self.corpora.kind}")
+            position = self.corpora.rows.label_position
+            row_length = None if position is None else min(length, longest_row(self.data.shards("train")))
+            eot = self.tokenizer.eot_token
+            return Rows(data.shards(name), length, eot, self.labels, position, row_length, pin)
         return Windows(data.shards(name), length, self.stride or length, self.vocab_size, pin)
 
     def check_compatible(self, config: GPTConfig) -> int:
@@ -237,6 +267,14 @@ class TokenDataModule(pl.LightningDataModule):
         found = [windows.address(int(index)) for index in indices]
         return [{"step": step + 1, "shard": str(windows.shards[s].path), "offset": offset} for s, offset in found]
 
+    def targets_in_step(self, step: int) -> int | None:
+        """Return how many targets the optimizer step after `step` steps has, over all devices; None: in every
+        micro-batch there are as many.
+        """
+        windows = self.windows["train"]
+        positions = self._position_after(step) + np.arange(self.batch_size)
+        return windows.count_targets(self.mixture(positions)) if isinstance(windows, Rows) else None
+
     @override
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -244,6 +282,8 @@ class TokenDataModule(pl.LightningDataModule):
             "windows": self.position,
             "source": self.source if isinstance(self.source, str) else [asdict(source) for source in self.sources],
             "tokenizer": tokenizer_spec(self.tokenizer),
+            **({"labels": self.labels} if self.labels else {}),
+            **({"template": self.template} if self.template is not None else {}),
             **self._identity(),
         }
 

@@ -7,15 +7,15 @@ import signal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from gptlit.data.windows import Windows
+Pairs = tuple[Tensor, Tensor]
 
 
-def make_loader(windows: Windows, sampler: Sampler[np.ndarray], num_workers: int) -> DataLoader[tuple[Tensor, Tensor]]:
+def make_loader(dataset: Dataset[Pairs], sampler: Sampler[np.ndarray], num_workers: int) -> DataLoader[Pairs]:
     """Return a loader of the batches that a sampler yields."""
     return DataLoader(
-        windows,
+        dataset,
         sampler=sampler,
         batch_size=None,  # the sampler yields batches of indices
         num_workers=num_workers,

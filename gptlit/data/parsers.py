@@ -86,8 +86,7 @@ def parser_for(name: str, options: ReadOptions) -> tuple[Parser, bool]:
     if kind == ".parquet":
         return partial(_parquet, name, options.text_key), False
     if kind in (".jsonl", JSON):
-        lines = partial(_json_lines if kind == ".jsonl" else _json, name, options.text_key)
-        return partial(_decompressed, name, compression, lines), False
+        return partial(_decompressed, name, compression, partial(_json_texts, name, options.text_key)), False
     text = partial(_text, name, options.separator)
     return partial(_decompressed, name, compression, text), not options.separator
 
@@ -124,30 +123,28 @@ def _zstd(name: str) -> Any:
     return zstd
 
 
-def _json_lines(name: str, key: str, file: Iterable[bytes]) -> Iterator[Document]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
+def json_rows(name: str, file: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the place of each row for messages, and the row: of JSON lines, or of an array that fills the file."""
+    if file.peek(1).lstrip(codecs.BOM_UTF8 + b" \r\n\t").startswith(b"["):
         try:
-            row = json.loads(line)
+            rows = json.loads(file.read())
         except (ValueError, RecursionError) as error:
-            yield UnreadableDocument(f"{name} line {number} is not JSON ({error})")
-            continue
-        yield _text_of(row, key, f"{name} line {number}")
+            yield name, UnreadableDocument(f"{name} is not a JSON array ({error})", ends_file=True)
+            return
+        yield from ((f"{name} item {number}", row) for number, row in enumerate(rows, 1))
+        return
+    for number, line in enumerate(file, 1):
+        place = f"{name} line {number}"
+        if line.strip():
+            try:
+                yield place, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield place, UnreadableDocument(f"{place} is not JSON ({error})")
 
 
-def _json(name: str, key: str, file: io.BufferedReader) -> Iterator[Document]:
-    """Yield the texts of JSON lines, or of an array of objects that fills the file."""
-    if not file.peek(1).lstrip(codecs.BOM_UTF8 + b" \r\n\t").startswith(b"["):
-        yield from _json_lines(name, key, file)
-        return
-    try:
-        rows = json.loads(file.read())
-    except (ValueError, RecursionError) as error:
-        yield UnreadableDocument(f"{name} is not a JSON array ({error})", ends_file=True)
-        return
-    for number, row in enumerate(rows, 1):
-        yield _text_of(row, key, f"{name} item {number}")
+def _json_texts(name: str, key: str, file: Any) -> Iterator[Document]:
+    for place, row in json_rows(name, file):
+        yield row if isinstance(row, UnreadableDocument) else _text_of(row, key, place)
 
 
 def _text_of(row: Any, key: str, place: str) -> Document:
@@ -157,7 +154,8 @@ def _text_of(row: Any, key: str, place: str) -> Document:
     if isinstance(row, dict) and key in row:
         return UnreadableDocument(f"{place}: {key!r} is {type(text).__name__}, not text")
     keys = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
-    return UnreadableDocument(f"{place} has no {key!r}, only {keys}: set text_key")
+    remedy = "fit reads instructions as they are, without prepare, or " if "instruction" in keys else ""
+    return UnreadableDocument(f"{place} has no {key!r}, only {keys}: {remedy}set text_key")
 
 
 def _parquet(name: str, key: str, file: BinaryIO) -> Iterator[Document]:

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from gptlit.checkpoint.pretrained import check_tokenizer, copy_weights, read_weights
 from gptlit.config import GPTConfig
+from gptlit.data.datamodule import TokenDataModule
 from gptlit.model.gpt import GPTModel, TransformerBlock
 from gptlit.model.loss import chunked_softmax_, linear_cross_entropy, softmax_
 from gptlit.training.distributed import FSDP2Strategy, sharded_model
@@ -34,9 +35,9 @@ from gptlit.training.supported import check_trainer
 class GPTModule(pl.LightningModule):
     """Trains a GPTModel on (inputs, targets), int64 (B, T) each.
 
-    Logged every `trainer.log_every_n_steps` optimizer steps: train/loss (mean of the global batch), train/grad_norm
-    (before clipping), train/tokens (seen so far, all devices), lr, and train/skipped_steps once there is one. After
-    each validation: val/loss, val/perplexity, val/bits_per_byte.
+    Logged every `trainer.log_every_n_steps` optimizer steps: train/loss (mean over the targets of the global batch),
+    train/grad_norm (before clipping), train/tokens (targets so far, all devices), lr, and train/skipped_steps once there
+    is one. After each validation: val/loss, val/perplexity, val/bits_per_byte.
 
     A step with a non-finite gradient leaves weights and optimizer state unchanged and is counted. Dropout is seeded for
     each micro-batch from the run's seed and the step, so that a resumed run equals an uninterrupted one.
@@ -95,6 +96,7 @@ class GPTModule(pl.LightningModule):
         self.init_from = init_from
         self.guard = NonFiniteGuard()
         self.tokens = 0  # of the optimizer steps since the run began, all devices
+        self._step_targets: int | None = None
         self._losses: list[Tensor] = []  # of the micro-batches of one optimizer step, on the device
         self._step_tokens = 0  # of the same
         self.save_hyperparameters({**arguments, "config": asdict(self.config)})  # plain values: see `weights_only`
@@ -137,10 +139,22 @@ class GPTModule(pl.LightningModule):
         inputs, targets = batch
         if self.config.drop_rate:
             torch.manual_seed(_seed(self._run_seed, self.global_step, len(self._losses), self.global_rank))
-        loss = self._loss(inputs, targets, "mean")
+        if self.is_between_steps:
+            self._step_targets = self._targets_in_step()
+        if self._step_targets is None:
+            loss = self._loss(inputs, targets, "mean")
+            self._step_tokens += inputs.numel() * self.trainer.world_size
+        else:  # the mean over the whole step: Lightning divides by the accumulation, DDP and FSDP by the devices
+            micro_batches = self.trainer.accumulate_grad_batches * self.trainer.world_size
+            loss = self._loss(inputs, targets, "sum") * (micro_batches / self._step_targets)
+            self._step_tokens = self._step_targets
         self._losses.append(loss.detach())
-        self._step_tokens += inputs.numel() * self.trainer.world_size
         return loss
+
+    def _targets_in_step(self) -> int | None:
+        """Return the targets of all micro-batches of this step and all devices; None: each has the same number."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        return datamodule.targets_in_step(self.global_step) if isinstance(datamodule, TokenDataModule) else None
 
     def _loss(self, inputs: Tensor, targets: Tensor, reduction: Literal["mean", "sum"]) -> Tensor:
         hidden = self.model.hidden(inputs)  # (B, T, C); before the head's weight is read: it unshards that too

@@ -254,7 +254,7 @@ BAD = [
     ("a.jsonl", b'{"text": "ok"}\n\xff\xfe\n', ["ok"], "a.jsonl line 2 is not JSON"),
     ("a.jsonl", b'{"text": 5}\n{"text": "ok"}\n', ["ok"], "a.jsonl line 1: 'text' is int, not text"),
     ("a.jsonl", b'{"body": "x", "id": 1}\n', [], "a.jsonl line 1 has no 'text', only 'body', 'id': set text_key"),
-    ("a.jsonl", b"[1]\n", [], "a.jsonl line 1 has no 'text', only list"),
+    ("a.jsonl", b"[1]\n", [], "a.jsonl item 1 has no 'text', only int"),
     ("a.jsonl.gz", gzip.compress(jsonl(["x" * 99] * 999))[:200], None, "a.jsonl.gz is damaged after"),
     ("a.jsonl.gz", b"not gzip at all", [], "a.jsonl.gz is damaged after 0 documents"),
     ("a.jsonl.zst", zstd.compress(jsonl(["y" * 99] * 999))[:-5], None, "a.jsonl.zst is damaged after"),

@@ -1,0 +1,387 @@
+"""Rows to fine-tune on: instructions with their answers, and texts with a label. Each row has a length of its own."""
+
+import csv
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from typing_extensions import override
+
+from gptlit.data.parsers import JSON, ReadOptions, UnreadableDocument, file_kind, json_rows
+from gptlit.data.splitting import Split
+from gptlit.data.templates import ASSISTANT, SYSTEM, USER, Turn, find_template
+from gptlit.data.token_files import Shard, TokenData
+from gptlit.data.tokenizer import Tokenizer, fingerprint, without_surrogates
+from gptlit.data.windows import NO_TARGET
+from gptlit.errors import InputError
+
+Kind = Literal["instructions", "labels"]
+FORMAT = 1
+HEAD = 2**20  # bytes in which the first row of a file is looked for
+LABELLED_LINE = re.compile(r"\S{1,40}\t[^\t]+")
+
+
+@dataclass(frozen=True)
+class RowOptions:
+    """How rows are made, as `TokenDataModule` describes it: two options of instructions, two of labelled texts.
+
+    Raises:
+        InputError: There is no such template.
+    """
+
+    template: str = "alpaca"
+    mask_prompt: bool = False
+    balance: bool = False
+    label_position: int | None = None
+
+    def __post_init__(self) -> None:
+        find_template(self.template)
+
+    def check(self, kind: Kind | None, source: object) -> None:
+        """Check that the data have a use for what is set.
+
+        Raises:
+            InputError: They have none.
+        """
+        used = {"instructions": ("template", "mask_prompt"), "labels": ("balance", "label_position"), None: ()}[kind]
+        for option in fields(self):
+            if (value := getattr(self, option.name)) != option.default and option.name not in used:
+                has = kind or "texts"
+                raise InputError(f"data.{option.name} {value!r} has no use: data.source {source!r} has {has}")
+
+
+# --- files ------------------------------------------------------------------------------------------------------
+
+
+def row_kind(path: Path, options: ReadOptions = ReadOptions()) -> Kind | None:  # noqa: B008  (frozen)
+    """Return what the rows of a file are, from its name and its first row; None: it is text, or no file.
+
+    Args:
+        path: The file.
+        options: If they are not the defaults, the file is to be read as text.
+    """
+    kind, compression = file_kind(path.name)
+    if options != ReadOptions() or compression or not path.is_file():
+        return None
+    if kind in (".tsv", ".csv"):
+        return "labels"
+    with path.open("rb") as file:
+        head = file.read(HEAD).decode("utf-8-sig", errors="replace").lstrip()
+    if not kind:
+        lines = head.splitlines()[:20]
+        return "labels" if lines and all(map(LABELLED_LINE.fullmatch, lines)) else None
+    try:
+        first = json.JSONDecoder().raw_decode(head.removeprefix("[").lstrip())[0] if kind in (".jsonl", JSON) else ""
+    except (ValueError, RecursionError):
+        return None
+    keys = set(first) if isinstance(first, dict) else set()
+    return "instructions" if {"instruction", "messages"} & keys else "labels" if {"text", "label"} <= keys else None
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the place of each row for messages, and its values.
+
+    Raises:
+        InputError: The file is not UTF-8, or a row is no JSON object.
+    """
+    if file_kind(path.name)[0] in (".jsonl", JSON):
+        with path.open("rb") as file:
+            for place, row in json_rows(str(path), file):
+                if not isinstance(row, dict):
+                    is_bad = isinstance(row, UnreadableDocument)
+                    raise InputError(row.reason if is_bad else f"{place} is no object, but {type(row).__name__}")
+                yield place, row
+        return
+    is_csv = path.suffix.lower() == ".csv"  # with a header; otherwise label, tab, text
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").splitlines(keepends=True)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8: position {error.start}") from error
+    table = csv.DictReader(lines, None if is_csv else ["label", "text"], delimiter="," if is_csv else "\t")
+    for values in table:
+        yield f"{path} line {table.line_num}", {key.lower(): value for key, value in values.items() if key}
+
+
+def _text(row: Mapping[str, Any], key: str, place: str) -> str:
+    value = str(row[key]) if isinstance(row.get(key), int) else row.get(key)
+    if key not in row:
+        raise InputError(f"{place} has no {key!r}, only {', '.join(map(repr, row)) or 'nothing'}")
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{place}: {key!r} is {'empty' if value in ('', None) else repr(value)}, a text is needed")
+    return without_surrogates(value)
+
+
+def conversation(row: Mapping[str, Any], place: str, needs_answer: bool = True) -> Sequence[Turn]:
+    """Return the turns of a row: {instruction, input, output} or {messages: [{role, content}]}.
+
+    Args:
+        row: The row.
+        place: Of the row, for messages.
+        needs_answer: Otherwise an answer at its end is left out.
+
+    Raises:
+        InputError: A key is missing, of the wrong type or empty.
+    """
+    if "messages" not in row:
+        inputs = {"input": _text(row, "input", place)} if str(row.get("input") or "").strip() else {}
+        turns = [{"role": USER, "content": _text(row, "instruction", place), **inputs}]
+        return [*turns, {"role": ASSISTANT, "content": _text(row, "output", place)}] if needs_answer else turns
+    turns = []
+    for message in row["messages"] if isinstance(row["messages"], list) else []:
+        role = message.get("role") if isinstance(message, dict) else None
+        if role not in (ASSISTANT, SYSTEM, USER):
+            raise InputError(f"{place}: the role of a message is {role!r}, not {ASSISTANT}, {SYSTEM} or {USER}")
+        turns.append({"role": role, "content": _text(message, "content", f"{place}, {role}")})
+    while turns and turns[-1]["role"] == ASSISTANT and not needs_answer:
+        turns.pop()
+    needed = ASSISTANT if needs_answer else USER
+    if not any(turn["role"] == needed for turn in turns):
+        raise InputError(f"{place} has no message of the role {needed}")
+    return turns
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RowFile:
+    """The rows of a file, one after another, in the order in which they are divided."""
+
+    ids: np.ndarray  # (tokens,)
+    is_target: np.ndarray  # bool (tokens,): which ids of instructions are learnt; (0,) for labelled texts
+    ends: np.ndarray  # int64 (N + 1,): row n has the ids from ends[n] to ends[n + 1]
+    labels: np.ndarray  # str (N,): "" for instructions
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowShard(Shard):
+    """A range of the rows of a file, in memory; `path` is the file that was tokenised."""
+
+    rows: slice = field(compare=False)
+    file: RowFile = field(compare=False)
+
+    @property
+    @override
+    def ids(self) -> np.ndarray:
+        return self.file.ids[self.file.ends[self.rows.start] : self.file.ends[self.rows.stop]]
+
+
+Row = tuple[np.ndarray, np.ndarray, str]  # ids (T,), is_target (T,) or (0,), label
+
+
+def _instructions(path: Path, tokenizer: Tokenizer, options: RowOptions) -> Iterator[Row]:
+    template = find_template(options.template)
+    for place, row in read_rows(path):
+        ids, is_answer = template.encode(tokenizer, conversation(row, place))
+        learns_all = "messages" not in row and not options.mask_prompt
+        yield np.array(ids), np.array(is_answer) | learns_all, ""
+
+
+def _labelled(path: Path, tokenizer: Tokenizer, options: RowOptions) -> Iterator[Row]:
+    """Yield the rows in an order that follows from their texts: a text that is there twice is in one split."""
+    found = []
+    for place, row in read_rows(path):
+        text, label = _text(row, "text", place), _text(row, "label", place)
+        found.append((hashlib.sha256(text.encode()).hexdigest(), text, label))
+    if options.balance and found:
+        labels = Counter(row[-1] for row in found)
+        each = (sorted(row for row in found if row[-1] == label) for label in labels)
+        found = [row for rows in each for row in rows[: min(labels.values())]]
+    for _, text, label in sorted(found, key=lambda row: (row[0][::-1], row)):
+        yield tokenizer.encode_to_numpy(text), np.empty(0, dtype=bool), label
+
+
+def split_sizes(rows: int, split: Split, kind: Kind) -> dict[str, int]:
+    """Return the number of rows of each split, in the book's order; the remainder is in the last one that has any."""
+    fractions = {"val": split.val_fraction, "test": split.test_fraction}
+    middle, last = ("test", "val") if kind == "instructions" else ("val", "test")
+    train = int(rows * (1 - split.val_fraction - split.test_fraction) + 1e-6)
+    size = int(rows * fractions[middle] + 1e-6) if fractions[last] else rows - train
+    return {"train": train, middle: size, last: rows - train - size}
+
+
+def stored_rows(path: Path, kind: Kind, root: Path, tokenizer: Tokenizer, options: RowOptions) -> Path:
+    """Return the file in `root` for the tokens of a file, named after everything that they depend on."""
+    settings = json.dumps([FORMAT, kind, fingerprint(tokenizer), asdict(options)])
+    digest = hashlib.sha256(settings.encode() + path.read_bytes()).hexdigest()
+    name = re.sub(r"[^\w-]+", "_", path.stem)
+    return root / f"{name}-{digest[:12]}.npz"
+
+
+def open_rows(path: Path, kind: Kind, root: Path, tokenizer: Tokenizer, split: Split, options: RowOptions) -> TokenData:
+    """Tokenise a file and store the result in `root`, or open what an earlier call stored; divide its rows.
+
+    Raises:
+        InputError: A row cannot be used; it is named.
+    """
+    stored = stored_rows(path, kind, root, tokenizer, options)
+    if (file := _load(stored)) is None:
+        rows = list((_instructions if kind == "instructions" else _labelled)(path, tokenizer, options))
+        file = _join(rows, "uint16" if tokenizer.n_vocab <= 2**16 else "uint32")
+        _save(file, stored)
+    splits: dict[str, list[Shard]] = {}
+    first = 0
+    for name, size in split_sizes(len(file.labels), split, kind).items():
+        chosen = slice(first, first + size)
+        tokens = int(file.ends[chosen.stop] - file.ends[chosen.start])
+        splits[name] = [RowShard(path, str(file.ids.dtype), tokens, rows=chosen, file=file)]
+        first = chosen.stop
+    digest = hashlib.sha256(f"{stored.stem.rpartition('-')[2]} {split}".encode())
+    return TokenData(root, splits, digest.hexdigest())
+
+
+def _join(rows: Sequence[Row], dtype: str) -> RowFile:
+    ids, is_target, labels = zip(*rows, strict=True) if rows else ((), (), ())
+    return RowFile(
+        np.concatenate([np.empty(0), *ids]).astype(dtype),
+        np.concatenate([np.empty(0, dtype=bool), *is_target]),
+        np.cumsum([0, *map(len, ids)]),
+        np.array(labels, dtype=str),
+    )
+
+
+def _save(rows: RowFile, path: Path) -> None:
+    """Write atomically; several processes may do so at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with temporary.open("wb") as file:
+        np.savez(file, **vars(rows))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _load(path: Path) -> RowFile | None:
+    """Return what is stored; None if it is missing or damaged."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return RowFile(**arrays)
+    except (OSError, ValueError, TypeError, EOFError, BadZipFile):
+        return None
+
+
+def label_names(shards: Sequence[Shard]) -> list[str]:
+    """Return the labels of the texts to train on, sorted; none for instructions.
+
+    Raises:
+        InputError: There is one only.
+    """
+    labels = [shard.file.labels[shard.rows].tolist() for shard in shards if isinstance(shard, RowShard)]
+    names = sorted(set().union(*labels) - {""})
+    if len(names) == 1:
+        raise InputError(f"all texts to train on in {shards[0].path} have the label {names[0]!r}: two are needed")
+    return names
+
+
+def longest_row(shards: Sequence[Shard]) -> int:
+    """Return the number of ids of the longest row, at least 1."""
+    lengths = [np.diff(shard.file.ends)[shard.rows].max(initial=1) for shard in shards if isinstance(shard, RowShard)]
+    return int(max(lengths))
+
+
+# --- batches ----------------------------------------------------------------------------------------------------
+
+
+class Rows(Dataset[tuple[Tensor, Tensor]]):
+    """All rows of a list of shards. An array of indices (B,) gives inputs and targets, int64 (B, T) each.
+
+    T is the length of the longest of them. Inputs are padded with the end-of-text token; a target of -100 is ignored by
+    the loss: padding, what is not learnt, the index -1. The targets of instructions are one to the right; of a labelled
+    text only one target is not -100, its label. Rows longer than `context_length` are cut; one without a target after
+    that is left out.
+
+    Args:
+        shards: Of a split.
+        context_length: In tokens.
+        eot_token: The end-of-text token.
+        names: The labels to learn, in the order of their numbers; empty for instructions.
+        label_position: As in `RowOptions`.
+        row_length: T of all batches, with a `label_position`.
+        pin_memory: Allocate batches in pinned memory.
+
+    Raises:
+        InputError: A label is not in `names`.
+    """
+
+    stride = None  # rows do not overlap
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        context_length: int,
+        eot_token: int,
+        names: Sequence[str] = (),
+        label_position: int | None = None,
+        row_length: int | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        self.shards = [shard for shard in shards if isinstance(shard, RowShard)]
+        self.context_length, self.eot_token, self.names = context_length, eot_token, list(names)
+        self.label_position, self.row_length, self.pin_memory = label_position, row_length, pin_memory
+        found = [np.empty((0, 4), dtype=np.int64), *(self._table(n, shard) for n, shard in enumerate(self.shards))]
+        table = np.concatenate(found)  # (N, 4): shard, row, length, number of targets
+        self.cut = int((table[:, 2] > context_length).sum())
+        self.left_out = int((table[:, 3] == 0).sum())
+        self._rows = table[table[:, 3] > 0]
+
+    def _table(self, number: int, shard: RowShard) -> np.ndarray:
+        """Return (N, 4): shard, row of its file, length before it is cut, and number of targets after that."""
+        file, rows = shard.file, np.arange(shard.rows.start, shard.rows.stop)
+        lengths = np.diff(file.ends)[rows] - (not self.names)  # a label is no id: all ids are inputs
+        if self.names:
+            for row in rows[~np.isin(file.labels[rows], self.names)][:1]:
+                raise InputError(
+                    f"{shard.path} has the label {str(file.labels[row])!r}, which no text to train on has: they have "
+                    f"{', '.join(map(repr, self.names))}"
+                )
+            targets = np.ones_like(rows)
+        else:
+            before, first = np.cumsum([0, *file.is_target]), file.ends[rows] + 1
+            targets = before[first + np.minimum(lengths, self.context_length)] - before[first]
+        return np.stack([np.full_like(rows, number), rows, lengths, targets], axis=1)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def count_targets(self, indices: np.ndarray) -> int:
+        """Return the number of targets of rows (B,) that are not ignored."""
+        return int(self._rows[indices, 3].sum())
+
+    def __getitem__(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        rows = [self._row(index) for index in indices.tolist()]
+        length = self.row_length or max(1, *(len(ids) for ids, _ in rows))
+        pair = torch.empty((2, len(rows), length), dtype=torch.int64, pin_memory=self.pin_memory)
+        inputs, targets = pair.numpy()
+        inputs[:], targets[:] = self.eot_token, NO_TARGET
+        for row, (ids, learnt) in enumerate(rows):
+            inputs[row, : len(ids)] = ids[:length]
+            if self.label_position is None:
+                targets[row, : len(ids)] = learnt
+            else:
+                targets[row, self.label_position] = learnt.max(initial=NO_TARGET)
+        return pair[0], pair[1]
+
+    def _row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return inputs and targets of a row, (T,) each; T is 0 for padding."""
+        if index < 0:
+            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+        number, row, length, _ = self._rows[index].tolist()
+        file, length = self.shards[number].file, min(length, self.context_length)
+        start = int(file.ends[row])
+        ids = file.ids[start : start + length + 1].astype(np.int64)
+        if not self.names:
+            return ids[:-1], np.where(file.is_target[start + 1 : start + length + 1], ids[1:], NO_TARGET)
+        targets = np.full(length, NO_TARGET)
+        targets[-1] = self.names.index(file.labels[row])
+        return ids[:length], targets
