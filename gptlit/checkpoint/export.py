@@ -32,7 +32,7 @@ def save_checkpoint(source: PretrainedWeights, path: Path) -> None:
         "state_dict": {PREFIX + name: value.contiguous() for name, value in source.state.items()},
         "hyper_parameters": {"config": asdict(source.config)},
         "global_step": 0,
-        "TokenDataModule": {"tokenizer": tokenizer},
+        "TokenDataModule": {"tokenizer": tokenizer, "template": source.template},
     }
     DurableCheckpointIO().save_checkpoint(checkpoint, path)
 

@@ -28,12 +28,14 @@ class PretrainedWeights:
         config: The architecture.
         state: The state dict of a GPTModel.
         tokenizer: Argument of `load_tokenizer`; None if unknown.
+        template: Name of the template of the instructions that they were trained on; None: they were not.
     """
 
     path: Path
     config: GPTConfig
     state: dict[str, Tensor]
     tokenizer: str | None = None
+    template: str | None = None
 
     def load_tokenizer(self) -> Tokenizer:
         """Return the tokenizer; GPT-2's if it is unknown."""

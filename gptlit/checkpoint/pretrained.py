@@ -81,8 +81,9 @@ def _read(path: Path, n_heads: int | None) -> PretrainedWeights:
 def _read_own(checkpoint: dict[str, Any], path: Path) -> PretrainedWeights:
     found = plain_names(checkpoint["state_dict"])
     weights = {name.removeprefix(PREFIX): value for name, value in found.items() if name.startswith(PREFIX)}
-    tokenizer = checkpoint.get("TokenDataModule", {}).get("tokenizer")
-    return from_format(weights, OWN, GPTConfig(**checkpoint["hyper_parameters"]["config"]), path, tokenizer)
+    data = checkpoint.get("TokenDataModule", {})
+    config = GPTConfig(**checkpoint["hyper_parameters"]["config"])
+    return replace(from_format(weights, OWN, config, path, data.get("tokenizer")), template=data.get("template"))
 
 
 def _read_huggingface(folder: Path) -> PretrainedWeights:
@@ -196,13 +197,13 @@ def build(source: PretrainedWeights) -> GPTModel:
     return model.eval()
 
 
-def load_model_and_tokenizer(path: str | Path) -> tuple[GPTModel, Tokenizer]:
-    """Like `load_pretrained`, with the tokenizer of the model.
+def load_model_and_tokenizer(path: str | Path | PretrainedWeights) -> tuple[GPTModel, Tokenizer]:
+    """Like `load_pretrained`, also from weights that were read, with the tokenizer of the model.
 
     Raises:
         InputError: As in `read_weights`, or the vocabularies do not match.
     """
-    source = read_weights(path)
+    source = path if isinstance(path, PretrainedWeights) else read_weights(path)
     tokenizer = source.load_tokenizer()
     rows = source.config.vocab_size
     if not fits_vocabulary(source, tokenizer.n_vocab):

@@ -1,6 +1,8 @@
-"""`gptlit chat`: a prompt loop. Each line is appended to the text so far, and the model continues it."""
+"""`gptlit chat`: a prompt loop. Each line is appended to the text so far, and the model continues it; with a template,
+each line is a turn, and the model answers it.
+"""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +13,7 @@ from gptlit.commands.options import (
     Precision,
     Quantize,
     Temperature,
+    TemplateName,
     TopK,
     TopP,
     load_for_generation,
@@ -18,6 +21,7 @@ from gptlit.commands.options import (
 from gptlit.errors import InputError
 
 if TYPE_CHECKING:
+    from gptlit.data.templates import Template, Turn
     from gptlit.data.tokenizer import Tokenizer
     from gptlit.generation.sampling import Sampling
     from gptlit.model.gpt import GPTModel
@@ -32,16 +36,18 @@ def chat(
     temperature: Temperature = 0.8,
     top_k: TopK = 50,
     top_p: TopP = None,
+    template: TemplateName = None,
     seed: Annotated[int | None, typer.Option(help="The same seed and lines give the same answers.")] = None,
     precision: Precision = "32",
     quantize: Quantize = None,
     compile: Compile = False,
 ) -> None:
-    """Type a text, let the model continue it, type again; /help lists the commands."""
+    """Type a text, let the model continue it, type again; one trained on instructions answers. /help lists commands."""
     from gptlit.generation.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p)
-    chat = Chat(*load_for_generation(checkpoint, precision, quantize, compile), sampling, max_new_tokens, seed)
+    loaded = load_for_generation(checkpoint, precision, quantize, compile, template)
+    chat = Chat(*loaded, sampling, max_new_tokens, seed)
     print(HELP)
     while True:
         try:
@@ -61,16 +67,18 @@ class Chat:
 
     model: "GPTModel"
     tokenizer: "Tokenizer"
+    template: "Template | None"
     sampling: "Sampling"
     max_new_tokens: int
     seed: int | None
     history: str = ""
+    turns: "list[Turn]" = field(default_factory=list)
 
     def say(self, line: str) -> None:
         """Run a slash command, or answer a line."""
         command, _, value = line.partition(" ")
         if command == "/reset":
-            self.history = ""
+            self.history, self.turns = "", []
         elif command == "/temperature":
             try:
                 self.sampling = replace(self.sampling, temperature=float(value))
@@ -87,7 +95,11 @@ class Chat:
         from gptlit.generation.generate import complete
 
         self.history += ("\n" if self.history else "") + line
-        prompts = [self.history]
+        self.turns.append({"role": "user", "content": line})
+        start = len(self.history)
+        prompt: str | list[int] = self.history
+        if self.template is not None:
+            prompt = self.template.prompt(self.tokenizer, self.turns)
 
         def show(_: int, text: str) -> None:
             self.history += text
@@ -95,9 +107,10 @@ class Chat:
 
         try:
             complete(
-                self.model, self.tokenizer, prompts, self.max_new_tokens, self.sampling, seed=self.seed, on_text=show
+                self.model, self.tokenizer, [prompt], self.max_new_tokens, self.sampling, seed=self.seed, on_text=show
             )
         except KeyboardInterrupt:
             print(" [stopped]", end="")
+        self.turns.append({"role": "assistant", "content": self.history[start:]})
         print()
         self.seed = None if self.seed is None else self.seed + 1

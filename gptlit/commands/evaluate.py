@@ -41,7 +41,7 @@ def evaluate(
     from gptlit.generation.evaluate import evaluate as run
 
     corpus = open_corpus(data, ReadOptions(text_key, separator))
-    model, tokenizer = load_for_generation(checkpoint, precision, quantize)
+    model, tokenizer, _ = load_for_generation(checkpoint, precision, quantize)
     stride = max(1, model.config.context_length // 2) if stride is None else stride
     documents = track(corpus.documents(), "evaluating", console=Console(stderr=True), transient=True)
     result = run(model, tokenizer, documents, stride, batch_size)

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,7 @@ from gptlit.commands.options import (
     Precision,
     Quantize,
     Temperature,
+    TemplateName,
     TopK,
     TopP,
     load_for_generation,
@@ -20,15 +21,22 @@ from gptlit.commands.options import (
 )
 from gptlit.errors import InputError, user_path
 
+if TYPE_CHECKING:
+    from gptlit.data.templates import Template
+    from gptlit.data.tokenizer import Tokenizer
+
+Entry = str | dict[str, Any]  # a prompt, or a row of a file of instructions
+
 
 def generate(
     checkpoint: Checkpoint,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
-    prompts_file: Annotated[str, typer.Option(help="A file with one prompt per line instead.")] = "",
+    prompts_file: Annotated[str, typer.Option(help="A file with one prompt per line, or of instructions.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=0, help="Maximum length of a continuation.")] = 100,
     temperature: Temperature = 0.8,
     top_k: TopK = None,
     top_p: TopP = None,
+    template: TemplateName = None,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends a continuation; may be repeated.")] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same texts.")] = None,
@@ -37,26 +45,32 @@ def generate(
     quantize: Quantize = None,
     compile: Compile = False,
 ) -> None:
-    """Continue prompts with a trained model; text is printed as it is generated."""
+    """Continue prompts with a trained model, or answer instructions; text is printed as it is generated.
+
+    With --json, a .json or .jsonl file of instructions is answered by a line for each row: its keys and model_response.
+    """
     if bool(prompt) == bool(prompts_file):
         raise InputError("give either --prompt TEXT, of at least one character, or --prompts_file FILE")
     from gptlit.generation.generate import complete
     from gptlit.generation.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p)
-    prompts = [prompt] if prompt else _read_prompts(user_path(prompts_file))
-    rows = [text for text in prompts for _ in range(num_samples)]
-    model, tokenizer = load_for_generation(checkpoint, precision, quantize, compile)
+    entries = [prompt] if prompt else _read_prompts(user_path(prompts_file))
+    entries = [entry for entry in entries for _ in range(num_samples)]
+    model, tokenizer, found = load_for_generation(checkpoint, precision, quantize, compile, template)
+    rows = [_prompt(entry, found, tokenizer) for entry in entries]
     is_streamed = len(rows) == 1 and not json
 
     def show(_: int, text: str) -> None:
         if is_streamed:
             print(text, end="", flush=True)
 
-    show(0, rows[0])
+    show(0, rows[0] if isinstance(rows[0], str) else "")
     results = complete(model, tokenizer, rows, max_new_tokens, sampling, stop=stop or (), seed=seed, on_text=show)
-    for number, result in enumerate(results, 1):
-        if json:
+    for number, (entry, result) in enumerate(zip(entries, results, strict=True), 1):
+        if json and isinstance(entry, dict):
+            print_json({**entry, "model_response": result.text.strip()})
+        elif json:
             print_json(asdict(result))
         elif is_streamed:
             print()
@@ -64,9 +78,26 @@ def generate(
             print(f"--- {number} of {len(results)} ---\n{result.prompt}{result.text}")
 
 
-def _read_prompts(path: Path) -> list[str]:
+def _prompt(entry: Entry, template: "Template | None", tokenizer: "Tokenizer") -> str | list[int]:
+    """Return what the model continues: the prompt as it is, or ids with the template."""
+    from gptlit.data.rows import conversation
+
+    if template is not None:
+        row = {"instruction": entry} if isinstance(entry, str) else entry
+        return template.prompt(tokenizer, conversation(row, "the prompt", needs_answer=False))
+    if isinstance(entry, dict):
+        raise InputError("--prompts_file has instructions, and the checkpoint no template: give --template")
+    return entry
+
+
+def _read_prompts(path: Path) -> list[Entry]:
+    """Return the rows of a file of instructions, or the lines of a text."""
+    from gptlit.data.rows import conversation, read_rows, row_kind
+
+    if row_kind(path) == "instructions":
+        return [row for place, row in read_rows(path) if conversation(row, place, needs_answer=False)]
     try:
-        prompts = [line for line in path.read_text("utf-8-sig").split("\n") if line]
+        prompts: list[Entry] = [line for line in path.read_text("utf-8-sig").split("\n") if line]
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8: position {error.start}") from error
     if not prompts:

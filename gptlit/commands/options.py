@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
+    from gptlit.data.templates import Template
     from gptlit.data.tokenizer import Tokenizer
     from gptlit.model.gpt import GPTModel
 
@@ -24,6 +25,10 @@ Quantize = Annotated[
 Compile = Annotated[
     bool, typer.Option("--compile", help="On a CPU, compile the blocks: a slower start, then twice the speed.")
 ]
+TemplateName = Annotated[
+    str | None,
+    typer.Option("--template", help="How instructions are written: alpaca, chat, phi3 or none; by default as trained."),
+]
 TextKey = Annotated[str, typer.Option(help="Key or column of the text in .jsonl and .parquet files.")]
 Separator = Annotated[
     str, typer.Option(help="Text between two documents of a text file; by default a file is one document.")
@@ -31,19 +36,23 @@ Separator = Annotated[
 
 
 def load_for_generation(
-    checkpoint: str, precision: str, quantize: str | None, compile: bool = False
-) -> "tuple[GPTModel, Tokenizer]":
-    """Load a model with its tokenizer, on the GPU if there is one."""
+    checkpoint: str, precision: str, quantize: str | None, compile: bool = False, template: str | None = None
+) -> "tuple[GPTModel, Tokenizer, Template | None]":
+    """Load a model, on the GPU if there is one, with its tokenizer and the template of its prompts, if any."""
     import torch
 
-    from gptlit.checkpoint.pretrained import load_model_and_tokenizer
+    from gptlit.checkpoint.pretrained import load_model_and_tokenizer, read_weights
+    from gptlit.data.templates import find_template
     from gptlit.generation.fast_linear import for_generation
 
-    model, tokenizer = load_model_and_tokenizer(checkpoint)
+    source = read_weights(checkpoint)
+    name = template or source.template or "none"
+    found = None if name == "none" else find_template(name)
+    model, tokenizer = load_model_and_tokenizer(source)
     model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     if torch.cuda.is_available():
         model.cuda()
-    return for_generation(model, quantize, compile), tokenizer
+    return for_generation(model, quantize, compile), tokenizer, found
 
 
 def print_json(values: Any) -> None:

@@ -203,7 +203,7 @@ class _Row:
 def complete(
     model: GPTModel,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Sequence[int]],
     max_new_tokens: int = 100,
     sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
     stop: Sequence[str] = (),
@@ -215,7 +215,7 @@ def complete(
     Args:
         model: In evaluation mode.
         tokenizer: The one the model was trained with.
-        prompts: Texts of at least one character.
+        prompts: Texts of at least one character, or ids.
         stop: Strings that end a continuation and are not part of it.
         seed: The same seed gives the same texts; None: random.
         on_text: Called with (row, text) as soon as text is final.
@@ -228,8 +228,9 @@ def complete(
     generator = torch.Generator(model.pos_emb.weight.device)
     generator.manual_seed((torch.seed() if seed is None else seed) % 2**63)
     show = on_text or (lambda row, text: None)
-    rows = [_Row(prompt, tokenizer, stop, partial(show, index)) for index, prompt in enumerate(prompts)]
-    ids = [tokenizer.encode_ordinary(prompt) for prompt in prompts]
+    ids = [tokenizer.encode_ordinary(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+    texts = [prompt if isinstance(prompt, str) else tokenizer.decode(list(prompt)) for prompt in prompts]
+    rows = [_Row(text, tokenizer, stop, partial(show, index)) for index, text in enumerate(texts)]
     for next_ids in stream(model, ids, max_new_tokens, sampling, generator, cuda_graph=True):
         for row, next_id in zip(rows, next_ids.tolist(), strict=True):
             if not row.is_finished:

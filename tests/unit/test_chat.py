@@ -1,11 +1,14 @@
 """The prompt loop: what a line typed does."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from gptlit.commands.chat import Chat
 from gptlit.config import GPTConfig
-from gptlit.data.tokenizer import load_tokenizer
+from gptlit.data.templates import find_template
+from gptlit.data.tokenizer import Tokenizer, load_tokenizer
 from gptlit.generation.generate import complete
 from gptlit.generation.sampling import Sampling
 from gptlit.model.gpt import GPTModel
@@ -15,7 +18,7 @@ from gptlit.model.gpt import GPTModel
 def chat() -> Chat:
     torch.manual_seed(0)
     model = GPTModel(GPTConfig(context_length=32, emb_dim=16, n_heads=2, n_layers=1)).eval()
-    return Chat(model, load_tokenizer("gpt2"), Sampling(1.0), 6, 1)
+    return Chat(model, load_tokenizer("gpt2"), None, Sampling(1.0), 6, 1)
 
 
 def test_an_answer_continues_all_that_was_said(chat: Chat, capsys: pytest.CaptureFixture[str]) -> None:
@@ -54,3 +57,21 @@ def test_ctrl_c_stops_one_answer_only(
     chat.say("Hello")
     assert chat.history == "Hello part"
     assert capsys.readouterr().out == " part [stopped]\n"
+
+
+def test_with_a_template_lines_and_answers_are_turns(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts: list[str] = []
+
+    def answered(model: object, tokenizer: Tokenizer, prompt: list[list[int]], *_: object, **options: Any) -> None:
+        prompts.append(tokenizer.decode(prompt[0]))
+        options["on_text"](0, "Fine.")
+
+    monkeypatch.setattr("gptlit.generation.generate.complete", answered)
+    chat.template = find_template("chat")
+    chat.say("Hello")
+    chat.say("More")
+    first = "User:\nHello\n\nAssistant:\n"
+    assert prompts == [first, f"{first}Fine.<|endoftext|>\n\nUser:\nMore\n\nAssistant:\n"]
+    chat.say("/reset")
+    chat.say("Hello")
+    assert prompts[-1] == first

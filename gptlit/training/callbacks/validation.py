@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
+from gptlit.data.templates import find_template
 from gptlit.generation.generate import generate
 from gptlit.training.lightning_compat import run_validation
 from gptlit.training.module import GPTModule
@@ -69,11 +70,24 @@ class SampleText(Callback):
         assert isinstance(pl_module, GPTModule)  # every rank samples: a sharded model needs them all
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         tokenizer = datamodule.tokenizer
-        prompt = torch.tensor([tokenizer.encode_ordinary(self.prompt)], device=pl_module.device)
+        template = getattr(datamodule, "template", None)
+        ids = tokenizer.encode_ordinary(self.prompt)
+        if template is not None:
+            ids = find_template(template).prompt(tokenizer, [{"role": "user", "content": self.prompt}])
+        prompt = torch.tensor([ids], device=pl_module.device)
         generator = torch.Generator(pl_module.device).manual_seed(self.seed)
         with trainer.precision_plugin.forward_context():
-            ids = generate(pl_module.model, prompt, self.max_new_tokens, temperature=0.8, top_k=50, generator=generator)
-        self.text = tokenizer.decode(ids[0].tolist())
+            end = None if template is None else tokenizer.eot_token
+            text = generate(
+                pl_module.model,
+                prompt,
+                self.max_new_tokens,
+                temperature=0.8,
+                top_k=50,
+                eos_id=end,
+                generator=generator,
+            )
+        self.text = tokenizer.decode(text[0].tolist())
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 markdown = "\n".join("    " + line for line in self.text.splitlines())
