@@ -36,8 +36,8 @@ class GPTModule(pl.LightningModule):
     """Trains a GPTModel on (inputs, targets), int64 (B, T) each.
 
     Logged every `trainer.log_every_n_steps` optimizer steps: train/loss (mean over the targets of the global batch),
-    train/grad_norm (before clipping), train/tokens (targets so far, all devices), lr, and train/skipped_steps once there
-    is one. After each validation: val/loss, val/perplexity, val/bits_per_byte.
+    train/grad_norm (before clipping), train/tokens (targets so far, all devices), lr, and train/skipped_steps once
+    there is one. After each validation: val/loss, val/perplexity, val/bits_per_byte.
 
     A step with a non-finite gradient leaves weights and optimizer state unchanged and is counted. Dropout is seeded for
     each micro-batch from the run's seed and the step, so that a resumed run equals an uninterrupted one.

@@ -191,7 +191,7 @@ WRONG = [
     (
         ["--data.source=d.tsv", "--data.val_source=e.tsv", "--data.template=alpaca"],
         1,
-        "e.tsv row 1 has the label 'eggs', which no text to train on has: they have 'ham', 'spam'",
+        "e.tsv has the label 'eggs', which no text to train on has: they have 'ham', 'spam'",
     ),
     (
         ["--model.config.context_length=3", "--data.mask_prompt=true"],

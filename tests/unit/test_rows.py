@@ -139,7 +139,7 @@ def test_what_is_too_long_is_cut_and_left_out_if_nothing_is_learnt() -> None:
     path = write("a.jsonl", [row, {**row, "instruction": "word"}])
     rows = rows_of(path, 50, mask_prompt=True)["train"]
     assert (len(rows), rows.cut, rows.left_out) == (1, 1, 1)
-    assert rows[np.array([0])][0].shape == (1, 26)
+    assert rows[np.array([0])][0].shape == (1, 32)  # the short one
     rows = rows_of(path, 50)["train"]
     assert (len(rows), rows.cut, rows.left_out) == (2, 1, 0)
     assert [tensor.shape for tensor in rows[np.array([0])]] == [(1, 50)] * 2
