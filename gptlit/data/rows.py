@@ -307,7 +307,7 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
         eot_token: The end-of-text token.
         names: The labels to learn, in the order of their numbers; empty for instructions.
         label_position: As in `RowOptions`.
-        row_length: T of all batches, with a `label_position`.
+        row_length: What texts are padded to, and cut, with a `label_position`.
         pin_memory: Allocate batches in pinned memory.
 
     Raises:
@@ -329,59 +329,49 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
         self.shards = [shard for shard in shards if isinstance(shard, RowShard)]
         self.context_length, self.eot_token, self.names = context_length, eot_token, list(names)
         self.label_position, self.row_length, self.pin_memory = label_position, row_length, pin_memory
-        found = [np.empty((0, 4), dtype=np.int64), *(self._table(n, shard) for n, shard in enumerate(self.shards))]
-        table = np.concatenate(found)  # (N, 4): shard, row, length, number of targets
-        self.cut = int((table[:, 2] > context_length).sum())
-        self.left_out = int((table[:, 3] == 0).sum())
-        self._rows = table[table[:, 3] > 0]
+        rows = [pair for shard in self.shards for pair in self._pairs(shard)]
+        counts = np.array([(targets[:context_length] >= 0).sum() for _, targets in rows], dtype=np.int64)
+        self.cut = sum(len(inputs) > context_length for inputs, _ in rows)
+        self.left_out = int((counts == 0).sum())
+        self._counts = counts[counts > 0]
+        self._rows = [(x[:context_length], y[:context_length]) for (x, y), n in zip(rows, counts, strict=True) if n]
 
-    def _table(self, number: int, shard: RowShard) -> np.ndarray:
-        """Return (N, 4): shard, row of its file, length before it is cut, and number of targets after that."""
-        file, rows = shard.file, np.arange(shard.rows.start, shard.rows.stop)
-        lengths = np.diff(file.ends)[rows] - (not self.names)  # a label is no id: all ids are inputs
-        if self.names:
-            for row in rows[~np.isin(file.labels[rows], self.names)][:1]:
-                raise InputError(
-                    f"{shard.path} has the label {str(file.labels[row])!r}, which no text to train on has: they have "
-                    f"{', '.join(map(repr, self.names))}"
-                )
-            targets = np.ones_like(rows)
-        else:
-            before, first = np.cumsum([0, *file.is_target]), file.ends[rows] + 1
-            targets = before[first + np.minimum(lengths, self.context_length)] - before[first]
-        return np.stack([np.full_like(rows, number), rows, lengths, targets], axis=1)
+    def _pairs(self, shard: RowShard) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield inputs and targets of each row, int32 (T,) each."""
+        file = shard.file
+        for row in range(shard.rows.start, shard.rows.stop):
+            span = slice(*file.ends[row : row + 2])
+            ids = file.ids[span].astype(np.int32)
+            if self.names:
+                yield self._labelled(ids, str(file.labels[row]), shard.path)
+            else:
+                yield ids[:-1], np.where(file.is_target[span], ids, NO_TARGET)[1:]
+
+    def _labelled(self, ids: np.ndarray, label: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
+        if label not in self.names:
+            known = ", ".join(map(repr, self.names))
+            raise InputError(f"{path} has the label {label!r}, which no text to train on has: they have {known}")
+        position = min(len(ids), self.context_length) - 1
+        if self.label_position is not None and self.row_length is not None:
+            padding = np.full(self.row_length, self.eot_token, dtype=np.int32)
+            ids, position = np.concatenate([ids, padding])[: self.row_length], self.label_position
+        targets = np.full_like(ids, NO_TARGET)
+        targets[position] = self.names.index(label)
+        return ids, targets
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def count_targets(self, indices: np.ndarray) -> int:
         """Return the number of targets of rows (B,) that are not ignored."""
-        return int(self._rows[indices, 3].sum())
+        return int(self._counts[indices].sum())
 
     def __getitem__(self, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        rows = [self._row(index) for index in indices.tolist()]
-        length = self.row_length or max(1, *(len(ids) for ids, _ in rows))
+        rows = [self._rows[index] if index >= 0 else ((), ()) for index in indices.tolist()]
+        length = max(1, *(len(ids) for ids, _ in rows))
         pair = torch.empty((2, len(rows), length), dtype=torch.int64, pin_memory=self.pin_memory)
         inputs, targets = pair.numpy()
         inputs[:], targets[:] = self.eot_token, NO_TARGET
         for row, (ids, learnt) in enumerate(rows):
-            inputs[row, : len(ids)] = ids[:length]
-            if self.label_position is None:
-                targets[row, : len(ids)] = learnt
-            else:
-                targets[row, self.label_position] = learnt.max(initial=NO_TARGET)
+            inputs[row, : len(ids)], targets[row, : len(ids)] = ids, learnt
         return pair[0], pair[1]
-
-    def _row(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return inputs and targets of a row, (T,) each; T is 0 for padding."""
-        if index < 0:
-            return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-        number, row, length, _ = self._rows[index].tolist()
-        file, length = self.shards[number].file, min(length, self.context_length)
-        start = int(file.ends[row])
-        ids = file.ids[start : start + length + 1].astype(np.int64)
-        if not self.names:
-            return ids[:-1], np.where(file.is_target[start + 1 : start + length + 1], ids[1:], NO_TARGET)
-        targets = np.full(length, NO_TARGET)
-        targets[-1] = self.names.index(file.labels[row])
-        return ids[:length], targets
