@@ -189,7 +189,7 @@ def _instructions(path: Path, tokenizer: Tokenizer, options: RowOptions) -> Iter
 
 
 def _labelled(path: Path, tokenizer: Tokenizer, options: RowOptions) -> Iterator[Row]:
-    """Yield the rows in an order that follows from their texts: a text that is there twice is in one split."""
+    """Yield the rows in an order that follows from their texts, so that equal texts do not leak into other splits."""
     found = []
     for place, row in read_rows(path):
         text, label = _text(row, "text", place), _text(row, "label", place)
