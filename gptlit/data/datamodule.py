@@ -261,7 +261,7 @@ class TokenDataModule(pl.LightningDataModule):
         return self._position_after(self._attached_trainer.global_step)
 
     def addresses(self, step: int) -> list[dict[str, Any]]:
-        """Return where the windows of the optimizer step after `step` steps are: file and offset in tokens."""
+        """Return where the windows of the optimizer step after `step` steps are: file and offset in tokens, or row."""
         windows = self.windows["train"]
         indices = self.mixture(self._position_after(step) + np.arange(self.batch_size))
         found = [windows.address(int(index)) for index in indices]

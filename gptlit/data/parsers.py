@@ -196,6 +196,8 @@ def _other_format(name: str, separator: str, head: bytes) -> str:
             return f"is {what}"
     if b"\0" in head[:8000]:
         return "is binary, not text: save its text as .txt (a file of tokens is read by the name of its folder)"
+    if re.match(rb'(\xef\xbb\xbf)?\s*(\[\s*)?\{\s*"', head):
+        return "holds JSON, not plain text: let its name end in .jsonl or .json"
     if file_kind(name)[0] in TABLES and not separator:
         return "is a table: save it as .jsonl or .parquet, or set a separator to train on it as it is"
     return ""

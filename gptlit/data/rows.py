@@ -335,6 +335,12 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
         self.left_out = int((counts == 0).sum())
         self._counts = counts[counts > 0]
         self._rows = [(x[:context_length], y[:context_length]) for (x, y), n in zip(rows, counts, strict=True) if n]
+        places = [
+            (number, row)
+            for number, shard in enumerate(self.shards)
+            for row in range(len(shard.file.labels))[shard.rows]
+        ]
+        self._places = [place for place, count in zip(places, counts, strict=True) if count]
 
     def _pairs(self, shard: RowShard) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield inputs and targets of each row, int32 (T,) each."""
@@ -361,6 +367,10 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def address(self, index: int) -> tuple[int, int]:
+        """Return (shard, number among the stored rows) of a row."""
+        return self._places[index]
 
     def count_targets(self, indices: np.ndarray) -> int:
         """Return the number of targets of rows (B,) that are not ignored."""

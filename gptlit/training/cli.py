@@ -36,7 +36,7 @@ from gptlit.training.callbacks.validation import FinalValidation, SampleText
 from gptlit.training.distributed import register_strategies
 from gptlit.training.environment import (
     best_precision,
-    check_port,
+    check_devices,
     end_with_parent,
     is_first_process,
     keep_freed_memory,
@@ -156,7 +156,7 @@ class TrainingCLI(LightningCLI):
             check_trainer(self.trainer)
             if self.subcommand == "fit":
                 check_division(self.datamodule.batch_size, self.trainer.num_devices * self.trainer.num_nodes)
-            check_port(self.trainer)
+            check_devices(self.trainer)
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             fail(error, status=2)
 

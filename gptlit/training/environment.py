@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.accelerators import CPUAccelerator
 
 from gptlit.errors import InputError
 from gptlit.training.lightning_compat import cpu_has_native_bf16
@@ -29,12 +30,15 @@ def launched() -> tuple[int, int] | None:
     return None
 
 
-def check_port(trainer: pl.Trainer) -> None:
-    """Check that this process can listen on MASTER_PORT, if it is to start the others.
+def check_devices(trainer: pl.Trainer) -> None:
+    """Check, before a process is started for each device, that the machine can run them and they can connect.
 
     Raises:
-        InputError: It cannot.
+        InputError: There are far more devices than CPU cores, or MASTER_PORT cannot be used.
     """
+    limit = max(8, os.cpu_count() or 1)
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > limit:
+        raise InputError(f"trainer.devices {trainer.num_devices} would start as many processes: use at most {limit}")
     port = os.environ.get("MASTER_PORT")
     is_launched = launched() is not None or {"LOCAL_RANK", "NODE_RANK"} & os.environ.keys()
     if port and trainer.num_devices * trainer.num_nodes > 1 and not is_launched:

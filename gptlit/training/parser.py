@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import get_loader, set_loader
+from jsonargparse import get_loader, set_dumper, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
@@ -56,4 +56,18 @@ def _load(text: str) -> Any:
 _note_once = cache(note)
 
 
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    """Quotes texts that the loader would take for numbers, such as 3e-4: in YAML 1.1 that is none."""
+
+
+_Dumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*)?\.?\d*[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _dump(value: Any) -> str:
+    return str(yaml.dump(value, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False))
+
+
+set_dumper("yaml", _dump)
 set_loader("yaml", _load, (yaml.YAMLError,))

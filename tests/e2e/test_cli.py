@@ -448,3 +448,13 @@ def test_a_reader_that_has_read_enough_is_no_error(tmp_path: Path) -> None:
     command = f"{sys.executable} -m gptlit inspect o --length 50 | true"
     result = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, env=os.environ)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_chat_without_standard_input_is_one_line(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(SystemExit) as exit_:
+        main(["chat", f"--checkpoint={run}"])
+    assert exit_.value.code == 1
+    assert "chat reads standard input" in capsys.readouterr().err

@@ -358,7 +358,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     assert set(losses(run, "train/skipped_steps").values()) == {1.0}
 
 
-def test_too_many_in_a_row_end_the_run(
+def test_too_many_in_a_row_end_the_run_with_their_windows(
     fit: Fit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loss = module.linear_cross_entropy
@@ -366,7 +366,13 @@ def test_too_many_in_a_row_end_the_run(
     with pytest.raises(SystemExit) as exit_:
         fit("--trainer.max_steps=9", "--run.max_nonfinite_steps=3")
     assert exit_.value.code == 1
-    assert "error: the gradient was not finite in 3 steps in a row, up to step 3: lower" in capsys.readouterr().err
+    assert "error: the gradient was not finite in 3 steps in a row, up to step 3; their windows are in" in (
+        capsys.readouterr().err
+    )
+    found = json.loads(Path("runs/t/version_0/non-finite.json").read_text())
+    assert [window["step"] for window in found] == [1] * 4 + [2] * 4 + [3] * 4
+    assert found[0]["shard"].endswith("train-00000.bin")
+    assert found[0]["offset"] % 16 == 0
 
 
 def test_weights_that_are_not_finite_are_not_saved(
@@ -591,7 +597,7 @@ def test_max_time_is_named_and_counts_anew_at_each_start(
     monkeypatch.setattr(Timer, "time_elapsed", lambda self, *rest: sum(late) or elapsed(self, *rest))
     at[(2, 0)] = lambda: late.append(7200.0)  # inside an accumulation window
     fit(*flags)
-    assert "stopped after step 2 of 4; continue with --ckpt_path runs/t/version_0" in capsys.readouterr().err
+    assert "stopped after step 2 of 4: the time of trainer.max_time is over; continue with" in capsys.readouterr().err
     at.clear()
     late.clear()
     fit(*flags, "--ckpt_path=last")

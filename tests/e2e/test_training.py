@@ -1,15 +1,17 @@
 """train.py end to end: what a user types, what lands on disk, and what a wrong word answers."""
 
 import re
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from conftest import ROOT, TINY, losses
-from gptlit.checkpoint.io import read_checkpoint
+from gptlit.checkpoint.io import DurableCheckpointIO, read_checkpoint
 from gptlit.checkpoint.runs import checkpoints
 from gptlit.data.datamodule import TokenDataModule
 from gptlit.training.cli import main
@@ -389,3 +391,46 @@ def test_the_precision_that_was_picked_is_said(
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
     fit("--trainer.max_steps=1", "--trainer.precision=null")
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--trainer.devices=1000"], "data.batch_size 4 is that of all devices together, and not divisible by 1000"),
+        (["--trainer.devices=1000", "--data.batch_size=1000"], "trainer.devices 1000 would start as many processes"),
+        (["--trainer.devices=2"], "MASTER_PORT {port} cannot be used"),
+    ],
+)
+def test_no_process_is_started_for_what_cannot_run(
+    fit: Fit, flags: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_SubprocessScriptLauncher, "launch", lambda *_, **__: pytest.fail("processes are started"))
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(SystemExit) as exit_:
+            fit("--trainer.max_steps=1", *flags)
+    assert exit_.value.code == 2
+    assert f"error: {words.format(port=port)}" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_configurations_and_checkpoints_of_earlier_versions(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    """The name of the run looks like a number; on_nonfinite is a removed setting, passed_over a removed state."""
+    fit("--trainer.max_steps=1", "--run.name=3e-4")
+    run = Path("runs/3e-4/version_0")
+    old = (run / "config.yaml").read_text().replace("run:\n", "run:\n  on_nonfinite: go_back\n")
+    Path("old.yaml").write_text(old)
+    arguments = ["fit", "--config=old.yaml", "--ckpt_path=last", "--trainer.max_steps=2"]
+    checkpoint = read_checkpoint(checkpoints(run)[-1])
+    for passed_over in ([[400, 4]], [[0, 4]]):
+        checkpoint["TokenDataModule"]["passed_over"] = passed_over
+        DurableCheckpointIO().save_checkpoint(checkpoint, checkpoints(run)[-1])
+        if passed_over == [[400, 4]]:  # still to come
+            with pytest.raises(SystemExit):
+                main(arguments)
+            err = capsys.readouterr().err
+            assert "error: the checkpoint leaves out windows that are still to come" in err
+            assert "run.on_nonfinite has no effect any more" in err
+    main(arguments)
+    assert list(losses(run)) == [1, 2]

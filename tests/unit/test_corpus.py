@@ -159,6 +159,8 @@ def test_a_json_file_is_lines_or_an_array_of_objects(content: str, expected: lis
         ("a.pdf", b"%PDF-1.7 only ASCII follows", "is a PDF: save its text as .txt, for instance with pdftotext"),
         ("a.txt", gzip.compress(b"text"), "is compressed with gzip: let its name end in .gz"),
         ("a.txt", "text".encode("utf-16"), "is UTF-16: convert it with iconv -f UTF-16"),
+        ("a.txt", b'{"id": 0, "text": "one"}\n', "holds JSON, not plain text: let its name end in .jsonl"),
+        ("a", b'\xef\xbb\xbf[\n {"x": 1}]', "holds JSON"),
         ("train.bin", b"\x01\x00\x40\x00" * 99, "is binary, not text"),
     ],
 )

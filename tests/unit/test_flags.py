@@ -5,7 +5,10 @@ from pathlib import Path
 import pytest
 
 from conftest import one_parser
+from gptlit.errors import InputError, user_path
 from gptlit.training.cli import main
+from gptlit.training.parser import Parser
+from gptlit.training.run_config import RunConfig
 
 
 @pytest.mark.parametrize(
@@ -34,3 +37,19 @@ def test_what_is_misspelt_is_named(
     assert error.startswith("error: ")
     assert words in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["3e-4", "1e5", ".5", "null", "true", "on", "2024-01-01", "0x1f", "-", "1.5E+3"])
+def test_a_text_stays_a_text_in_a_saved_configuration(name: str, tmp_path: Path) -> None:
+    parser = Parser()
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(RunConfig, "run")
+    config = parser.parse_args([f"--run.name={name}"])
+    (tmp_path / "config.yaml").write_text(parser.dump(config, skip_unset=False))
+    assert parser.parse_args([f"--config={tmp_path / 'config.yaml'}"]).run.name == name
+
+
+@pytest.mark.parametrize("path", ["", "~nobody-here/x", "\udcff.txt"])
+def test_a_path_that_cannot_be_used_is_one_line(path: str) -> None:
+    with pytest.raises(InputError, match="path"):
+        user_path(path)

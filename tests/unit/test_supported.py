@@ -39,6 +39,8 @@ TINY_GPT2 = replace(TINY, vocab_size=50257, context_length=16)
         ({"gradient_clip_val": -1.0}, "gradient_clip_val must be at least 0"),
         ({"gradient_clip_val": NAN}, "gradient_clip_val must be at least 0"),
         ({"gradient_clip_val": -1.0, "gradient_clip_algorithm": "value"}, "gradient_clip_val must be at least 0"),
+        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches must be a positive integer, got 0"),
+        ({"log_every_n_steps": -5}, "log_every_n_steps must be a positive integer, got -5"),
         ({"precision": "16-true"}, "precision 16-true is not supported"),
         ({"callbacks": GradientAccumulationScheduler({0: 4})}, "GradientAccumulationScheduler does not work"),
         ({"callbacks": LearningRateFinder()}, "LearningRateFinder does not work"),
@@ -72,7 +74,8 @@ def test_no_limit_is_no_clipping(options: dict[str, Any]) -> None:
 
 
 def test_sharded_weights_are_not_averaged() -> None:
-    fields = {"world_size": 1, "gradient_clip_val": None, "precision": "32-true"}
+    numbers = {"world_size": 1, "accumulate_grad_batches": 1, "log_every_n_steps": 1}
+    fields = {**numbers, "gradient_clip_val": None, "precision": "32-true"}
     sharded: Any = SimpleNamespace(**fields, strategy=FSDP2Strategy(), callbacks=[EMAWeightAveraging()])
     with pytest.raises(InputError, match="EMAWeightAveraging does not work with sharded weights: use .* ddp"):
         check_trainer(sharded)

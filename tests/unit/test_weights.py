@@ -324,6 +324,10 @@ def test_gpt2s_own_tokenizer_is_known_in_each_of_its_forms(tmp_path: Path) -> No
     vocabulary["the"], vocabulary["The"] = vocabulary["The"], vocabulary["the"]
     path.write_text(json.dumps(settings))
     assert read_weights(folder).tokenizer == str(path)
+    vocabulary["the"], vocabulary["The"] = vocabulary["The"], vocabulary["the"]
+    merges.reverse()
+    path.write_text(json.dumps(settings))
+    assert read_weights(folder).tokenizer == str(path)
     path.rename(folder / "vocab.json")
     with pytest.raises(InputError, match=r"vocab.json is of a tokenizer that cannot be read: have Transformers"):
         read_weights(folder)
