@@ -23,6 +23,7 @@ from gptlit.checkpoint.pretrained import fits_vocabulary
 from gptlit.data.tokenizer import HuggingFaceTokenizer, save_huggingface, tokenizer_spec
 from gptlit.errors import InputError
 from gptlit.model.gpt import GPTModel
+from gptlit.model.lora import merged
 
 
 def save_checkpoint(source: PretrainedWeights, path: Path) -> None:
@@ -43,7 +44,7 @@ def save_pretrained(
     """Write a model to a new folder, atomically.
 
     Args:
-        model: The model.
+        model: The model; adapters are merged.
         folder: Must not exist, or be empty.
         to: "huggingface" (a folder that Transformers loads, with the tokenizer) or "book" (`model.pth`, a state dict
             under the book's names).
@@ -58,8 +59,9 @@ def save_pretrained(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty: name a new folder")
-    state = {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    source = PretrainedWeights(folder, model.config, state, tokenizer)
+    config, weights = merged(model)
+    state = {name: value.cpu() for name, value in weights.items()}
+    source = PretrainedWeights(folder, config, state, tokenizer)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         content = Path(temporary, folder.name)

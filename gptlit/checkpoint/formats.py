@@ -3,6 +3,7 @@
 A format maps each parameter to one of theirs, or to several stacked along dimension 0, possibly transposed.
 """
 
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -40,6 +41,15 @@ class PretrainedWeights:
     def load_tokenizer(self) -> Tokenizer:
         """Return the tokenizer; GPT-2's if it is unknown."""
         return load_tokenizer(self.tokenizer or "gpt2")
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.state.items()):
+            digest.update(name.encode())
+            digest.update(value.contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     @property
     def tokenizer_name(self) -> str | None:

@@ -30,6 +30,7 @@ from gptlit.config import GPTConfig
 from gptlit.data.tokenizer import TOKENIZER_JSON, Tokenizer, folder_spec, same_ids
 from gptlit.errors import InputError, note
 from gptlit.model.gpt import GPTModel
+from gptlit.model.lora import LoRAConfig, build_model, merged
 from gptlit.model.sharding import gathered, shard_like
 
 HUB = "hf:"
@@ -83,7 +84,38 @@ def _read_own(checkpoint: dict[str, Any], path: Path) -> PretrainedWeights:
     weights = {name.removeprefix(PREFIX): value for name, value in found.items() if name.startswith(PREFIX)}
     data = checkpoint.get("TokenDataModule", {})
     config = GPTConfig(**checkpoint["hyper_parameters"]["config"])
+    if "base_fingerprint" in checkpoint["hyper_parameters"]:
+        config, weights = _merge_adapters(checkpoint["hyper_parameters"], config, weights, path)
     return replace(from_format(weights, OWN, config, path, data.get("tokenizer")), template=data.get("template"))
+
+
+def _merge_adapters(
+    adapters: dict[str, Any], config: GPTConfig, weights: dict[str, Tensor], path: Path
+) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """Merge adapters with these hyper-parameters into their base."""
+    try:
+        base = read_weights(adapters["init_from"])
+    except InputError as error:
+        raise InputError(f"{path} has only adapters, and their base is missing: {error}") from error
+    check_base(adapters, path, base.path, base.fingerprint)
+    with torch.device("meta"):
+        model = build_model(config, LoRAConfig(**adapters["lora"]))
+    model.load_state_dict({**check_compatible(asdict(config), base).state, **weights}, assign=True)
+    return merged(model)
+
+
+def check_base(adapters: dict[str, Any], path: str | Path, base: str | Path, fingerprint: str) -> None:
+    """Check that adapters at `path`, with these hyper-parameters, are for `base`.
+
+    Raises:
+        InputError: They are for another one.
+    """
+    theirs = adapters["base_fingerprint"]
+    if theirs != fingerprint:
+        raise InputError(
+            f"{path} has adapters for {adapters['init_from']} with the fingerprint {theirs[:12]}, but {base} has "
+            f"{fingerprint[:12]}: adapters only work with the weights that they were trained with"
+        )
 
 
 def _read_huggingface(folder: Path) -> PretrainedWeights:
@@ -277,4 +309,4 @@ def copy_weights(model: GPTModel, source: PretrainedWeights) -> None:
     common = min(len(positions), source.config.context_length)
     positions[:common] = source.state["pos_emb.weight"][:common]
     state, own = {**source.state, "pos_emb.weight": positions}, model.state_dict()
-    model.load_state_dict({name: shard_like(value, own[name]) for name, value in state.items()})
+    model.load_state_dict({**own, **{name: shard_like(value, own[name]) for name, value in state.items()}})

@@ -130,12 +130,14 @@ class TrainingCLI(LightningCLI):
         if folder is not None and path is None and (newest := newest_checkpoint(folder)) is not None:
             path, self.checkpoint = newest
         config.ckpt_path = None if path is None else str(path)
-        if path is not None:
-            config.model.init_from = None  # the weights come from the checkpoint
+        if self.checkpoint is not None:
+            base = self.checkpoint["hyper_parameters"].get("init_from")  # of adapters; else all is in there
+            adapts = base is not None or config.model.lora.rank
+            config.model.init_from = (config.model.init_from or base) if adapts else None
             note(f"{'resuming from' if is_fit else 'checkpoint'} {path}")
 
     def _settle_architecture(self, config: Any) -> None:
-        complete_architecture(config, self._given("model", "config"), self.checkpoint)
+        complete_architecture(config, self._given("model"), self.checkpoint)
 
     def _given(self, *keys: str) -> dict[str, Any]:
         """Return what files and flags set under a key, without defaults."""

@@ -21,38 +21,43 @@ from typing_extensions import override
 from gptlit.config import GPTConfig
 from gptlit.errors import InputError
 from gptlit.model.gpt import GPTModel
+from gptlit.model.lora import LoRAConfig, build_model, reset_adapters
 from gptlit.model.sharding import gathered, local, shard_like
 
 TIMEOUT = timedelta(minutes=10)  # after which a process that waits for a silent one gives up
 
 
-def sharded_model(config: GPTConfig, mesh: DeviceMesh, device: torch.device, precision: str = "32-true") -> GPTModel:
-    """Build a sharded GPTModel with the weights that `GPTModel(config)` would have.
+def sharded_model(
+    config: GPTConfig, lora: LoRAConfig, mesh: DeviceMesh, device: torch.device, precision: str = "32-true"
+) -> GPTModel:
+    """Build a sharded GPTModel with the weights that `build_model(config, lora)` would have.
 
     No device ever holds more than its shards and one full parameter, which is initialised on the CPU.
 
     Args:
         config: The architecture.
+        lora: The adapters.
         mesh: The devices that shard; in two dimensions: (replicas, devices that shard each).
         device: This process's own.
         precision: The Trainer's. In bf16-mixed, parameters are gathered in bf16 and gradients reduced in float32.
     """
-    model = sharded_meta_model(config, mesh, precision)
+    model = sharded_meta_model(config, lora, mesh, precision)
     model.to_empty(device=device)
     if config.tie_weights:
         model.out_head.weight = model.tok_emb.weight
     with _FullInit():
         model.init_weights()
+        reset_adapters(model)
     return model
 
 
-def sharded_meta_model(config: GPTConfig, mesh: DeviceMesh, precision: str = "32-true") -> GPTModel:
+def sharded_meta_model(config: GPTConfig, lora: LoRAConfig, mesh: DeviceMesh, precision: str = "32-true") -> GPTModel:
     """Build a sharded GPTModel on the meta device: shapes without storage. Source: Zhao et al. 2023, "PyTorch FSDP"."""
     policy = MixedPrecisionPolicy()
     if precision == "bf16-mixed":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     with torch.device("meta"):
-        model = GPTModel(config)
+        model = build_model(config, lora)
     for block in model.trf_blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)

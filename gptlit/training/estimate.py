@@ -3,7 +3,7 @@
 import math
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from gptlit.config import GPTConfig
 from gptlit.data.datamodule import TokenDataModule
 from gptlit.model.gpt import GPTModel
+from gptlit.model.lora import LoRAConfig, build_model
 from gptlit.model.loss import ROWS
 from gptlit.training.module import GPTModule
 from gptlit.training.optimizer import OPTIMIZERS, OptimizerName
@@ -65,6 +66,7 @@ class RunSpec:
     train_tokens: int | None = None
     saves: int | None = 3  # checkpoints that are kept; None for all
     folder: Path = Path("runs")  # where checkpoints go
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
 
     @classmethod
     def of(
@@ -74,6 +76,7 @@ class RunSpec:
         is_loaded = hasattr(data, "windows")
         return cls(
             config=module.config,
+            lora=module.lora,
             optimizer=module.optimizer_name,
             activation_checkpointing=module.activation_checkpointing,
             compile=module.compile_model,
@@ -92,7 +95,8 @@ class RunSpec:
 def make_plan(spec: RunSpec) -> dict[str, Any]:
     """Return the estimates as nested values: bytes, tokens, steps, seconds; None for what is not known."""
     parameters = count_parameters(spec.config)
-    size = bytes_per_param(spec.precision) * parameters["total"] + optimizer_bytes(spec, parameters["total"])
+    trained = trainable_parameters(spec)
+    size = bytes_per_param(spec.precision) * trained + optimizer_bytes(spec, trained)
     return {
         "parameters": parameters,
         "memory": memory(spec, parameters["total"]),
@@ -151,6 +155,13 @@ def count_parameters(config: GPTConfig) -> dict[str, int]:
     return {**{name: count for name, count in parts.items() if name != "drop_emb"}, "total": sum(parts.values())}
 
 
+def trainable_parameters(spec: RunSpec) -> int:
+    """Return the number of parameters that have a gradient."""
+    with torch.device("meta"):
+        model = build_model(spec.config, spec.lora)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def flops_per_token(config: GPTConfig, parameters: dict[str, int]) -> int:
     """Return the FLOPs of training on one token. Source: Chowdhery et al. 2022, "PaLM", appendix B."""
     in_matmuls = parameters["total"] - parameters["pos_emb"] - (0 if config.tie_weights else parameters["tok_emb"])
@@ -175,11 +186,11 @@ def bytes_per_param(precision: str) -> int:
     return {"64-true": 8, "bf16-true": 2, "16-true": 2}.get(precision, 4)
 
 
-def optimizer_bytes(spec: RunSpec, total: int) -> int:
-    """Return the bytes of the optimizer state of a model with `total` parameters."""
+def optimizer_bytes(spec: RunSpec, trained: int) -> int:
+    """Return the bytes of the optimizer state of so many trained parameters."""
     entry = OPTIMIZERS[spec.optimizer]
-    in_blocks = 12 * spec.config.n_layers * spec.config.emb_dim**2
-    values = entry.block_matrix_state * in_blocks + entry.other_state * (total - in_blocks)
+    in_blocks = 0 if spec.lora.rank else 12 * spec.config.n_layers * spec.config.emb_dim**2
+    values = entry.block_matrix_state * in_blocks + entry.other_state * (trained - in_blocks)
     return bytes_per_param(spec.precision) * values
 
 
@@ -203,17 +214,17 @@ def memory(spec: RunSpec, total: int) -> dict[str, int | None]:
             saved += layers * config.n_heads * config.context_length * (2 * size + 1) // width
     activations = tokens * width * (4 * layers + 2 * per_block if spec.activation_checkpointing else saved)
     casts = 2 * 12 * width**2 * layers if "mixed" in spec.precision and not spec.compile else 0
-    rows = min(tokens, ROWS.get(spec.device, 1024))
+    rows, trained = min(tokens, ROWS.get(spec.device, 1024)), trainable_parameters(spec)
     parts: dict[str, int] = {
         "weights": bytes_per_param(spec.precision) * total // n,
-        "gradients": bytes_per_param(spec.precision) * total // (n if accumulation(spec) == 1 else 1),
-        "optimizer": optimizer_bytes(spec, total) // n,
+        "gradients": bytes_per_param(spec.precision) * trained // (n if accumulation(spec) == 1 else 1),
+        "optimizer": optimizer_bytes(spec, trained) // n,
         "activations": activations + casts,
         "logits": (6 if size == 2 else 4) * vocabulary * width + size * vocabulary * rows,
         "program": int(PROGRAM + COMPILER * spec.compile) if spec.device == "cpu" else 0,
     }
-    if config.tie_weights:
-        parts["gradients"] += 4 * vocabulary * width  # the embedding's own, before it is added to the head's
+    if config.tie_weights or spec.lora.rank:  # the embedding's own, before it is added; or of the merged head
+        parts["gradients"] += 4 * vocabulary * width
     if spec.devices == accumulation(spec) == 1:
         parts["gradients"] = max(0, parts["gradients"] - parts["activations"])
     if n > 1:
@@ -267,10 +278,11 @@ def describe(spec: RunSpec, plan: dict[str, Any]) -> list[str]:
     parameters, memory = plan["parameters"], plan["memory"]
     step, run, data, saved = plan["step"], plan["run"], plan["data"], plan["checkpoint"]
     where = f"{spec.devices} x {spec.device}"
+    adapters = f" and {trainable_parameters(spec):,} of adapters" if spec.lora.rank else ""
     parts = [f"{name} {gigabytes(n)}" for name, n in memory.items() if n and name not in ("total", "available")]
     have = "" if memory["available"] is None else f" of {gigabytes(memory['available'])}"
     lines = [
-        f"model   {parameters['total']:,} parameters: {spec.config.summary}; {spec.precision} on {where}",
+        f"model   {parameters['total']:,} parameters{adapters}: {spec.config.summary}; {spec.precision} on {where}",
         f"memory  {gigabytes(memory['total'])}{have} on each device, about: {', '.join(parts)}",
         f"step    {step['windows']} windows = {step['tokens']:,} tokens: {step['micro_batch_size']} at once on {where}"
         + f", accumulated over {step['accumulation']} micro-batches" * (step["accumulation"] > 1),

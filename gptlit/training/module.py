@@ -12,11 +12,13 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from typing_extensions import override
 
-from gptlit.checkpoint.pretrained import check_tokenizer, copy_weights, read_weights
+from gptlit.checkpoint.pretrained import HUB, check_base, check_tokenizer, copy_weights, read_weights
 from gptlit.config import GPTConfig
 from gptlit.data.datamodule import TokenDataModule
 from gptlit.model.gpt import GPTModel, TransformerBlock
+from gptlit.model.lora import LoRAConfig, build_model, merged_weight
 from gptlit.model.loss import chunked_softmax_, linear_cross_entropy, softmax_
+from gptlit.training.adapters import check_lora, leave_out_base
 from gptlit.training.distributed import FSDP2Strategy, sharded_model
 from gptlit.training.gradients import NonFiniteGuard, clip_gradients
 from gptlit.training.lightning_compat import attached_trainer, configure_compiler, is_log_step
@@ -59,6 +61,7 @@ class GPTModule(pl.LightningModule):
             for a third more time.
         init_from: Load initial weights only, from a checkpoint or a run's folder, a Hugging Face folder or `hf:NAME`,
             the book's `.pth`, nanoGPT's `ckpt.pt`.
+        lora: With a rank, freeze the weights of `init_from` and train low-rank adapters.
 
     Raises:
         ValueError: A value is out of its range.
@@ -82,11 +85,14 @@ class GPTModule(pl.LightningModule):
         compile: bool = False,
         activation_checkpointing: bool = False,
         init_from: str | None = None,
+        lora: LoRAConfig = LoRAConfig(),  # noqa: B008  (frozen)
     ) -> None:
         arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__", "init_from")}
         super().__init__()
         _check(arguments)
         self.config = GPTConfig(**config) if isinstance(config, dict) else config  # a dict: from a checkpoint
+        self.lora = LoRAConfig(**lora) if isinstance(lora, dict) else lora
+        check_lora(self.lora, self.config, init_from)
         self.schedule = Schedule(schedule, initial_lr, lr, min_lr, warmup_steps)
         self.optimizer_name: OptimizerName = optimizer
         self._group_values: Any = {"weight_decay": weight_decay, "decay_all": decay_all, "betas": (beta1, beta2)}
@@ -99,7 +105,8 @@ class GPTModule(pl.LightningModule):
         self._step_targets: int | None = None
         self._losses: list[Tensor] = []  # of the micro-batches of one optimizer step, on the device
         self._step_tokens = 0  # of the same
-        self.save_hyperparameters({**arguments, "config": asdict(self.config)})  # plain values: see `weights_only`
+        arguments |= {"config": asdict(self.config), "lora": asdict(self.lora)}  # plain values: see `weights_only`
+        self.save_hyperparameters(arguments)
 
     @override
     def setup(self, stage: str) -> None:
@@ -111,12 +118,16 @@ class GPTModule(pl.LightningModule):
             return
         trainer = attached_trainer(self)
         device = torch.device("cpu") if trainer is None else trainer.strategy.root_device
-        self.model = _new_model(self.config, trainer, device)
+        self.model = _new_model(self.config, self.lora, trainer, device)
         if self.init_from is not None:
             source = read_weights(self.init_from)
             if (tokenizer := getattr(getattr(trainer, "datamodule", None), "tokenizer", None)) is not None:
                 check_tokenizer(source, tokenizer)
             copy_weights(self.model, source)
+            if self.lora.rank:
+                leave_out_base(self, self.model, source)
+                path = self.init_from if self.init_from.startswith(HUB) else str(source.path.resolve())
+                self.hparams.update(init_from=path, base_fingerprint=source.fingerprint)
         _set_up_blocks(self.model, self.activation_checkpointing, self.compile_model, device)
 
     @override
@@ -158,7 +169,7 @@ class GPTModule(pl.LightningModule):
 
     def _loss(self, inputs: Tensor, targets: Tensor, reduction: Literal["mean", "sum"]) -> Tensor:
         hidden = self.model.hidden(inputs)  # (B, T, C); before the head's weight is read: it unshards that too
-        return linear_cross_entropy(hidden, self.model.out_head.weight, targets, reduction, self._softmax)
+        return linear_cross_entropy(hidden, merged_weight(self.model.out_head), targets, reduction, self._softmax)
 
     @property
     def is_between_steps(self) -> bool:
@@ -237,17 +248,20 @@ class GPTModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trainer = attached_trainer(self)
         is_fit = trainer is not None and trainer.state.fn == "fit"
-        check_resume(self.config, self.optimizer_name if is_fit else None, checkpoint)
+        check_resume(self.config, self.lora, self.optimizer_name if is_fit else None, checkpoint)
+        if self.lora.rank:
+            ours = self.hparams["init_from"], self.hparams["base_fingerprint"]
+            check_base(checkpoint["hyper_parameters"], "the checkpoint", *ours)
         if trainer is not None and is_fit:
             prepare_fit(trainer, checkpoint)
         self.tokens, self.guard.before = checkpoint.get("tokens", 0), checkpoint.get("skipped_steps", 0)
 
 
-def _new_model(config: GPTConfig, trainer: pl.Trainer | None, device: torch.device) -> GPTModel:
+def _new_model(config: GPTConfig, lora: LoRAConfig, trainer: pl.Trainer | None, device: torch.device) -> GPTModel:
     if trainer is not None and isinstance(trainer.strategy, FSDP2Strategy):
-        return sharded_model(config, trainer.strategy.sharding_mesh(), device, str(trainer.precision))
+        return sharded_model(config, lora, trainer.strategy.sharding_mesh(), device, str(trainer.precision))
     with torch.device("cpu"):  # a seed gives the same weights on any device
-        return GPTModel(config)
+        return build_model(config, lora)
 
 
 def _set_up_blocks(model: GPTModel, activation_checkpointing: bool, compile: bool, device: torch.device) -> None:

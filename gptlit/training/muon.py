@@ -24,7 +24,7 @@ class MuonAdamW(Optimizer):
     """
 
     def __init__(self, hidden: list[nn.Parameter], groups: list[dict[str, Any]], lr: float, fused: bool) -> None:
-        self._muon = Muon(hidden, lr=lr, adjust_lr_fn="match_rms_adamw")
+        self._muon = Muon([{"params": hidden}], lr=lr, adjust_lr_fn="match_rms_adamw")
         self._adamw = AdamW(groups, lr=lr, fused=fused)
         super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})
 

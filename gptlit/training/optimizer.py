@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from gptlit.model.gpt import GPTModel
@@ -69,18 +70,23 @@ def update_param_groups(
 
 def _adamw(model: GPTModel, lr: float, fused: bool) -> Optimizer:
     """AdamW. Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    matrices, vectors = _trainable(model)
     return AdamW([{"params": matrices}, {"params": vectors}], lr=lr, fused=fused)
 
 
 def _muon(model: GPTModel, lr: float, fused: bool) -> Optimizer:
     """Muon for the blocks' matrices, AdamW for the rest. Source: Jordan et al. 2024, "Muon"."""
-    in_blocks = [p for p in model.trf_blocks.parameters() if p.dim() >= 2]
+    in_blocks, _ = _trainable(model.trf_blocks)
     known = {id(p) for p in in_blocks}
-    matrices = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in known]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    matrices, vectors = _trainable(model)
+    matrices = [p for p in matrices if id(p) not in known]
     return MuonAdamW(in_blocks, [{"params": matrices}, {"params": vectors}], lr=lr, fused=fused)
+
+
+def _trainable(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the matrices and the vectors that are not frozen."""
+    found = [p for p in module.parameters() if p.requires_grad]
+    return [p for p in found if p.dim() >= 2], [p for p in found if p.dim() < 2]
 
 
 OPTIMIZERS: dict[OptimizerName, OptimizerEntry] = {

@@ -15,26 +15,31 @@ from gptlit.config import GPTConfig
 from gptlit.data.corpora import tokenizer_for
 from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import InputError, note
+from gptlit.model.lora import LoRAConfig
 from gptlit.training.lightning_compat import set_global_step
 
 
 def complete_architecture(config: Any, given: dict[str, Any], checkpoint: dict[str, Any] | None) -> None:
-    """Fill in what `model.config` leaves open, from a checkpoint, weights or the tokenizer. Given values that
-    contradict their source are rejected here, by the module or the data.
+    """Fill in what `model.config` leaves open, from a checkpoint, weights or the tokenizer, and `model.lora` from a
+    checkpoint. Given values that contradict their source are rejected here, by the module or the data.
 
     Args:
         config: The parsed configuration of a command; changed in place.
-        given: The keys of `model.config` that files and flags set.
+        given: The keys of `model` that files and flags set.
         checkpoint: That of a resume.
     """
+    architecture, lora = given.get("config") or {}, given.get("lora") or {}
     if checkpoint is not None:
         found = checkpoint["hyper_parameters"]["config"]
+        lora = {**checkpoint["hyper_parameters"].get("lora", {}), **lora}
     elif config.model.init_from is not None:
-        found = _of_pretrained(config, given)
+        found = _of_pretrained(config, architecture)
     else:
         found = {"vocab_size": load_tokenizer(tokenizer_for(config.data.source, config.data.tokenizer)).n_vocab}
-    for key, value in {**found, **given}.items():
+    for key, value in {**found, **architecture}.items():
         config.model.config[key] = value
+    for key, value in lora.items():
+        config.model.lora[key] = value
 
 
 def _of_pretrained(config: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -56,11 +61,12 @@ def _of_pretrained(config: Any, given: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check_resume(config: GPTConfig, optimizer: str | None, checkpoint: dict[str, Any]) -> None:
+def check_resume(config: GPTConfig, lora: LoRAConfig, optimizer: str | None, checkpoint: dict[str, Any]) -> None:
     """Check that a checkpoint is one of this model; `drop_rate` may differ.
 
     Args:
         config: The model's architecture.
+        lora: Its adapters.
         optimizer: A key of `OPTIMIZERS`; None: its state is not loaded.
         checkpoint: The checkpoint.
 
@@ -70,6 +76,8 @@ def check_resume(config: GPTConfig, optimizer: str | None, checkpoint: dict[str,
     theirs = checkpoint["hyper_parameters"]
     names = [field.name for field in fields(GPTConfig) if field.name != "drop_rate"]
     pairs = {f"config.{name}": (getattr(config, name), theirs["config"].get(name)) for name in names}
+    for key, value in asdict(lora).items():
+        pairs[f"lora.{key}"] = value, theirs.get("lora", asdict(LoRAConfig()))[key]
     if optimizer is not None:
         pairs["optimizer"] = optimizer, theirs.get("optimizer", optimizer)
     for key, (ours, value) in pairs.items():

@@ -19,6 +19,7 @@ from conftest import ROOT, TINY, losses, run_script
 from gptlit.checkpoint.io import read_checkpoint
 from gptlit.checkpoint.runs import checkpoints
 from gptlit.config import PRESETS
+from gptlit.model.lora import LoRAConfig
 from gptlit.model.sharding import local
 from gptlit.training.distributed import sharded_meta_model
 
@@ -163,7 +164,7 @@ def test_shards_of_the_largest_model_are_as_the_formula_says() -> None:
     for rank in (0, 7):
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=8)
         try:
-            model = sharded_meta_model(config, init_device_mesh("cpu", (8,)))
+            model = sharded_meta_model(config, LoRAConfig(), init_device_mesh("cpu", (8,)))
         finally:
             torch.distributed.destroy_process_group()
         assert sum(parameter.numel() for parameter in model.parameters()) == 1_557_611_200

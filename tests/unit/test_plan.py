@@ -39,6 +39,14 @@ def test_parameters_of_every_config_are_exact(file: Path, capsys: pytest.Capture
     assert not list(Path().iterdir())  # nothing was written
 
 
+def test_adapters_alone_have_gradients_and_optimizer_state(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(capsys, f"--config={ROOT / 'configs/finetune.yaml'}", "--model.lora.rank=16")
+    trained = 12 * (6 * 768 + 2 * 768 + 2 * (768 + 3072)) * 16 + (768 + 50257) * 16
+    assert plan["checkpoint"]["bytes"] == 3 * 4 * trained
+    assert plan["memory"]["optimizer"] == 2 * 4 * trained
+    assert plan["parameters"]["total"] == 124_439_808  # the adapters not counted
+
+
 def test_a_missing_corpus_leaves_values_open(capsys: pytest.CaptureFixture[str]) -> None:
     plan = planned(capsys, f"--config={ROOT / 'configs/gpt2-124m.yaml'}", "--data.source=data/NOWHERE")
     assert plan["data"] == {

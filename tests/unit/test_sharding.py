@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.multi_threaded_pg import (
 
 from gptlit.config import GPTConfig
 from gptlit.errors import InputError
-from gptlit.model.gpt import GPTModel
+from gptlit.model.lora import LoRAConfig, build_model
 from gptlit.model.loss import linear_cross_entropy
 from gptlit.model.sharding import gathered, local, shard_like
 from gptlit.training.distributed import HSDPStrategy, gradient_norm, sharded_model
@@ -30,14 +30,15 @@ from gptlit.training.optimizer import build_optimizer
 
 @pytest.mark.parametrize("init", ["torch", "gpt2"])
 @pytest.mark.parametrize("tie_weights", [False, True])
-def test_a_seed_gives_the_same_weights_sharded(init: str, tie_weights: bool) -> None:
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_seed_gives_the_same_weights_sharded(init: str, tie_weights: bool, rank: int) -> None:
     config = GPTConfig(61, 8, 16, 2, n_layers=2, init=init, tie_weights=tie_weights)  # type: ignore[arg-type]
     torch.manual_seed(0)
-    expected = GPTModel(config).state_dict()
+    expected = build_model(config, LoRAConfig(rank)).state_dict()
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=2, world_size=3)
     try:
         torch.manual_seed(0)
-        model = sharded_model(config, init_device_mesh("cpu", (3,)), torch.device("cpu"))
+        model = sharded_model(config, LoRAConfig(rank), init_device_mesh("cpu", (3,)), torch.device("cpu"))
         for name, shard in model.state_dict().items():
             assert torch.equal(local(shard), local(shard_like(expected[name], shard))), name
     finally:
@@ -67,7 +68,9 @@ def test_work_is_shared_among_owners() -> None:
 def test_sharded_muon_communicates_twice_a_step() -> None:
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
     try:
-        model = sharded_model(GPTConfig(61, 8, 16, 2, n_layers=2), init_device_mesh("cpu", (4,)), torch.device("cpu"))
+        model = sharded_model(
+            GPTConfig(61, 8, 16, 2, n_layers=2), LoRAConfig(), init_device_mesh("cpu", (4,)), torch.device("cpu")
+        )
         arguments: Any = {"lr": 0.1, "weight_decay": 0.1, "decay_all": False, "betas": (0.9, 0.95), "fused": True}
         optimizer = build_optimizer(model, "muon", **arguments)
         for parameter in model.parameters():
@@ -116,7 +119,7 @@ def test_parameters_are_gathered_in_bf16() -> None:
         results = []
         for precision in ("32-true", "bf16-mixed"):
             torch.manual_seed(0)
-            model = sharded_model(config, init_device_mesh("cpu", (1,)), torch.device("cpu"), precision)
+            model = sharded_model(config, LoRAConfig(), init_device_mesh("cpu", (1,)), torch.device("cpu"), precision)
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
                 hidden = model.hidden(ids[:, :-1])
                 read = model.out_head.weight.dtype
