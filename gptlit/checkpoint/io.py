@@ -10,6 +10,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from importlib.metadata import version
 from io import FileIO
 from pathlib import Path
@@ -152,7 +153,8 @@ def _write(checkpoint: dict[str, Any], path: Path, then: Callable[[], None] | No
             f"{path.parent}; earlier checkpoints are intact"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def sync_folder(folder: Path) -> None:
