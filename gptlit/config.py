@@ -37,6 +37,8 @@ class GPTConfig:
         tie_weights: Whether the output head shares the token embedding's weight (as in OpenAI's weights).
         init: "torch" uses the default of each layer, "gpt2" GPT-2's N(0, 0.02). A tied embedding is initialised as in
             GPT-2 in both cases: torch's N(0, 1) would make the first loss huge.
+        n_classes: 0 is a language model. Otherwise the head, which has a bias and is never tied, gives one logit for
+            each of the classes of a text.
 
     Raises:
         ValueError: A value is out of its range; the message names key, value and rule.
@@ -51,6 +53,7 @@ class GPTConfig:
     qkv_bias: bool = False
     tie_weights: bool = False
     init: Literal["torch", "gpt2"] = "torch"
+    n_classes: int = 0
 
     def __post_init__(self) -> None:
         for key in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers"):
@@ -63,6 +66,10 @@ class GPTConfig:
             raise ValueError(f"drop_rate must be at least 0 and below 1, got {self.drop_rate!r}")
         if self.init not in ("torch", "gpt2"):
             raise ValueError(f"init must be 'torch' or 'gpt2', got {self.init!r}")
+        if not isinstance(self.n_classes, int) or self.n_classes < 0 or self.n_classes == 1:
+            raise ValueError(f"n_classes must be 0 (a language model) or at least 2, got {self.n_classes!r}")
+        if self.n_classes and self.tie_weights:
+            raise ValueError(f"tie_weights must be false with n_classes {self.n_classes}: that head is no embedding")
 
     @property
     def summary(self) -> str:

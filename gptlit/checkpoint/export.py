@@ -29,11 +29,12 @@ from gptlit.model.lora import merged
 def save_checkpoint(source: PretrainedWeights, path: Path) -> None:
     """Write weights as a checkpoint for `--model.init_from`, generate, export and evaluate; it cannot be resumed."""
     tokenizer = None if source.tokenizer is None else tokenizer_spec(source.load_tokenizer())  # needs no other file
+    labels = {"labels": asdict(source.classes)} if source.config.n_classes else {}
     checkpoint = {
         "state_dict": {PREFIX + name: value.contiguous() for name, value in source.state.items()},
         "hyper_parameters": {"config": asdict(source.config)},
         "global_step": 0,
-        "TokenDataModule": {"tokenizer": tokenizer, "template": source.template},
+        "TokenDataModule": {"tokenizer": tokenizer, "template": source.template, **labels},
     }
     DurableCheckpointIO().save_checkpoint(checkpoint, path)
 
@@ -51,11 +52,13 @@ def save_pretrained(
         tokenizer: Argument of `load_tokenizer`, to save the tokenizer too; None if it is unknown.
 
     Raises:
-        InputError: The folder is not empty, or the format is unknown.
+        InputError: The folder is not empty, or the format is unknown or has no classifiers.
     """
     writers = {"huggingface": _write_huggingface, "book": _write_book}
     if to not in writers:
         raise InputError(f"no format is named {to!r}: choose one of {', '.join(writers)}")
+    if model.config.n_classes and to == "huggingface":
+        raise InputError("Transformers' GPT-2 has no classifier with a bias: export this one with --to book")
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty: name a new folder")

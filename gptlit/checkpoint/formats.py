@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gptlit.checkpoint.io import check_finite
 from gptlit.config import GPTConfig
+from gptlit.data.rows import Labels
 from gptlit.data.tokenizer import Tokenizer, load_tokenizer
 from gptlit.errors import InputError, note
 from gptlit.model.gpt import GPTModel
@@ -30,6 +31,7 @@ class PretrainedWeights:
         state: The state dict of a GPTModel.
         tokenizer: Argument of `load_tokenizer`; None if unknown.
         template: Name of the template of the instructions that they were trained on; None: they were not.
+        labels: Of a classifier; None: its classes are named by their numbers.
     """
 
     path: Path
@@ -37,6 +39,12 @@ class PretrainedWeights:
     state: dict[str, Tensor]
     tokenizer: str | None = None
     template: str | None = None
+    labels: Labels | None = None
+
+    @property
+    def classes(self) -> Labels:
+        """The labels of a classifier."""
+        return self.labels or Labels([str(number) for number in range(self.config.n_classes)])
 
     def load_tokenizer(self) -> Tokenizer:
         """Return the tokenizer; GPT-2's if it is unknown."""

@@ -1,6 +1,7 @@
 """Load pretrained weights: checkpoints, Hugging Face, nanoGPT, the book's `.pth`."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from gptlit.checkpoint.formats import (
 from gptlit.checkpoint.io import SUFFIX, load_plain, read_checkpoint
 from gptlit.checkpoint.runs import find_checkpoint
 from gptlit.config import GPTConfig
+from gptlit.data.rows import Labels
 from gptlit.data.tokenizer import TOKENIZER_JSON, Tokenizer, folder_spec, same_ids
 from gptlit.errors import InputError, note
 from gptlit.model.gpt import GPTModel
@@ -83,14 +85,17 @@ def _read_own(checkpoint: dict[str, Any], path: Path) -> PretrainedWeights:
     found = plain_names(checkpoint["state_dict"])
     weights = {name.removeprefix(PREFIX): value for name, value in found.items() if name.startswith(PREFIX)}
     data = checkpoint.get("TokenDataModule", {})
+    labels = Labels(**data["labels"]) if "labels" in data else None
     config = GPTConfig(**checkpoint["hyper_parameters"]["config"])
     if "base_fingerprint" in checkpoint["hyper_parameters"]:
-        config, weights = _merge_adapters(checkpoint["hyper_parameters"], config, weights, path)
-    return replace(from_format(weights, OWN, config, path, data.get("tokenizer")), template=data.get("template"))
+        names = labels.names if labels is not None else []
+        config, weights = _merge_adapters(checkpoint["hyper_parameters"], config, names, weights, path)
+    source = from_format(weights, OWN, config, path, data.get("tokenizer"))
+    return replace(source, template=data.get("template"), labels=labels)
 
 
 def _merge_adapters(
-    adapters: dict[str, Any], config: GPTConfig, weights: dict[str, Tensor], path: Path
+    adapters: dict[str, Any], config: GPTConfig, names: Sequence[str], weights: dict[str, Tensor], path: Path
 ) -> tuple[GPTConfig, dict[str, Tensor]]:
     """Merge adapters with these hyper-parameters into their base."""
     try:
@@ -100,6 +105,7 @@ def _merge_adapters(
     check_base(adapters, path, base.path, base.fingerprint)
     with torch.device("meta"):
         model = build_model(config, LoRAConfig(**adapters["lora"]))
+    base = fit_head(base, config.n_classes, names)
     model.load_state_dict({**check_compatible(asdict(config), base).state, **weights}, assign=True)
     return merged(model)
 
@@ -202,6 +208,7 @@ def _read_book(weights: dict[str, Any], path: Path, n_heads: int | None) -> Pret
         n_heads=emb_dim // 64 if n_heads is None else n_heads,
         n_layers=len({name.split(".")[1] for name in weights if name.startswith("trf_blocks.")}),
         qkv_bias="trf_blocks.0.att.W_query.bias" in weights,
+        n_classes=len(weights.get("out_head.bias", ())),
     )
     return from_format(weights, BOOK, config, path)
 
@@ -229,13 +236,22 @@ def build(source: PretrainedWeights) -> GPTModel:
     return model.eval()
 
 
-def load_model_and_tokenizer(path: str | Path | PretrainedWeights) -> tuple[GPTModel, Tokenizer]:
+def load_model_and_tokenizer(
+    path: str | Path | PretrainedWeights, classifies: bool = False
+) -> tuple[GPTModel, Tokenizer]:
     """Like `load_pretrained`, also from weights that were read, with the tokenizer of the model.
 
     Raises:
-        InputError: As in `read_weights`, or the vocabularies do not match.
+        InputError: As in `read_weights`, or the vocabularies do not match, or the model is for the other task.
     """
     source = path if isinstance(path, PretrainedWeights) else read_weights(path)
+    if classifies and not source.config.n_classes:
+        raise InputError(f"{source.path} is a language model, not a classifier: train one with configs/classify.yaml")
+    if source.config.n_classes and not classifies:
+        raise InputError(
+            f"{source.path} is a classifier (of {', '.join(source.classes.names)}), not a language model: use "
+            "`gptlit classify`, or `train.py test` for its accuracy"
+        )
     tokenizer = source.load_tokenizer()
     rows = source.config.vocab_size
     if not fits_vocabulary(source, tokenizer.n_vocab):
@@ -259,7 +275,7 @@ def fits_vocabulary(source: PretrainedWeights, n_vocab: int) -> bool:
 
 def cut_vocabulary(source: PretrainedWeights, n_vocab: int) -> PretrainedWeights:
     """Drop the rows of embedding and head beyond `n_vocab`."""
-    rows = {"tok_emb.weight", "out_head.weight"}
+    rows = {"tok_emb.weight", "out_head.weight" if not source.config.n_classes else ""}
     state = {name: value[:n_vocab] if name in rows else value for name, value in source.state.items()}
     return replace(source, config=replace(source.config, vocab_size=n_vocab), state=state)
 
@@ -298,8 +314,21 @@ def check_compatible(ours: dict[str, Any], source: PretrainedWeights) -> Pretrai
     return source
 
 
+def fit_head(source: PretrainedWeights, n_classes: int, names: Sequence[str]) -> PretrainedWeights:
+    """Drop the head of weights for a model with `n_classes`, unless it has the same labels; no `names`: as many."""
+    theirs = source.classes.names
+    if not n_classes or (source.config.n_classes == n_classes and theirs == list(names or theirs)):
+        return source
+    if theirs:
+        note(f"{source.path}: its head is dropped, it is for the labels {', '.join(theirs)}")
+    state = {name: value for name, value in source.state.items() if not name.startswith("out_head.")}
+    return replace(source, config=replace(source.config, n_classes=n_classes, tie_weights=False), state=state)
+
+
 def copy_weights(model: GPTModel, source: PretrainedWeights) -> None:
     """Copy weights into a model of the same architecture; position embeddings are cut, or keep their additional rows.
+
+    A head that `fit_head` has dropped stays as it is in the model.
 
     Raises:
         InputError: The architectures differ.

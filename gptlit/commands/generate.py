@@ -18,6 +18,7 @@ from gptlit.commands.options import (
     TopP,
     load_for_generation,
     print_json,
+    read_lines,
 )
 from gptlit.errors import InputError, user_path
 
@@ -96,10 +97,4 @@ def _read_prompts(path: Path) -> list[Entry]:
 
     if row_kind(path) == "instructions":
         return [row for place, row in read_rows(path) if conversation(row, place, needs_answer=False)]
-    try:
-        prompts: list[Entry] = [line for line in path.read_text("utf-8-sig").split("\n") if line]
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8: position {error.start}") from error
-    if not prompts:
-        raise InputError(f"--prompts_file {path} has no prompt: write one per line")
-    return prompts
+    return [*read_lines(path, "--prompts_file", "prompt")]

@@ -8,6 +8,7 @@ import typer
 
 from gptlit import __version__
 from gptlit.commands.chat import chat
+from gptlit.commands.classify import classify
 from gptlit.commands.evaluate import evaluate
 from gptlit.commands.export import export
 from gptlit.commands.generate import generate
@@ -61,6 +62,7 @@ app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options"
 app.command()(plot)
 app.command()(generate)
 app.command()(chat)
+app.command()(classify)
 app.command()(evaluate)
 app.command("import")(import_weights)
 app.command()(export)

@@ -1,8 +1,11 @@
 """Options that several commands share."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from gptlit.errors import InputError
 
 if TYPE_CHECKING:
     from gptlit.data.templates import Template
@@ -53,6 +56,17 @@ def load_for_generation(
     if torch.cuda.is_available():
         model.cuda()
     return for_generation(model, quantize, compile), tokenizer, found
+
+
+def read_lines(path: Path, option: str, what: str) -> list[str]:
+    """Return the lines of a file that are not empty."""
+    try:
+        lines = [line for line in path.read_text("utf-8-sig").split("\n") if line]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8: position {error.start}") from error
+    if not lines:
+        raise InputError(f"{option} {path} has no {what}: write one per line")
+    return lines
 
 
 def print_json(values: Any) -> None:

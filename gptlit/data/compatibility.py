@@ -1,5 +1,6 @@
 """What data, model, Trainer and checkpoint have to agree on."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from gptlit.config import GPTConfig
@@ -65,6 +66,19 @@ def check_model(config: GPTConfig, context_length: int | None, tokenizer: Tokeni
             f"model.config.vocab_size {config.vocab_size} contradicts the tokenizer {tokenizer.name!r} with "
             f"{tokenizer.n_vocab} ids: leave model.config.vocab_size out, or set it to {tokenizer.n_vocab}"
         )
+
+
+def check_classes(config: GPTConfig, labels: Sequence[str], source: object) -> None:
+    """Check that a model can have one class for each label of the data.
+
+    Raises:
+        InputError: It cannot.
+    """
+    has = f"data.source {source!r} has {len(labels) or 'no'} labels"
+    if config.n_classes not in (0, len(labels)):
+        raise InputError(f"model.config.n_classes is {config.n_classes}, but {has}")
+    if labels and config.tie_weights:
+        raise InputError(f"model.config.tie_weights must be false: {has}, whose head is no token embedding")
 
 
 def check_resume(

@@ -46,6 +46,12 @@ def tokenizer_for(source: str | Sequence[WeightedSource], tokenizer: str | None,
     return tokenizer or next(filter(None, found), default)
 
 
+def has_labels(source: str | Sequence[WeightedSource], options: ReadOptions) -> bool:
+    """Return whether the corpora are texts with labels."""
+    paths = [source] if isinstance(source, str) else [part.path for part in source]
+    return any(row_kind(user_path(path), options) == "labels" for path in paths)
+
+
 @dataclass
 class Corpora:
     """The corpora of a run."""

@@ -16,6 +16,7 @@ from typing_extensions import override
 from gptlit.config import GPTConfig
 from gptlit.data.compatibility import (
     Identity,
+    check_classes,
     check_division,
     check_model,
     check_resume,
@@ -25,7 +26,7 @@ from gptlit.data.compatibility import (
 from gptlit.data.corpora import Corpora, WeightedSource, tokenizer_for
 from gptlit.data.loaders import make_loader
 from gptlit.data.parsers import ReadOptions
-from gptlit.data.rows import RowOptions, Rows, label_names, longest_row
+from gptlit.data.rows import Labels, RowOptions, Rows, label_names, longest_row
 from gptlit.data.splitting import Split
 from gptlit.data.token_files import SPLITS, TokenData
 from gptlit.data.tokenizer import fingerprint, load_tokenizer, tokenizer_spec
@@ -163,6 +164,8 @@ class TokenDataModule(pl.LightningDataModule):
         if is_first := not hasattr(self, "data"):  # rank 0 calls this in `prepare_data` and in `setup`
             each, self.data = self.corpora.open()
             self.labels = label_names(self.data.shards("train"))
+            if config is not None:
+                check_classes(config, self.labels, self.source)
             counts = [len(self._windows(data, "train", length)) for data in each]
             self.mixture = WeightedMixture(counts, [source.weight for source in self.sources], self.seed)
         self.windows = {name: self._windows(self.data, name, length) for name in SPLITS}
@@ -282,10 +285,14 @@ class TokenDataModule(pl.LightningDataModule):
             "windows": self.position,
             "source": self.source if isinstance(self.source, str) else [asdict(source) for source in self.sources],
             "tokenizer": tokenizer_spec(self.tokenizer),
-            **({"labels": self.labels} if self.labels else {}),
+            **({"labels": self._labels_state()} if self.labels else {}),
             **({"template": self.template} if self.template is not None else {}),
             **self._identity(),
         }
+
+    def _labels_state(self) -> dict[str, Any]:
+        rows = self.windows["train"]
+        return asdict(Labels(self.labels, self.corpora.rows.label_position, getattr(rows, "row_length", None)))
 
     def _identity(self) -> dict[str, Any]:
         """Return what the order of windows depends on."""
@@ -299,6 +306,8 @@ class TokenDataModule(pl.LightningDataModule):
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.labels and (theirs := state.get("labels")) != (ours := self._labels_state()):
+            raise InputError(f"the labels are {ours}, but the checkpoint was trained with {theirs}: use the same texts")
         if self._attached_trainer.state.fn != "fit":
             return
         names = {

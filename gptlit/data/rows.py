@@ -271,6 +271,21 @@ def _load(path: Path) -> RowFile | None:
         return None
 
 
+@dataclass(frozen=True)
+class Labels:
+    """What a classifier predicts, and where.
+
+    Args:
+        names: In the order of their numbers.
+        position: As `label_position` of `RowOptions`.
+        row_length: What texts are padded to, in tokens; None: a text is not padded.
+    """
+
+    names: list[str]
+    position: int | None = None
+    row_length: int | None = None
+
+
 def label_names(shards: Sequence[Shard]) -> list[str]:
     """Return the labels of the texts to train on, sorted; none for instructions.
 

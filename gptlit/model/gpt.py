@@ -95,7 +95,7 @@ class TransformerBlock(nn.Module):
 
 
 class GPTModel(nn.Module):
-    """GPT-2: token ids (B, T) -> logits (B, T, V).
+    """GPT-2: token ids (B, T) -> logits (B, T, V), or (B, T, n_classes).
 
     Parameters are initialised in the order of the modules below: a seed gives the same weights as the book's code.
     """
@@ -108,7 +108,7 @@ class GPTModel(nn.Module):
         self.drop_emb = nn.Dropout(config.drop_rate)
         self.trf_blocks = nn.Sequential(*[TransformerBlock(config) for _ in range(config.n_layers)])
         self.final_norm = nn.LayerNorm(config.emb_dim)
-        self.out_head = nn.Linear(config.emb_dim, config.vocab_size, bias=False)
+        self.out_head = nn.Linear(config.emb_dim, config.n_classes or config.vocab_size, bias=config.n_classes > 0)
         if config.tie_weights:
             self.out_head.weight = self.tok_emb.weight
         self._init_as_gpt2()  # the layers have initialised themselves as torch does
@@ -143,8 +143,8 @@ class GPTModel(nn.Module):
     def init_weights(self) -> None:
         """(Re)initialise all parameters as the constructor does: the same seed gives the same weights."""
         for layer in self.modules():
-            if isinstance(layer, nn.Linear | nn.Embedding | nn.LayerNorm):
-                layer.reset_parameters()
+            if callable(reset := getattr(layer, "reset_parameters", None)):
+                reset()
         self._init_as_gpt2()
 
     def _init_as_gpt2(self) -> None:

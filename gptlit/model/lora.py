@@ -56,9 +56,9 @@ class Adapter(nn.Module):
         self.scale = lora.scale
         self.A = nn.Parameter(torch.empty(in_features, lora.rank))
         self.B = nn.Parameter(torch.empty(lora.rank, out_features))
-        self.reset_parameters()
+        self.reset()
 
-    def reset_parameters(self) -> None:
+    def reset(self) -> None:
         """(Re)initialise as the book does."""
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         nn.init.zeros_(self.B)
@@ -124,7 +124,7 @@ def reset_adapters(model: nn.Module) -> None:
     """(Re)initialise all adapters in the order of the modules, as `build_model` does."""
     for module in model.modules():
         if isinstance(module, Adapter):
-            module.reset_parameters()
+            module.reset()
 
 
 def merged(model: GPTModel) -> tuple[GPTConfig, dict[str, Tensor]]:

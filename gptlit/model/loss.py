@@ -1,4 +1,4 @@
-"""The next-token loss: from logits, and fused with the head without ever holding all logits."""
+"""The next-token loss: from logits, and fused with the head without ever holding all logits. Labels of texts."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -19,12 +19,23 @@ def next_token_loss(logits: Tensor, targets: Tensor, reduction: Reduction = "mea
 
     Args:
         logits: (B, T, V).
-        targets: int64 (B, T), the inputs shifted by one.
+        targets: int64 (B, T), the inputs shifted by one; or labels.
         reduction: "mean" or "sum" over the B * T losses.
     """
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()  # as autocast does: a mean of thousands of losses needs the digits
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction=reduction)
+
+
+def at_labels(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the hidden states (B, 1, C) of (B, T, C) that predict the labels of texts, and the labels (B, 1).
+
+    Args:
+        hidden: (B, T, C).
+        targets: int64 (B, T), -100 everywhere but for one label in a row; none in a row of padding.
+    """
+    position = targets.argmax(dim=1, keepdim=True)  # (B, 1)
+    return hidden.take_along_dim(position[..., None], dim=1), targets.gather(1, position)
 
 
 def softmax_(logits: Tensor, scale: Tensor) -> Tensor:

@@ -3,22 +3,25 @@
 import hashlib
 import math
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 from typing_extensions import override
 
-from gptlit.checkpoint.pretrained import HUB, check_base, check_tokenizer, copy_weights, read_weights
+from gptlit.checkpoint.pretrained import HUB, check_base, check_tokenizer, copy_weights, fit_head, read_weights
 from gptlit.config import GPTConfig
 from gptlit.data.datamodule import TokenDataModule
+from gptlit.data.windows import NO_TARGET
 from gptlit.model.gpt import GPTModel, TransformerBlock
 from gptlit.model.lora import LoRAConfig, build_model, merged_weight
-from gptlit.model.loss import chunked_softmax_, linear_cross_entropy, softmax_
+from gptlit.model.loss import at_labels, chunked_softmax_, linear_cross_entropy, next_token_loss, softmax_
 from gptlit.training.adapters import check_lora, leave_out_base
+from gptlit.training.classification import Trainable, check_trainable, freeze, log_confusion
 from gptlit.training.distributed import FSDP2Strategy, sharded_model
 from gptlit.training.gradients import NonFiniteGuard, clip_gradients
 from gptlit.training.lightning_compat import attached_trainer, configure_compiler, is_log_step
@@ -39,7 +42,8 @@ class GPTModule(pl.LightningModule):
 
     Logged every `trainer.log_every_n_steps` optimizer steps: train/loss (mean over the targets of the global batch),
     train/grad_norm (before clipping), train/tokens (targets so far, all devices), lr, and train/skipped_steps once
-    there is one. After each validation: val/loss, val/perplexity, val/bits_per_byte.
+    there is one. After each validation: val/loss, val/perplexity, val/bits_per_byte. A classifier has train/accuracy
+    and val/accuracy instead, and a confusion matrix in TensorBoard's text tab.
 
     A step with a non-finite gradient leaves weights and optimizer state unchanged and is counted. Dropout is seeded for
     each micro-batch from the run's seed and the step, so that a resumed run equals an uninterrupted one.
@@ -48,9 +52,10 @@ class GPTModule(pl.LightningModule):
         config: The architecture.
         optimizer: "adamw", or "muon" for the matrices inside the blocks and AdamW for the rest.
         lr: Learning rate at the end of the warm-up.
-        schedule: "cosine" falls to `min_lr` at the last step, "constant" stays at `lr`.
+        schedule: "cosine" approaches `min_lr` at the last step, "constant" stays at `lr`, "wsd" (warm-up, stable,
+            decay) stays there but for a linear decay towards `min_lr` over the last fifth of the steps.
         initial_lr: Learning rate of the first step of a warm-up.
-        min_lr: Learning rate at the end of the cosine.
+        min_lr: Learning rate that "cosine" and "wsd" approach.
         warmup_steps: Optimizer steps from `initial_lr` to `lr`.
         weight_decay: Weight decay of matrices.
         decay_all: Apply weight decay to biases and norms too.
@@ -60,7 +65,9 @@ class GPTModule(pl.LightningModule):
         activation_checkpointing: Save only the input of each block and recompute the rest in backward: much less memory
             for a third more time.
         init_from: Load initial weights only, from a checkpoint or a run's folder, a Hugging Face folder or `hf:NAME`,
-            the book's `.pth`, nanoGPT's `ckpt.pt`.
+            the book's `.pth`, nanoGPT's `ckpt.pt`. A classifier keeps a head for the labels of the data only.
+        trainable: What is trained: "all"; "last_block", the norm behind it and the head; that of as many of the last
+            blocks; or the "head" alone. The rest stays as it is.
         lora: With a rank, freeze the weights of `init_from` and train low-rank adapters.
 
     Raises:
@@ -85,14 +92,17 @@ class GPTModule(pl.LightningModule):
         compile: bool = False,
         activation_checkpointing: bool = False,
         init_from: str | None = None,
+        trainable: Trainable = "all",
         lora: LoRAConfig = LoRAConfig(),  # noqa: B008  (frozen)
     ) -> None:
         arguments = {key: value for key, value in locals().items() if key not in ("self", "__class__", "init_from")}
         super().__init__()
         _check(arguments)
         self.config = GPTConfig(**config) if isinstance(config, dict) else config  # a dict: from a checkpoint
+        self.trainable = trainable
         self.lora = LoRAConfig(**lora) if isinstance(lora, dict) else lora
         check_lora(self.lora, self.config, init_from)
+        check_trainable(trainable, self.config, self.lora)
         self.schedule = Schedule(schedule, initial_lr, lr, min_lr, warmup_steps)
         self.optimizer_name: OptimizerName = optimizer
         self._group_values: Any = {"weight_decay": weight_decay, "decay_all": decay_all, "betas": (beta1, beta2)}
@@ -118,16 +128,14 @@ class GPTModule(pl.LightningModule):
             return
         trainer = attached_trainer(self)
         device = torch.device("cpu") if trainer is None else trainer.strategy.root_device
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, TokenDataModule):
+            self.config = replace(self.config, n_classes=len(data.labels))
+            self.hparams["config"] = asdict(self.config)
         self.model = _new_model(self.config, self.lora, trainer, device)
         if self.init_from is not None:
-            source = read_weights(self.init_from)
-            if (tokenizer := getattr(getattr(trainer, "datamodule", None), "tokenizer", None)) is not None:
-                check_tokenizer(source, tokenizer)
-            copy_weights(self.model, source)
-            if self.lora.rank:
-                leave_out_base(self, self.model, source)
-                path = self.init_from if self.init_from.startswith(HUB) else str(source.path.resolve())
-                self.hparams.update(init_from=path, base_fingerprint=source.fingerprint)
+            _load_weights(self, self.init_from, data)
+        freeze(self.model, self.trainable)
         _set_up_blocks(self.model, self.activation_checkpointing, self.compile_model, device)
 
     @override
@@ -142,6 +150,7 @@ class GPTModule(pl.LightningModule):
         self._run_seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         self.guard.reset(self.device)
         self._losses, self._step_tokens = [], 0  # a previous fit may have ended inside an accumulation window
+        self._accuracy = MulticlassAccuracy(self.config.n_classes, average="micro", validate_args=False).to(self.device)
         steps = self.trainer.max_steps
         self._max_steps = steps if steps > 0 else int(self.trainer.estimated_stepping_batches)
 
@@ -169,7 +178,13 @@ class GPTModule(pl.LightningModule):
 
     def _loss(self, inputs: Tensor, targets: Tensor, reduction: Literal["mean", "sum"]) -> Tensor:
         hidden = self.model.hidden(inputs)  # (B, T, C); before the head's weight is read: it unshards that too
-        return linear_cross_entropy(hidden, merged_weight(self.model.out_head), targets, reduction, self._softmax)
+        if not self.config.n_classes:
+            return linear_cross_entropy(hidden, merged_weight(self.model.out_head), targets, reduction, self._softmax)
+        hidden, labels = at_labels(hidden, targets)  # (B, 1, C), (B, 1)
+        logits = self.model.out_head(hidden)  # (B, 1, n_classes)
+        metric = self._accuracy if self.training else self._confusion
+        metric.update(logits.detach().argmax(-1), labels)
+        return next_token_loss(logits, labels, reduction)
 
     @property
     def is_between_steps(self) -> bool:
@@ -199,6 +214,10 @@ class GPTModule(pl.LightningModule):
             self.log("lr", optimizer.param_groups[0]["lr"])
             if skipped := self.guard.total:
                 self.log("train/skipped_steps", float(skipped))
+            if self.config.n_classes:
+                self.log("train/accuracy", self._accuracy.compute())
+        if self.config.n_classes:
+            self._accuracy.reset()
         self._losses, self._step_tokens = [], 0
 
     @override
@@ -217,6 +236,9 @@ class GPTModule(pl.LightningModule):
     @override
     def on_validation_epoch_start(self) -> None:
         self._mean_loss = MeanMetric().to(self.device)  # a new one: an interrupted validation leaves nothing behind
+        self._confusion = MulticlassConfusionMatrix(
+            self.config.n_classes, ignore_index=NO_TARGET, validate_args=False
+        ).to(self.device)
 
     @override
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -229,6 +251,11 @@ class GPTModule(pl.LightningModule):
         name = "test" if self.trainer.testing else "val"
         loss = self._mean_loss.compute()  # over all devices
         self.log(f"{name}/loss", loss)
+        if self.config.n_classes:
+            matrix = self._confusion.compute()
+            self.log(f"{name}/accuracy", matrix.trace() / matrix.sum())
+            log_confusion(self.trainer, name, matrix)
+            return
         self.log(f"{name}/perplexity", loss.exp())
         bytes_per_token = getattr(getattr(self.trainer, "datamodule", None), "bytes_per_token", None)
         if bytes_per_token is not None and name in (ratios := bytes_per_token()):
@@ -248,7 +275,8 @@ class GPTModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trainer = attached_trainer(self)
         is_fit = trainer is not None and trainer.state.fn == "fit"
-        check_resume(self.config, self.lora, self.optimizer_name if is_fit else None, checkpoint)
+        of_fit = {"optimizer": self.optimizer_name, "trainable": self.trainable}
+        check_resume(self.config, self.lora, of_fit if is_fit else {}, checkpoint)
         if self.lora.rank:
             ours = self.hparams["init_from"], self.hparams["base_fingerprint"]
             check_base(checkpoint["hyper_parameters"], "the checkpoint", *ours)
@@ -262,6 +290,19 @@ def _new_model(config: GPTConfig, lora: LoRAConfig, trainer: pl.Trainer | None, 
         return sharded_model(config, lora, trainer.strategy.sharding_mesh(), device, str(trainer.precision))
     with torch.device("cpu"):  # a seed gives the same weights on any device
         return build_model(config, lora)
+
+
+def _load_weights(module: GPTModule, path: str, data: Any) -> None:
+    """Load initial weights; without a head that is for other labels than the data's, and as the base of adapters."""
+    source = read_weights(path)
+    if (tokenizer := getattr(data, "tokenizer", None)) is not None:
+        check_tokenizer(source, tokenizer)
+    base = fit_head(source, module.config.n_classes, getattr(data, "labels", []))
+    copy_weights(module.model, base)
+    if module.lora.rank:
+        leave_out_base(module, module.model, base)
+        path = path if path.startswith(HUB) else str(source.path.resolve())
+        module.hparams.update(init_from=path, base_fingerprint=source.fingerprint)
 
 
 def _set_up_blocks(model: GPTModel, activation_checkpointing: bool, compile: bool, device: torch.device) -> None:

@@ -95,14 +95,21 @@ OPTIMIZERS: dict[OptimizerName, OptimizerEntry] = {
 }
 
 
-ScheduleName = Literal["cosine", "constant"]
+ScheduleName = Literal["cosine", "constant", "wsd"]
+# (peak, minimum, progress from 0 to 1 after the warm-up) -> learning rate
+SCHEDULES: dict[ScheduleName, Callable[[float, float, float], float]] = {
+    "cosine": lambda peak, low, progress: low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress)),
+    "constant": lambda peak, low, progress: peak,
+    "wsd": lambda peak, low, progress: low + (peak - low) * min(1.0, (1 - progress) / WSD_DECAY),
+}
+WSD_DECAY = 0.2  # of the steps after the warm-up
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up from `initial` to `peak`, then cosine decay to `minimum`.
+    """Linear warm-up from `initial` to `peak`, then one of `SCHEDULES`, which approach `minimum`.
 
-    Source: Raschka, appendix D; Loshchilov and Hutter 2017, "SGDR" (cosine).
+    Source: Raschka, appendix D; Loshchilov and Hutter 2017, "SGDR" (cosine); Hu et al. 2024, "MiniCPM" (wsd).
     """
 
     kind: ScheduleName
@@ -115,7 +122,5 @@ class Schedule:
         """Return the learning rate of the 0-based optimizer step out of `max_steps`."""
         if step < self.warmup_steps:
             return self.initial + step * (self.peak - self.initial) / self.warmup_steps
-        if self.kind == "constant":
-            return self.peak
         progress = (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps)
-        return self.minimum + (self.peak - self.minimum) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return SCHEDULES[self.kind](self.peak, self.minimum, min(1.0, progress))

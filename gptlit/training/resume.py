@@ -4,7 +4,8 @@ A checkpoint holds where a run stands once for each owner: `global_step` is Ligh
 position in the data (`TokenDataModule`) the data module's.
 """
 
-from dataclasses import asdict, fields
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,7 +13,8 @@ from lightning.pytorch.callbacks import Timer, WeightAveraging
 
 from gptlit.checkpoint.pretrained import check_compatible, check_tokenizer, read_weights
 from gptlit.config import GPTConfig
-from gptlit.data.corpora import tokenizer_for
+from gptlit.data.corpora import has_labels, tokenizer_for
+from gptlit.data.parsers import ReadOptions
 from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import InputError, note
 from gptlit.model.lora import LoRAConfig
@@ -54,6 +56,8 @@ def _of_pretrained(config: Any, given: dict[str, Any]) -> dict[str, Any]:
     if source.config.vocab_size < rows:
         note(f"the vocabulary is cut: from {rows} to {source.config.vocab_size} ids")
     found = asdict(source.config)
+    if has_labels(config.data.source, ReadOptions(config.data.text_key, config.data.separator)):
+        found |= {"n_classes": 0, "tie_weights": False}  # the data decide
     length, theirs = given.get("context_length", found["context_length"]), found["context_length"]
     if length != theirs:
         what = "cut" if length < theirs else "extended with untrained rows"
@@ -61,25 +65,24 @@ def _of_pretrained(config: Any, given: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check_resume(config: GPTConfig, lora: LoRAConfig, optimizer: str | None, checkpoint: dict[str, Any]) -> None:
+def check_resume(config: GPTConfig, lora: LoRAConfig, of_fit: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
     """Check that a checkpoint is one of this model; `drop_rate` may differ.
 
     Args:
         config: The model's architecture.
         lora: Its adapters.
-        optimizer: A key of `OPTIMIZERS`; None: its state is not loaded.
+        of_fit: Hyper-parameters that the optimizer's state depends on; empty: it is not loaded.
         checkpoint: The checkpoint.
 
     Raises:
         InputError: A key differs; it is named, with both values.
     """
     theirs = checkpoint["hyper_parameters"]
-    names = [field.name for field in fields(GPTConfig) if field.name != "drop_rate"]
-    pairs = {f"config.{name}": (getattr(config, name), theirs["config"].get(name)) for name in names}
+    config_of_then = {**asdict(GPTConfig()), **theirs["config"]}  # keys that are newer have their defaults
+    pairs = {f"config.{key}": (ours, config_of_then[key]) for key, ours in asdict(config).items() if key != "drop_rate"}
     for key, value in asdict(lora).items():
         pairs[f"lora.{key}"] = value, theirs.get("lora", asdict(LoRAConfig()))[key]
-    if optimizer is not None:
-        pairs["optimizer"] = optimizer, theirs.get("optimizer", optimizer)
+    pairs |= {key: (ours, {"trainable": "all", **theirs}.get(key, ours)) for key, ours in of_fit.items()}
     for key, (ours, value) in pairs.items():
         if ours != value:
             raise InputError(

@@ -33,6 +33,13 @@ def test_the_schedule_is_the_books() -> None:
     assert [constant.at(step, 10) for step in (0, 1, 2, 9)] == pytest.approx([0, 2e-4, 4e-4, 4e-4])
 
 
+def test_wsd_decays_over_the_last_fifth() -> None:
+    schedule = Schedule("wsd", initial=0.0, peak=1.0, minimum=0.1, warmup_steps=10)
+    found = [schedule.at(step, 60) for step in (5, 10, 49, 50, 55, 59, 60, 99)]
+    assert found == pytest.approx([0.5, 1, 1, 1, 0.55, 0.19, 0.1, 0.1])
+    assert Schedule("wsd", 0.0, 1.0, 0.1, warmup_steps=90).at(60, 60) == pytest.approx(60 / 90)
+
+
 @pytest.mark.parametrize("decay_all", [False, True])
 def test_only_matrices_decay(decay_all: bool) -> None:
     module = GPTModule(TINY, weight_decay=0.3, decay_all=decay_all)
@@ -125,7 +132,7 @@ def test_the_schedule_knows_the_end_of_a_run_in_epochs() -> None:
     [
         ({"lr": -1.0}, "model.lr must be a number of at least 0, got -1.0"),
         ({"min_lr": float("nan")}, "model.min_lr must be a number of at least 0, got nan"),
-        ({"schedule": "linear"}, "model.schedule must be one of cosine, constant, got 'linear'"),
+        ({"schedule": "linear"}, "model.schedule must be one of cosine, constant, wsd, got 'linear'"),
         ({"optimizer": "sgd"}, "model.optimizer must be one of adamw, muon, got 'sgd'"),
         ({"beta2": 1.0}, "model.beta2 must be at least 0 and below 1, got 1.0"),
         ({"warmup_steps": -2}, "model.warmup_steps must be at least 0, got -2"),
@@ -155,6 +162,19 @@ def test_compile_leaves_the_keys_unchanged() -> None:
         module.configure_model()
     assert list(plain.state_dict()) == list(compiled.state_dict())
     assert all(block._compiled_call_impl is not None for block in compiled.model.trf_blocks)
+
+
+def test_a_checkpoint_from_before_a_key_was_there_resumes(tmp_path: Path) -> None:
+    fitter = trainer(max_steps=2)
+    fitter.fit(GPTModule(TINY), batches(5))
+    fitter.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    for key in ("n_classes", "init"):
+        del checkpoint["hyper_parameters"]["config"][key]
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    again = trainer(max_steps=3)
+    again.fit(GPTModule(TINY), batches(5), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    assert again.global_step == 3
 
 
 def test_another_architecture_is_not_resumed(tmp_path: Path) -> None:

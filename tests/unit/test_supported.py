@@ -20,9 +20,10 @@ from lightning.pytorch.callbacks import (
 )
 from test_module import TINY, batches, trainer
 
+from conftest import losses
 from gptlit import TokenDataModule
 from gptlit.checkpoint.io import read_checkpoint
-from gptlit.checkpoint.runs import checkpoint_path
+from gptlit.checkpoint.runs import checkpoint_path, checkpoints
 from gptlit.errors import InputError
 from gptlit.training.distributed import FSDP2Strategy
 from gptlit.training.module import GPTModule
@@ -131,6 +132,19 @@ def test_the_average_and_the_weights_are_both_saved_and_resumed(fit: Fit, monkey
     for key in AVERAGED:
         for name, value in whole[key].items():
             assert torch.equal(stopped[key][name], value), (key, name)
+
+
+def test_early_stopping_counts_on_after_a_resume(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
+    flags += ["--trainer.callbacks.patience=3", "--trainer.callbacks.min_delta=9"]  # the first one stays the best
+    flags += ["--trainer.max_steps=20", "--run.val_every_n_steps=2", "--run.save_every_n_steps=5", "--run.keep_last=-1"]
+    fit(*flags)
+    assert list(losses(RUN, "val/loss")) == [2, 4, 6, 8]
+    for path in checkpoints(RUN)[1:]:
+        path.unlink()  # as if killed after step 5
+    fit(*flags, "--ckpt_path=last")
+    assert list(losses(RUN, "val/loss")) == [2, 4, 6, 8]
+    assert "stopped after step 8 of 20: Monitored metric val/loss did not" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_without_its_average(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:

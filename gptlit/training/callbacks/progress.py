@@ -2,6 +2,7 @@
 
 import shlex
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,7 @@ class StepProgress(ProgressBar):
         self._bar.update(self._task, description="training", figures=_figures(trainer))
         metrics = trainer.callback_metrics
         if "val/loss" in metrics:
-            loss, perplexity = float(metrics["val/loss"]), float(metrics["val/perplexity"])
-            self.print(f"step {trainer.global_step}: val/loss {loss:.4f}, perplexity {perplexity:.1f}")
+            self.print(f"step {trainer.global_step}: val/loss {metrics['val/loss']:.4f}, {_quality(metrics)}")
         sample = next((c.text for c in trainer.callbacks if isinstance(c, SampleText)), "")  # type: ignore[attr-defined]
         if sample:
             self.print(Rule("sample", style="dim"), Text(sample, style="italic"), Rule(style="dim"))
@@ -106,6 +106,13 @@ def _figures(trainer: pl.Trainer) -> str:
     known = {**{k: v for k, v in trainer.callback_metrics.items() if k == "val/loss"}, **trainer.logged_metrics}
     shown = (("train/loss", "loss", ".3f"), ("val/loss", "val", ".3f"), ("perf/tokens_per_second", "tokens/s", ",.0f"))
     return "  ".join(f"{label} {float(known[key]):{form}}" for key, label, form in shown if key in known)
+
+
+def _quality(metrics: Mapping[str, Any]) -> str:
+    """Return the metric that goes with val/loss: a classifier's accuracy, or the perplexity."""
+    if "val/accuracy" in metrics:
+        return f"accuracy {metrics['val/accuracy']:.4f}"
+    return f"perplexity {metrics['val/perplexity']:.1f}"
 
 
 def _summary(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
@@ -140,7 +147,7 @@ def print_closing(trainer: pl.Trainer, run: Path) -> None:
     """Print the result of a fit, its checkpoints, and commands that use them."""
     metrics = trainer.callback_metrics
     if "val/loss" in metrics:
-        print(f"\nval/loss    {metrics['val/loss']:.4f}   perplexity {metrics['val/perplexity']:.1f}")
+        print(f"\nval/loss    {metrics['val/loss']:.4f}   {_quality(metrics)}")
     saver = step_checkpoint(trainer)
     if saver is not None and 0 <= saver.best_step < trainer.global_step:
         print(f"best        {saver.best_loss:.4f} at step {saver.best_step}: {best_path(run)}")
@@ -156,6 +163,7 @@ def print_closing(trainer: pl.Trainer, run: Path) -> None:
             f"stopped after step {trainer.global_step} of {trainer.max_steps}{why}; continue with --ckpt_path {folder}"
         )
     if newest.is_file():
-        print(f"checkpoint  {newest}\n\nwhat next:\n  python -m gptlit generate --checkpoint {folder} --prompt The")
+        use, option = ("classify", "text") if "val/accuracy" in metrics else ("generate", "prompt")
+        print(f"checkpoint  {newest}\n\nwhat next:\n  python -m gptlit {use} --checkpoint {folder} --{option} The")
         print(f"  python -m gptlit plot {folder} --out curves.png")
         print(f"  tensorboard --logdir {shlex.quote(str(run.parent.parent))}")

@@ -65,9 +65,10 @@ class SampleText(Callback):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
+        assert isinstance(pl_module, GPTModule)
+        if trainer.state.fn != "fit" or trainer.sanity_checking or pl_module.config.n_classes:
             return
-        assert isinstance(pl_module, GPTModule)  # every rank samples: a sharded model needs them all
+        # Every rank samples: a sharded model needs them all.
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         tokenizer = datamodule.tokenizer
         template = getattr(datamodule, "template", None)
