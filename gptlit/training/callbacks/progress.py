@@ -1,6 +1,8 @@
 """What a fit prints: a summary at its start, the progress bar, and its result."""
 
+import os
 import shlex
+import sys
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -164,6 +166,8 @@ def print_closing(trainer: pl.Trainer, run: Path) -> None:
         )
     if newest.is_file():
         use, option = ("classify", "text") if "val/accuracy" in metrics else ("generate", "prompt")
-        print(f"checkpoint  {newest}\n\nwhat next:\n  python -m gptlit {use} --checkpoint {folder} --{option} The")
-        print(f"  python -m gptlit plot {folder} --out curves.png")
-        print(f"  tensorboard --logdir {shlex.quote(str(run.parent.parent))}")
+        python = shlex.quote(sys.executable.removeprefix(f"{os.getcwd()}/"))  # the environment may not be activated
+        print(f"checkpoint  {newest}\n\nwhat next:\n  {python} -m gptlit {use} --checkpoint {folder} --{option} The")
+        if trainer.loggers:
+            print(f"  {python} -m gptlit plot {folder} --out curves.png")
+            print(f"  {python} -m tensorboard.main --logdir {shlex.quote(str(run.parent.parent))}")
