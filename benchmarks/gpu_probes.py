@@ -91,7 +91,7 @@ class SyncCounter:
             warnings.showwarning = show
         elif self.count == 17:
             self._mode(torch, "default")
-            print(json.dumps({"synchronisations in 5 steps": self.places}), flush=True)
+            print(json.dumps({"synchronizations in 5 steps": self.places}), flush=True)
             os._exit(0)
 
     @staticmethod

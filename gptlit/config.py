@@ -35,7 +35,7 @@ class GPTConfig:
         drop_rate: Dropout on embeddings, attention weights and shortcuts, 0 <= drop_rate < 1.
         qkv_bias: Whether query, key and value have a bias (OpenAI's weights do).
         tie_weights: Whether the output head shares the token embedding's weight (as in OpenAI's weights).
-        init: "torch" uses the default of each layer, "gpt2" GPT-2's N(0, 0.02). A tied embedding is initialised as in
+        init: "torch" uses the default of each layer, "gpt2" GPT-2's N(0, 0.02). A tied embedding is initialized as in
             GPT-2 in both cases: torch's N(0, 1) would make the first loss huge.
         n_classes: 0 is a language model. Otherwise the head, which has a bias and is never tied, gives one logit for
             each of the classes of a text.

@@ -63,7 +63,7 @@ class Corpora:
     rows: RowOptions
     tokenizer: Tokenizer
     dtype: str  # of token files without a header
-    cache_dir: Path  # of tokenised corpora
+    cache_dir: Path  # of tokenized corpora
 
     @property
     def names(self) -> list[str]:
@@ -93,7 +93,7 @@ class Corpora:
         return kind
 
     def is_prepared(self) -> bool:
-        """Return whether everything is on disk as tokens: nothing would be downloaded or tokenised."""
+        """Return whether everything is on disk as tokens: nothing would be downloaded or tokenized."""
         used = [(source.path, self.split) for source in self.sources]
         used += [(path, Split(0.0)) for path in self.held_out.values() if path is not None]
         return all(self._is_prepared(path, split) for path, split in used)
@@ -108,7 +108,7 @@ class Corpora:
         return (cache_folder(corpus, self.cache_dir, self.tokenizer, split) / MANIFEST).is_file()
 
     def open(self) -> tuple[list[TokenData], TokenData]:
-        """Return the tokens of each source, and all of them with the held-out ones; tokenise what is not yet."""
+        """Return the tokens of each source, and all of them with the held-out ones; tokenize what is not yet."""
         each = [self._open(source.path, self.split) for source in self.sources]
         data = concatenate(each)
         for name, path in self.held_out.items():
@@ -136,8 +136,8 @@ class Corpora:
         """Check that a split has at least one window or row, and each source one to train on.
 
         Args:
-            name: Of the split.
-            windows: Of the split.
+            name: Name of the split.
+            windows: Windows of the split.
             train_windows: Number of training windows of each source.
 
         Raises:

@@ -64,11 +64,11 @@ class TokenDataModule(pl.LightningDataModule):
         balance: Keep as many texts of each label as the rarest has.
         label_position: Where the label is predicted, in texts padded to the longest one to train on: 0, or -1 as in the
             book; None: at the last token of each text.
-        seed: Of the order of windows; None: that of `seed_everything`.
+        seed: Seed of the order of windows; None: that of `seed_everything`.
         resume_despite: What may differ from the checkpoint on a resume: corpus, tokenizer, seed, stride or weights. The
             position is then one in another order.
         num_workers: Worker processes of the loader; 0 reads in the training process.
-        cache_dir: Folder for tokenised corpora.
+        cache_dir: Folder for tokenized corpora.
 
     Raises:
         ValueError: A value is out of its range.
@@ -152,7 +152,7 @@ class TokenDataModule(pl.LightningDataModule):
             self._configure(self._attached_trainer)
 
     def load(self, stage: str | None) -> None:
-        """Open the windows of each split; tokenise first what is not yet.
+        """Open the windows of each split; tokenize first what is not yet.
 
         Raises:
             InputError: A split that the stage needs is too short, or the model cannot read the data.

@@ -97,7 +97,7 @@ def download_from_hub(repo_id: str, path: str, **options: Any) -> Path:
     Args:
         repo_id: OWNER/NAME.
         path: In the data set.
-        options: Of `huggingface_hub.hf_hub_download`.
+        options: Options of `huggingface_hub.hf_hub_download`.
 
     Raises:
         InputError: It cannot be downloaded.

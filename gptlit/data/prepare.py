@@ -55,7 +55,7 @@ def prepare(
     overwrite: bool = False,
     wait: bool = False,
 ) -> TokenData:
-    """Tokenise a corpus into a folder, with progress on stderr; resume if an earlier call was interrupted; open it if
+    """Tokenize a corpus into a folder, with progress on stderr; resume if an earlier call was interrupted; open it if
     it is complete.
 
     Args:
@@ -94,7 +94,7 @@ def cache_folder(corpus: Corpus, root: Path, tokenizer: Tokenizer, split: Split)
 
 
 def prepare_cached(corpus: Corpus, root: Path, tokenizer: Tokenizer, split: Split) -> TokenData:
-    """Tokenise a corpus into a folder under `root` that is its own, or open the one that an earlier call left there.
+    """Tokenize a corpus into a folder under `root` that is its own, or open the one that an earlier call left there.
 
     Raises:
         InputError: As in `prepare`; or what is there was changed.

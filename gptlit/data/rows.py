@@ -127,7 +127,7 @@ def conversation(row: Mapping[str, Any], place: str, needs_answer: bool = True) 
 
     Args:
         row: The row.
-        place: Of the row, for messages.
+        place: Place of the row, for messages.
         needs_answer: Otherwise an answer at its end is left out.
 
     Raises:
@@ -166,7 +166,7 @@ class RowFile:
 
 @dataclass(frozen=True, kw_only=True)
 class RowShard(Shard):
-    """A range of the rows of a file, in memory; `path` is the file that was tokenised."""
+    """A range of the rows of a file, in memory; `path` is the file that was tokenized."""
 
     rows: slice = field(compare=False)
     file: RowFile = field(compare=False)
@@ -220,7 +220,7 @@ def stored_rows(path: Path, kind: Kind, root: Path, tokenizer: Tokenizer, option
 
 
 def open_rows(path: Path, kind: Kind, root: Path, tokenizer: Tokenizer, split: Split, options: RowOptions) -> TokenData:
-    """Tokenise a file and store the result in `root`, or open what an earlier call stored; divide its rows.
+    """Tokenize a file and store the result in `root`, or open what an earlier call stored; divide its rows.
 
     Raises:
         InputError: A row cannot be used; it is named.
@@ -317,8 +317,8 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
     that is left out.
 
     Args:
-        shards: Of a split.
-        context_length: In tokens.
+        shards: Shards of a split.
+        context_length: Limit on T, in tokens.
         eot_token: The end-of-text token.
         names: The labels to learn, in the order of their numbers; empty for instructions.
         label_position: As in `RowOptions`.

@@ -96,7 +96,7 @@ class FolderWriter:
     """Writes the shards of all splits, and the manifest once they are complete.
 
     Args:
-        folder: Where they go.
+        folder: Folder of the shards.
         tokenizer: For the manifest.
         settings: Everything that the bytes depend on.
     """

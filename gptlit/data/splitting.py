@@ -47,7 +47,7 @@ class Split:
         """Return (val, test): a hash below val belongs to val, one below test to test, any other to train.
 
         Args:
-            hashes: Of the first `small_corpus` documents.
+            hashes: Hashes of the first `small_corpus` documents.
         """
         if len(hashes) >= self.small_corpus:
             return self.val_fraction, self.val_fraction + self.test_fraction

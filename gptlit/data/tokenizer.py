@@ -134,8 +134,8 @@ class HuggingFaceTokenizer:
     """A `tokenizer.json`, by the package `tokenizers`.
 
     Args:
-        content: Of the file.
-        path: Of the file, for messages.
+        content: Content of the file.
+        path: Path of the file, for messages.
 
     Raises:
         InputError: It is not a `tokenizer.json`, or has no end-of-document token.

@@ -128,7 +128,7 @@ class WeightedMixture:
     Args:
         n_windows: Windows in each corpus; indices continue from one corpus to the next.
         weights: Positive numbers, one per corpus.
-        seed: Of the order.
+        seed: Seed of the order.
 
     Raises:
         InputError: A weight is not positive, or so small that its corpus would never be drawn.

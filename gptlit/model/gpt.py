@@ -97,7 +97,7 @@ class TransformerBlock(nn.Module):
 class GPTModel(nn.Module):
     """GPT-2: token ids (B, T) -> logits (B, T, V), or (B, T, n_classes).
 
-    Parameters are initialised in the order of the modules below: a seed gives the same weights as the book's code.
+    Parameters are initialized in the order of the modules below: a seed gives the same weights as the book's code.
     """
 
     def __init__(self, config: GPTConfig) -> None:
@@ -111,7 +111,7 @@ class GPTModel(nn.Module):
         self.out_head = nn.Linear(config.emb_dim, config.n_classes or config.vocab_size, bias=config.n_classes > 0)
         if config.tie_weights:
             self.out_head.weight = self.tok_emb.weight
-        self._init_as_gpt2()  # the layers have initialised themselves as torch does
+        self._init_as_gpt2()  # the layers have initialized themselves as torch does
 
     @override
     def forward(self, token_ids: Tensor) -> Tensor:
@@ -141,14 +141,14 @@ class GPTModel(nn.Module):
         return self.final_norm(hidden)  # type: ignore[no-any-return]
 
     def init_weights(self) -> None:
-        """(Re)initialise all parameters as the constructor does: the same seed gives the same weights."""
+        """(Re)initialize all parameters as the constructor does: the same seed gives the same weights."""
         for layer in self.modules():
             if callable(reset := getattr(layer, "reset_parameters", None)):
                 reset()
         self._init_as_gpt2()
 
     def _init_as_gpt2(self) -> None:
-        """Initialise with N(0, 0.02), divided by sqrt(2 * n_layers) in front of the residual stream, if `config.init`
+        """Initialize with N(0, 0.02), divided by sqrt(2 * n_layers) in front of the residual stream, if `config.init`
         says so; a tied embedding in any case. Source: GPT-2, section 2.3.
         """
         if self.config.init == "gpt2":

@@ -59,7 +59,7 @@ class Adapter(nn.Module):
         self.reset()
 
     def reset(self) -> None:
-        """(Re)initialise as the book does."""
+        """(Re)initialize as the book does."""
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         nn.init.zeros_(self.B)
 
@@ -121,7 +121,7 @@ def add_adapters(model: GPTModel, lora: LoRAConfig) -> None:
 
 
 def reset_adapters(model: nn.Module) -> None:
-    """(Re)initialise all adapters in the order of the modules, as `build_model` does."""
+    """(Re)initialize all adapters in the order of the modules, as `build_model` does."""
     for module in model.modules():
         if isinstance(module, Adapter):
             module.reset()

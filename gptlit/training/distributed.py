@@ -32,7 +32,7 @@ def sharded_model(
 ) -> GPTModel:
     """Build a sharded GPTModel with the weights that `build_model(config, lora)` would have.
 
-    No device ever holds more than its shards and one full parameter, which is initialised on the CPU.
+    No device ever holds more than its shards and one full parameter, which is initialized on the CPU.
 
     Args:
         config: The architecture.
@@ -66,7 +66,7 @@ def sharded_meta_model(config: GPTConfig, lora: LoRAConfig, mesh: DeviceMesh, pr
 
 
 class _FullInit(TorchFunctionMode):
-    """Makes random initialisers fill a sharded parameter with the values that the unsharded one would have.
+    """Makes random initializers fill a sharded parameter with the values that the unsharded one would have.
 
     DTensor's own random numbers differ. Here each device fills the full tensor, on the CPU, and keeps its shard.
     """
@@ -109,7 +109,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     Args:
         process_group_backend: "nccl" or "gloo"; None: the default for the device.
-        timeout: Of a collective.
+        timeout: Timeout of a collective.
     """
 
     def __init__(self, process_group_backend: str | None = None, timeout: timedelta | None = TIMEOUT) -> None:
@@ -210,7 +210,7 @@ class HSDPStrategy(FSDP2Strategy):
 
     Args:
         shard_size: Devices of a group; None: those of a node.
-        options: Of FSDP2Strategy.
+        options: Options of FSDP2Strategy.
     """
 
     def __init__(self, shard_size: int | None = None, **options: Any) -> None:

@@ -41,7 +41,7 @@ class NonFiniteGuard:
     def check(self, optimizer: Optimizer, norm: Tensor) -> None:
         """Make the next `optimizer.step()` leave weights and state unchanged if the gradient's norm is not finite.
 
-        The fused AdamW is told so on the device, without a synchronisation; the others lose their gradients.
+        The fused AdamW is told so on the device, without a synchronization; the others lose their gradients.
         """
         found = (~norm.isfinite()).float()
         self._skipped += found
@@ -53,12 +53,12 @@ class NonFiniteGuard:
 
     @property
     def total(self) -> int:
-        """Steps skipped since the run began. Synchronises."""
+        """Steps skipped since the run began. Synchronizes."""
         return self.before + int(self._skipped.item())
 
     @property
     def in_a_row(self) -> int:
-        """Steps skipped since the last finite one. Synchronises."""
+        """Steps skipped since the last finite one. Synchronizes."""
         return int(self._in_a_row.item())
 
 

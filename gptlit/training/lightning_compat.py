@@ -73,7 +73,7 @@ def run_validation(trainer: pl.Trainer) -> None:
 
 
 def disable_signal_handlers(trainer: pl.Trainer) -> None:
-    """Disable Lightning's SIGTERM handling, which synchronises all devices in every batch and can deadlock under DDP.
+    """Disable Lightning's SIGTERM handling, which synchronizes all devices in every batch and can deadlock under DDP.
     No public setting turns it off.
     """
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
@@ -121,7 +121,7 @@ def cpu_has_native_bf16() -> bool:
 
 def configure_compiler(device: torch.device) -> None:
     """Set what torch.compile of the blocks needs, and has no public option for."""
-    torch._dynamo.config.optimize_ddp = False  # DDP's optimiser would split each compiled block in two
+    torch._dynamo.config.optimize_ddp = False  # DDP's optimizer would split each compiled block in two
     recompute_cheap_ops(device)
 
 
@@ -138,7 +138,7 @@ def recompute_cheap_ops(device: torch.device) -> None:
 
 
 def orthogonalize(gradient: Tensor, group: dict[str, Any]) -> Tensor:
-    """Return the orthogonalised matrix in bf16, for a parameter group of torch's Muon: it has no public form."""
+    """Return the orthogonalized matrix in bf16, for a parameter group of torch's Muon: it has no public form."""
     return _zeropower_via_newtonschulz(gradient, group["ns_coefficients"], group["ns_steps"], group["eps"])
 
 

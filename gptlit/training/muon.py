@@ -47,7 +47,7 @@ class MuonAdamW(Optimizer):
 
 
 def assign_owners(shapes: Sequence[tuple[int, int]], ranks: int) -> list[int]:
-    """Return the rank that orthogonalises each matrix: the largest first, each to the least loaded rank."""
+    """Return the rank that orthogonalizes each matrix: the largest first, each to the least loaded rank."""
     work = [rows * columns * min(rows, columns) for rows, columns in shapes]
     load, owners = [0] * ranks, [0] * len(shapes)
     for index in sorted(range(len(shapes)), key=lambda index: -work[index]):

@@ -45,9 +45,9 @@ def build_optimizer(
         model: The model; a tied head counts once.
         name: A key of `OPTIMIZERS`.
         lr: Learning rate.
-        weight_decay: Of matrices.
+        weight_decay: Weight decay of matrices.
         decay_all: Apply weight decay to biases and norms too.
-        betas: AdamW's.
+        betas: Betas of AdamW.
         fused: Use AdamW's fused kernel.
     """
     optimizer = OPTIMIZERS[name].build(model, lr, fused)

@@ -73,7 +73,7 @@ def test_drawn_frequencies_are_the_probabilities(sampling: Sampling) -> None:
     """Chi-square over 20,000 draws; 99.99% of the time below mean + 5 deviations."""
     generator = torch.Generator().manual_seed(5)
     drawn = sampling.draw(LOGITS.expand(20_000, -1), generator)
-    # The definition, written another way: softmax, sort, cut, renormalise.
+    # The definition, written another way: softmax, sort, cut, renormalize.
     probs = (LOGITS[0].double() / sampling.temperature).exp()
     probs /= probs.sum()
     order = probs.argsort(descending=True).tolist()

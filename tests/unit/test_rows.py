@@ -153,7 +153,7 @@ def test_padding_has_no_targets() -> None:
     assert rows[np.array([-1])][1].tolist() == [[-100]]
 
 
-def test_a_file_is_tokenised_once_for_each_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_tokenized_once_for_each_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     path = write("a.json", entries(5))
     first = rows_of(path)["train"][np.arange(5)]
     (stored,) = Path("data").iterdir()

@@ -31,7 +31,7 @@ class Throughput(Callback):
     Must come after the callbacks that work at the end of a validation.
 
     Args:
-        peak: Of one device, in FLOP/s; None: from the datasheet of a known GPU, without which there is no perf/mfu.
+        peak: Peak throughput of a device in FLOP/s; None: from the datasheet of a known GPU, else no perf/mfu.
     """
 
     def __init__(self, peak: float | None = None) -> None:
@@ -108,7 +108,7 @@ class NonFinite(Callback):
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Read the count after each step on a CPU, and at log points on a GPU, where it synchronises.
+        """Read the count after each step on a CPU, and at log points on a GPU, where it synchronizes.
 
         Raises:
             InputError: There were too many.

@@ -104,7 +104,7 @@ class StepProgress(ProgressBar):
 
 
 def _figures(trainer: pl.Trainer) -> str:
-    """Return the metrics that were logged last. They are on the host: reading them does not synchronise."""
+    """Return the metrics that were logged last. They are on the host: reading them does not synchronize."""
     known = {**{k: v for k, v in trainer.callback_metrics.items() if k == "val/loss"}, **trainer.logged_metrics}
     shown = (("train/loss", "loss", ".3f"), ("val/loss", "val", ".3f"), ("perf/tokens_per_second", "tokens/s", ",.0f"))
     return "  ".join(f"{label} {float(known[key]):{form}}" for key, label, form in shown if key in known)

@@ -89,7 +89,7 @@ class GracefulStop(Callback):
     def _agreed(self, trainer: pl.Trainer) -> tuple[int, signal.Signals]:
         """Return the step before which all ranks stop, and the signal; step -1 without one.
 
-        Hosts are not synchronised: they may run ahead of their devices. Each publishes its step first and looks for a
+        Hosts are not synchronized: they may run ahead of their devices. Each publishes its step first and looks for a
         signal afterwards. One that sees none has therefore published before the signal, so the signalled process, which
         reads all steps after it, chooses a later step than any host has passed.
         """

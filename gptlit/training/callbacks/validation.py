@@ -54,7 +54,7 @@ class SampleText(Callback):
     Args:
         prompt: Text to continue.
         max_new_tokens: Length of the continuation.
-        seed: Of the sampling, the same each time, so that only the model changes.
+        seed: Seed of the sampling, the same each time, so that only the model changes.
     """
 
     def __init__(self, prompt: str, max_new_tokens: int = 48, seed: int = 0) -> None:
