@@ -1,8 +1,11 @@
 """Fits on rows: the loss over a whole step, the book's loop, resuming."""
 
 import json
+import os
 import random
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -16,8 +19,9 @@ import torch
 from conftest import ROOT, TINY, losses, run_script
 from gptlit import GPTConfig, GPTModule, TokenDataModule
 from gptlit.checkpoint.export import save_checkpoint
+from gptlit.checkpoint.io import read_checkpoint
 from gptlit.checkpoint.pretrained import read_weights
-from gptlit.checkpoint.runs import newest_checkpoint
+from gptlit.checkpoint.runs import checkpoints, newest_checkpoint
 from gptlit.commands.main import main as gptlit
 
 Fit = Callable[..., None]
@@ -218,3 +222,43 @@ def test_bad_rows_are_one_line(
     assert exit_.value.code == status
     error = capsys.readouterr().err.splitlines()[-1]
     assert words in error
+
+
+SLOW = """
+import time
+from gptlit.training.module import GPTModule
+step = GPTModule.training_step
+GPTModule.training_step = lambda self, *batch: (time.sleep(0.1), step(self, *batch))[1]
+from gptlit.training.cli import main
+main()
+"""
+KINDS = {
+    "instructions": ROWS,
+    "labels": ["--data.source=a.tsv", "--data.balance=true"],
+    "adapters": [*ROWS, "--model.lora.rank=4", "--model.init_from=runs/base"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_in_the_middle_it_resumes_bit_for_bit(fit: Fit, kind: str, text: str, words_json: Path) -> None:
+    words = text.split()[:30]
+    Path("a.tsv").write_text("".join(f"{'ab'[n % 2]}\t{' '.join(words[n % 7 : n % 11 + 9])} {n}\n" for n in range(60)))
+    Path("slow.py").write_text(SLOW)
+    if kind == "adapters":
+        fit(*ROWS, "--trainer.max_steps=2", "--run.name=base")
+    flags = [*KINDS[kind], "--model.config.drop_rate=0.1", "--trainer.max_steps=16", "--run.save_every_n_steps=2"]
+    fit(*flags, "--run.name=whole")
+    command = [sys.executable, "slow.py", "fit", *TINY, f"--data.tokenizer={words_json}", *flags]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL)
+    while process.poll() is None and len(checkpoints(RUN)) < 2:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert checkpoints(RUN)[-1].name < "step-00000016"
+    fit(*flags, "--ckpt_path=last")
+    whole, resumed = (read_checkpoint(checkpoints(Path(f"runs/{name}/version_0"))[-1]) for name in ("whole", "t"))
+    assert resumed["global_step"] == 16
+    for name, value in whole["state_dict"].items():
+        assert torch.equal(value, resumed["state_dict"][name]), name
+    assert losses(RUN) == losses(Path("runs/whole/version_0"))
