@@ -43,4 +43,4 @@ def import_weights(
             )
     save_checkpoint(found, path)
     print(f"{path}: {found.config.summary}, vocabulary {found.config.vocab_size:,}")
-    print(f"next: python train.py fit --config configs/finetune.yaml --model.init_from {out} --data.source FILE.txt")
+    print(f"next: python -m gptlit fit --config finetune --model.init_from {out} --data.source FILE.txt")

@@ -1,4 +1,4 @@
-"""The `gptlit` command: everything but training. Heavy imports wait until a command needs them."""
+"""The `gptlit` command. Heavy imports wait until a command needs them."""
 
 import os
 import sys
@@ -19,8 +19,15 @@ from gptlit.commands.plot import plot
 from gptlit.commands.prepare import prepare
 from gptlit.errors import InputError, fail, set_up_streams
 
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+TRAINING = {
+    "fit": "Train, or resume a run with --ckpt_path: the same as `python train.py fit`.",
+    "validate": "Measure a checkpoint on the validation split.",
+    "test": "Measure a checkpoint on the test split.",
+}
+
 app = typer.Typer(
-    help="Everything around training a GPT; training itself is `python train.py fit --help`.",
+    help="Train a GPT, and everything around it.",
     # `--top_k`, as in train.py and in Python, and `--top-k` are the same option.
     context_settings={"token_normalize_func": lambda name: name.replace("_", "-")},
     add_completion=False,
@@ -37,6 +44,13 @@ def gptlit(
         print(f"gptlit {__version__}")
     elif context.invoked_subcommand is None:
         fail("a command is missing: `gptlit --help` lists them", status=2)
+
+
+def train(context: typer.Context) -> None:
+    """Hand all arguments to LightningCLI."""
+    from gptlit.training.cli import main
+
+    main([str(context.info_name), *context.args])
 
 
 def plan(
@@ -56,9 +70,11 @@ def plan(
     run(context.args, with_measure=measure, as_json=json)
 
 
+for name, text in TRAINING.items():
+    app.command(name, help=text, context_settings={**PASS_ON, "help_option_names": []})(train)
 app.command()(prepare)
 app.command()(inspect)
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(plan)
+app.command(context_settings=PASS_ON)(plan)
 app.command()(plot)
 app.command()(generate)
 app.command()(chat)

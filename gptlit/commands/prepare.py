@@ -66,7 +66,7 @@ def prepare(
         overwrite=overwrite,
     )
     _print_table(data)
-    print(f"\nnext: python train.py fit --config configs/quickstart.yaml --data.source {shlex.quote(out)}")
+    print(f"\nnext: python -m gptlit fit --config quickstart --data.source {shlex.quote(out)}")
 
 
 def _print_table(data: "TokenData") -> None:

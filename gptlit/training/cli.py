@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ from gptlit.training.environment import (
 )
 from gptlit.training.lightning_compat import disable_path_values, starts_scripts
 from gptlit.training.module import GPTModule
-from gptlit.training.parser import Parser
+from gptlit.training.parser import Parser, find_recipes
 from gptlit.training.resume import complete_architecture
 from gptlit.training.run_config import RunConfig, SaveRunConfig
 from gptlit.training.supported import check_trainer
@@ -81,7 +82,7 @@ class TrainingCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and keep `args`: `_given` parses them again without defaults."""
-        self._args = args
+        self._args = args = find_recipes(sys.argv[1:] if args is None else args)
         try:
             self.config = parser.parse_args(args)
             config = self.config[self.config.subcommand]

@@ -1,9 +1,11 @@
-"""The parser of train.py: one-line errors that name the nearest known setting, and no duplicate keys in YAML."""
+"""The parser of train.py: recipes by name, one-line errors that name the nearest setting, no duplicate keys in YAML."""
 
 import difflib
 import os
 import re
 from functools import cache
+from itertools import pairwise
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -25,6 +27,23 @@ class Parser(LightningArgumentParser):
             if near := difflib.get_close_matches(match[1] or match[2], known, 1):
                 message += f": did you mean {'--' * bool(match[1])}{near[0]}?"
         fail(ex if ex is not None and os.environ.get("GPTLIT_TRACEBACK") else message, status=2)
+
+
+def find_recipes(args: list[str]) -> list[str]:
+    """Replace the name of a recipe, as in `--config quickstart`, by its file; a file of that name comes first.
+
+    The folder of recipes is part of an installed package, and beside the package in a checkout.
+    """
+    package = Path(__file__).parents[1]
+    recipes = folder if (folder := package / "configs").is_dir() else package.parent / "configs"
+
+    def found(value: str) -> str:
+        path = recipes / f"{value}.yaml"
+        return str(path) if Path(value).name == value and path.is_file() and not Path(value).exists() else value
+
+    pairs = pairwise(["", *args])
+    args = [found(value) if option in ("-c", "--config") else value for option, value in pairs]
+    return [f"--config={found(arg[9:])}" if arg.startswith("--config=") else arg for arg in args]
 
 
 class _UniqueKeys(yaml.BaseLoader):  # type: ignore[misc]

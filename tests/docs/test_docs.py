@@ -14,7 +14,7 @@ from typer.main import get_command
 
 import gptlit
 from conftest import ROOT, one_parser, run_script
-from gptlit.commands.main import app
+from gptlit.commands.main import TRAINING, app
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -72,6 +72,8 @@ def test_flags_of_the_command_are_known(words: list[str], monkeypatch: pytest.Mo
     words = [word.split("|")[0] for word in words]  # --to huggingface|book|safetensors
     if words == ["--help"]:
         return
+    if words[0] in TRAINING:
+        return test_flags_of_training_are_known(words, monkeypatch) if len(words) > 1 else None
     group = get_command(app)
     command = group.commands[words[0]]  # type: ignore[attr-defined]
     parent = group.make_context("gptlit", words)

@@ -362,7 +362,7 @@ def test_prepare_inspect_and_train(dump: Path, capsys: pytest.CaptureFixture[str
     out = capsys.readouterr().out
     assert re.search(r"^train +2\d\d +[\d,]+ +[\d,]+ +\d\.\d\d +\d$", out, re.MULTILINE), out
     assert "skipped, unreadable: 1 documents" in out
-    command = re.search(r"^next: python train.py (.*)", out, re.MULTILINE)
+    command = re.search(r"^next: python -m gptlit fit (.*)", out, re.MULTILINE)
     assert command is not None
     assert command[1].endswith("--data.source data/dump")
     main(["inspect", "data/dump", "--verify", "--position", "3", "--length", "4"])

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from conftest import one_parser
+from gptlit.commands.main import main as command
 from gptlit.errors import InputError, user_path
 from gptlit.training.cli import main
 from gptlit.training.parser import Parser
@@ -53,3 +55,24 @@ def test_a_text_stays_a_text_in_a_saved_configuration(name: str, tmp_path: Path)
 def test_a_path_that_cannot_be_used_is_one_line(path: str) -> None:
     with pytest.raises(InputError, match="path"):
         user_path(path)
+
+
+@pytest.mark.parametrize("words", [["--config", "quickstart"], ["--config=quickstart"], ["-c", "quickstart"]])
+def test_gptlit_fit_takes_a_recipe_by_name(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--data.batch_size` stays a flag of fit, and is not read by the command around it."""
+    one_parser(monkeypatch, "fit")
+    with pytest.raises(SystemExit) as exit_:
+        command(["fit", *words, "--data.batch_size=8", "--print_config"])
+    assert exit_.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert (config["run"]["name"], config["data"]["batch_size"]) == ("quickstart", 8)
+
+
+def test_a_file_comes_before_a_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    one_parser(monkeypatch, "fit")
+    Path("quickstart").write_text("run: {name: mine}")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "quickstart", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["run"]["name"] == "mine"
