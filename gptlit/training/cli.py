@@ -194,7 +194,8 @@ class TrainingCLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except (InputError, OSError):
             if (launcher := self.trainer.strategy.launcher) is not None:
-                launcher.kill(signal.SIGKILL)  # child processes would report that this one has ended
+                # Child processes would report that this one has ended. Windows has no SIGKILL.
+                launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
             raise
 
     def _broadcast_ckpt_path(self, subcommand: str) -> None:
