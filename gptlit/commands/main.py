@@ -17,6 +17,7 @@ from gptlit.commands.inspect import inspect
 from gptlit.commands.options import Json
 from gptlit.commands.plot import plot
 from gptlit.commands.prepare import prepare
+from gptlit.commands.tokenizer import tokenizer
 from gptlit.errors import InputError, fail, set_up_streams
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -73,6 +74,7 @@ def plan(
 for name, text in TRAINING.items():
     app.command(name, help=text, context_settings={**PASS_ON, "help_option_names": []})(train)
 app.command()(prepare)
+app.command()(tokenizer)
 app.command()(inspect)
 app.command(context_settings=PASS_ON)(plan)
 app.command()(plot)

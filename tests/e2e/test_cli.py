@@ -15,6 +15,7 @@ from typer.main import get_command
 
 from conftest import ROOT, run_script
 from gptlit.commands.main import app, main
+from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import InputError
 
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
@@ -458,3 +459,56 @@ def test_chat_without_standard_input_is_one_line(
         main(["chat", f"--checkpoint={run}"])
     assert exit_.value.code == 1
     assert "chat reads standard input" in capsys.readouterr().err
+
+
+# --- tokenizer
+
+
+def test_a_tokenizer_is_trained_and_used(tmp_path: Path, text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["tokenizer", str(text_file), "--vocab_size", "280", "--out", "own.json"])
+    assert "own.json: 280 ids" in capsys.readouterr().out
+    main(["prepare", str(text_file), "--tokenizer", "own.json", "--out", "data/own"])
+    capsys.readouterr()
+    main(["inspect", "data/own", "--json"])
+    trained = load_tokenizer("own.json")
+    text = text_file.read_text()
+    assert trained.n_vocab == 280
+    assert trained.decode(trained.encode_ordinary(text)) == text
+    assert trained.decode([trained.eot_token]) == "<|endoftext|>"
+    assert len(trained.encode_ordinary(text)) < len(text) / 2  # merges
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["words.txt", "--vocab_size=100"],
+            "--vocab_size must be at least 257 (256 bytes and the end of text), got 100",
+        ),
+        (["words.txt", "--vocab_size=300", "--out=there.json"], "--out there.json exists: name another file"),
+        (["words.txt", "--vocab_size=300", "--out=own"], "--out own must be a .json file in an existing folder"),
+        (["nowhere.txt", "--vocab_size=300"], "'nowhere.txt' does not exist"),
+        (["broken.jsonl", "--vocab_size=300"], "broken.jsonl"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_trained(
+    words: list[str], message: str, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("there.json").write_text("{}")
+    Path("broken.jsonl").write_text('{"text": "a"}\n{')
+    with pytest.raises(SystemExit) as exit_:
+        main(["tokenizer", "--out=own.json", *words])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 1
+    assert message in error
+    assert error.count("\n") == 1
+    assert not Path("own.json").exists()
+
+
+def test_a_missing_package_for_tokenizers_is_named(
+    text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(SystemExit):
+        main(["tokenizer", str(text_file), "--vocab_size=300", "--out=own.json"])
+    assert "pip install tokenizers" in capsys.readouterr().err
