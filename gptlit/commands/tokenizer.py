@@ -35,6 +35,5 @@ def tokenizer(
     if (found := len(settings["model"]["vocab"])) < vocab_size:
         note(f"the texts give no more than {found:,} ids")
     write_json(path, settings)
-    print(
-        f"{path}: {found:,} ids\n\nnext: python -m gptlit prepare {shlex.join(source)} --tokenizer {shlex.quote(out)}"
-    )
+    print(f"{path}: {found:,} ids")
+    print(f"\nnext: python -m gptlit prepare {shlex.join(source)} --tokenizer {shlex.quote(out)} --out data/own")

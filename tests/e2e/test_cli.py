@@ -468,14 +468,13 @@ def test_a_tokenizer_is_trained_and_used(tmp_path: Path, text_file: Path, capsys
     main(["tokenizer", str(text_file), "--vocab_size", "280", "--out", "own.json"])
     assert "own.json: 280 ids" in capsys.readouterr().out
     main(["prepare", str(text_file), "--tokenizer", "own.json", "--out", "data/own"])
-    capsys.readouterr()
-    main(["inspect", "data/own", "--json"])
-    trained = load_tokenizer("own.json")
-    text = text_file.read_text()
+    main(["inspect", "data/own"])
+    assert "tokenizer.json" in capsys.readouterr().out
+    trained, text = load_tokenizer("own.json"), text_file.read_text()
     assert trained.n_vocab == 280
     assert trained.decode(trained.encode_ordinary(text)) == text
     assert trained.decode([trained.eot_token]) == "<|endoftext|>"
-    assert len(trained.encode_ordinary(text)) < len(text) / 2  # merges
+    assert len(trained.encode_ordinary(text)) < 0.7 * len(text)  # merges
 
 
 @pytest.mark.parametrize(
