@@ -100,13 +100,15 @@ class GPTModel(nn.Module):
     Parameters are initialized in the order of the modules below: a seed gives the same weights as the book's code.
     """
 
+    block = TransformerBlock  # assign a subclass to try another one: see examples/modern_block.py
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
         self.tok_emb = nn.Embedding(config.vocab_size, config.emb_dim)
         self.pos_emb = nn.Embedding(config.context_length, config.emb_dim)
         self.drop_emb = nn.Dropout(config.drop_rate)
-        self.trf_blocks = nn.Sequential(*[TransformerBlock(config) for _ in range(config.n_layers)])
+        self.trf_blocks = nn.Sequential(*[self.block(config) for _ in range(config.n_layers)])
         self.final_norm = nn.LayerNorm(config.emb_dim)
         self.out_head = nn.Linear(config.emb_dim, config.n_classes or config.vocab_size, bias=config.n_classes > 0)
         if config.tie_weights:
