@@ -4,7 +4,8 @@
     python examples/modern_block.py generate --checkpoint runs/modern --prompt "Return the"
     python -m gptlit plot runs/quickstart runs/modern --out blocks.png
 
-All commands work with the new block: resuming, several devices, LoRA, generation. Its checkpoints need this script.
+All commands but `import` and `export`, whose formats are GPT-2's, work with the new block: resuming, several devices,
+LoRA, generation. Its checkpoints need this script.
 """
 
 import torch.nn.functional as F

@@ -22,7 +22,7 @@ from gptlit.checkpoint.io import DurableCheckpointIO
 from gptlit.checkpoint.pretrained import fits_vocabulary
 from gptlit.data.tokenizer import HuggingFaceTokenizer, save_huggingface, tokenizer_spec
 from gptlit.errors import InputError
-from gptlit.model.gpt import GPTModel
+from gptlit.model.gpt import GPTModel, TransformerBlock
 from gptlit.model.lora import merged
 
 
@@ -52,13 +52,15 @@ def save_pretrained(
         tokenizer: Argument of `load_tokenizer`, to save the tokenizer too; None if it is unknown.
 
     Raises:
-        InputError: The folder is not empty, or the format is unknown or has no classifiers.
+        InputError: The folder is not empty, or the format is unknown, or has no classifiers or no such block.
     """
     writers = {"huggingface": _write_huggingface, "book": _write_book}
     if to not in writers:
         raise InputError(f"no format is named {to!r}: choose one of {', '.join(writers)}")
     if model.config.n_classes and to == "huggingface":
         raise InputError("Transformers' GPT-2 has no classifier with a bias: export this one with --to book")
+    if any(type(block) is not TransformerBlock for block in model.trf_blocks):
+        raise InputError("both formats are GPT-2's: they have no place for another block than TransformerBlock")
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty: name a new folder")

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from conftest import ROOT, losses
-from gptlit import GPTConfig, GPTModel, load_pretrained
+from gptlit import GPTConfig, GPTModel, load_pretrained, save_pretrained
+from gptlit.errors import InputError
 
 BLOCK = runpy.run_path(str(ROOT / "examples" / "modern_block.py"))["ModernBlock"]
 CONFIG = GPTConfig(vocab_size=50, context_length=16, emb_dim=48, n_heads=2, n_layers=2, drop_rate=0, init="gpt2")
@@ -41,3 +42,5 @@ def test_another_block_trains_and_loads(fit: Callable[..., None]) -> None:
     assert curve[8] < curve[1] - 0.1
     model = load_pretrained("runs/t")
     assert isinstance(model.trf_blocks[0], BLOCK)
+    with pytest.raises(InputError, match="another block than TransformerBlock"):
+        save_pretrained(model, "exported")
