@@ -8,12 +8,12 @@ import typer
 
 from gptlit.commands.options import Separator, TextKey
 from gptlit.commands.prepare import SOURCES
-from gptlit.errors import InputError, note, user_path
+from gptlit.errors import InputError, user_path
 
 
 def tokenizer(
     source: Annotated[list[str], typer.Argument(help=f"One or several of: {SOURCES}")],
-    vocab_size: Annotated[int, typer.Option(help="Number of ids: 256 bytes, the end of text, and merges.")],
+    vocab_size: Annotated[int, typer.Option(help="Most ids: 256 bytes, the end of text, and merges.")],
     out: Annotated[str, typer.Option(help="File to write, for data.tokenizer and `prepare --tokenizer`.")],
     text_key: TextKey = "text",
     separator: Separator = "",
@@ -22,18 +22,26 @@ def tokenizer(
     from gptlit.data.parsers import ReadOptions, text_or_raise
     from gptlit.data.shard_writer import write_json
     from gptlit.data.sources import open_corpus
-    from gptlit.data.tokenizer import train_tokenizer
+    from gptlit.data.tokenizer import ENDS, without_surrogates
 
+    try:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    except ImportError as error:
+        raise InputError("training a tokenizer needs the package tokenizers: pip install tokenizers") from error
     path = user_path(out)
     if path.suffix != ".json" or not path.parent.is_dir():
         raise InputError(f"--out {out} must be a .json file in an existing folder")
     if path.exists():
         raise InputError(f"--out {out} exists: name another file, or delete it first")
+    if vocab_size < 257:
+        raise InputError(f"--vocab_size must be at least 257 (256 bytes and the end of text), got {vocab_size}")
     corpus = open_corpus(source, ReadOptions(text_key, separator))
-    content = train_tokenizer((text_or_raise(piece) for file in corpus.files for piece in file.read()), vocab_size)
-    settings = json.loads(content)
-    if (found := len(settings["model"]["vocab"])) < vocab_size:
-        note(f"the texts give no more than {found:,} ids")
-    write_json(path, settings)
-    print(f"{path}: {found:,} ids")
+    texts = (without_surrogates(text_or_raise(piece)) for file in corpus.files for piece in file.read())
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[ENDS[0]], initial_alphabet=alphabet)
+    bpe.train_from_iterator(texts, trainer)
+    write_json(path, json.loads(bpe.to_str()))
+    print(f"{path}: {bpe.get_vocab_size():,} ids")
     print(f"\nnext: python -m gptlit prepare {shlex.join(source)} --tokenizer {shlex.quote(out)} --out data/own")

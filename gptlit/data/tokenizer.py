@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
@@ -197,32 +196,6 @@ class HuggingFaceTokenizer:
         if len(piece) == 6 and piece.startswith("<0x"):
             return bytes([int(piece[3:5], 16)])
         return str(piece).replace("\u2581", " ").encode()
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> str:
-    """Train a byte-level BPE with GPT-2's splitting and its end-of-text token; return the content of its file.
-
-    Source: Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units"; GPT-2, section 2.2.
-
-    Raises:
-        InputError: `vocab_size` is too small, the package `tokenizers` is missing, or a text cannot be read.
-    """
-    try:
-        from tokenizers import Tokenizer as Backend
-        from tokenizers import decoders, models, pre_tokenizers, trainers
-    except ImportError as error:
-        raise InputError("training a tokenizer needs the package tokenizers: pip install tokenizers") from error
-    if vocab_size < 257:
-        raise InputError(f"--vocab_size must be at least 257 (256 bytes and the end of text), got {vocab_size}")
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[ENDS[0]], initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator(map(without_surrogates, texts), trainer)
-    return str(backend.to_str())
 
 
 @cache
