@@ -62,7 +62,7 @@ def test_the_loss_is_the_same_for_any_accumulation(fit: Fit, masks: str) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ["ddp"])
 def test_two_devices_give_the_curve_of_one(fit: Fit, words_json: Path, tmp_path: Path, strategy: str) -> None:
     common = [*ROWS, "--data.mask_prompt=true", "--data.batch_size=8"]
     common += ["--data.micro_batch_size=2", "--trainer.max_steps=6", "--run.val_every_n_steps=3"]
