@@ -24,7 +24,7 @@ from gptlit.errors import InputError
 from gptlit.model.gpt import GPTModel
 
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
-many = pytest.mark.parametrize("examples", [150, pytest.param(3400, marks=pytest.mark.slow)], ids=["few", "many"])
+many = pytest.mark.parametrize("examples", [150, pytest.param(1700, marks=pytest.mark.slow)], ids=["few", "many"])
 
 
 @st.composite
@@ -162,7 +162,7 @@ def read_all(data: TokenData) -> None:
         windows[torch.tensor([index]).numpy()]
 
 
-@pytest.mark.parametrize("examples", [6, pytest.param(400, marks=pytest.mark.slow)], ids=["few", "many"])
+@pytest.mark.parametrize("examples", [6, pytest.param(100, marks=pytest.mark.slow)], ids=["few", "many"])
 def test_mutated_configurations(
     tmp_path: Path, text_file: Path, examples: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
