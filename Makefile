@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test test-slow clean
+.PHONY: train test test-slow test-nightly clean
 .SILENT:
 
 train: .venv/train.ok
@@ -11,10 +11,13 @@ train: .venv/train.ok
 test: .venv/test.ok
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not nightly"
 
 test-slow: .venv/test.ok
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not nightly"
+
+test-nightly: .venv/nightly.ok
+	$(BIN)/python -m pytest -m nightly
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
@@ -44,5 +47,11 @@ STOP = stop() { echo "error: $$*" >&2; exit 1; }
 	$(STOP); echo "installing the test tools into .venv"; \
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' \
 		&& $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llms-from-scratch \
+		|| stop "the installation failed (see above): check the network and the free disk space, then run make again"
+	touch $@
+
+.venv/nightly.ok: .venv/test.ok
+	$(STOP); echo "installing what the recipes need into .venv"; \
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,recipes]' \
 		|| stop "the installation failed (see above): check the network and the free disk space, then run make again"
 	touch $@

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 
 from gptlit.errors import InputError
-from gptlit.training.lightning_compat import cpu_has_native_bf16
+from gptlit.training.lightning_compat import has_native_bf16
 
 
 def launched() -> tuple[int, int] | None:
@@ -58,11 +58,11 @@ def best_precision(accelerator: Any) -> tuple[str, str]:
     of Nvidia's, else 32-true.
     """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        if has_native_bf16(torch.device("cuda")):
             return "bf16-mixed", "this GPU multiplies bf16 natively"
         return "16-mixed", "this GPU multiplies fp16 natively, and no bf16"
     is_cpu = accelerator == "cpu" or not torch.backends.mps.is_available()
-    if is_cpu and cpu_has_native_bf16():
+    if is_cpu and has_native_bf16(torch.device("cpu")):
         return "bf16-mixed", "this CPU multiplies bf16 natively"
     return "32-true", f"this {'CPU' if is_cpu else 'device'} does not multiply bf16 natively"
 

@@ -13,8 +13,6 @@ import torch._functorch.config
 from jsonargparse import ArgumentParser
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from torch import Tensor
-from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 from torch.utils.tensorboard import SummaryWriter
 
 # --- public, but awkward ------------------------------------------------------------------------------------------
@@ -114,9 +112,12 @@ def add_summary(writer: SummaryWriter, summary: Any) -> None:
 # --- torch --------------------------------------------------------------------------------------------------------
 
 
-def cpu_has_native_bf16() -> bool:
-    """Whether the CPU multiplies bf16 natively: `torch.cpu` has no public query."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+def has_native_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bf16 natively: `torch.cpu` has no public query."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    is_native: bool = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and is_native
 
 
 def configure_compiler(device: torch.device) -> None:
@@ -135,13 +136,3 @@ def recompute_cheap_ops(device: torch.device) -> None:
     if device.type == "cpu":
         torch._functorch.config.cse = False
         torch._functorch.config.ban_recompute_materialized_backward = False
-
-
-def orthogonalize(gradient: Tensor, group: dict[str, Any]) -> Tensor:
-    """Return the orthogonalized matrix in bf16, for a parameter group of torch's Muon: it has no public form."""
-    return _zeropower_via_newtonschulz(gradient, group["ns_coefficients"], group["ns_steps"], group["eps"])
-
-
-def muon_lr(shape: torch.Size, group: dict[str, Any]) -> float:
-    """Return the learning rate of a matrix, for a parameter group of torch's Muon."""
-    return _adjust_lr(group["lr"], group["adjust_lr_fn"], shape)

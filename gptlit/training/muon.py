@@ -1,5 +1,6 @@
 """Muon for the blocks' matrices and AdamW for the rest, as one optimizer; sharded matrices have one owner each."""
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
@@ -9,24 +10,28 @@ from torch import Tensor, nn
 from torch.distributed import all_to_all_single
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 from typing_extensions import override
 
 from gptlit.model.sharding import local
-from gptlit.training.lightning_compat import muon_lr, orthogonalize
+from gptlit.training.lightning_compat import has_native_bf16
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of the iteration (Jordan et al. 2024, "Muon")
+ITERATIONS = 5
 
 
 class MuonAdamW(Optimizer):
-    """torch's Muon and AdamW as one optimizer: the first group is Muon's, the others are AdamW's.
+    """Muon and AdamW as one optimizer: the first group is Muon's, the others are AdamW's.
 
-    Muon's updates are scaled to the RMS of AdamW's, so that both use the same learning rate. Groups and state are kept
-    here, so that saving and loading is torch's own.
+    Muon's updates are scaled to the RMS of AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training"), so that both
+    use the same learning rate. With native bf16 it takes the steps of `torch.optim.Muon`, which has neither float32
+    nor sharded matrices. Groups and state are kept here, so that saving and loading is torch's own.
     """
 
     def __init__(self, hidden: list[nn.Parameter], groups: list[dict[str, Any]], lr: float, fused: bool) -> None:
-        self._muon = Muon([{"params": hidden}], lr=lr, adjust_lr_fn="match_rms_adamw")
         self._adamw = AdamW(groups, lr=lr, fused=fused)
-        super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})
+        muon = {"params": hidden, "lr": lr, "weight_decay": 0.1, "momentum": 0.95}
+        super().__init__([muon, *self._adamw.param_groups], {})
 
     @override
     @torch.no_grad()
@@ -35,15 +40,41 @@ class MuonAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._muon.param_groups, self._adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
-        self._muon.state = self._adamw.state = self.state
-        matrices = [p for p in self.param_groups[0]["params"] if p.grad is not None]
-        if matrices and isinstance(matrices[0], DTensor):
-            _step_sharded(matrices, self.param_groups[0], self.state)
-        else:
-            self._muon.step()  # type: ignore[no-untyped-call,unused-ignore]
+        group, *adamw_groups = self.param_groups
+        matrices = [p for p in group["params"] if p.grad is not None]
+        gradients = (_apply_momentum(matrix, group["momentum"], self.state[matrix]) for matrix in matrices)
+        is_sharded = bool(matrices) and isinstance(matrices[0], DTensor)
+        updates = _orthogonalize_sharded(matrices, list(gradients)) if is_sharded else map(orthogonalize, gradients)
+        for matrix, update in zip(matrices, updates, strict=True):
+            rate = group["lr"] * 0.2 * math.sqrt(max(matrix.shape))
+            local(matrix).mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
+        self._adamw.param_groups, self._adamw.state = adamw_groups, self.state
         self._adamw.step()  # type: ignore[no-untyped-call,unused-ignore]
         return loss
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """Return the nearest matrix of orthonormal rows or columns, roughly, by Newton-Schulz iterations.
+
+    Args:
+        matrix: (rows, columns); may be overwritten.
+
+    Returns:
+        (rows, columns) with singular values from about 0.5 to 1.5, in `iteration_dtype`.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrix.to(iteration_dtype(matrix.device))
+    wide = x if len(x) <= x.shape[1] else x.T
+    wide = wide.div_(wide.norm().clamp(min=1e-7))
+    for _ in range(ITERATIONS):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return wide if len(x) <= x.shape[1] else wide.T
+
+
+def iteration_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of Muon's iterations: bf16, unless the device would emulate it."""
+    return torch.bfloat16 if has_native_bf16(device) else torch.float32
 
 
 def assign_owners(shapes: Sequence[tuple[int, int]], ranks: int) -> list[int]:
@@ -56,37 +87,39 @@ def assign_owners(shapes: Sequence[tuple[int, int]], ranks: int) -> list[int]:
     return owners
 
 
-def _step_sharded(matrices: list[Any], group: dict[str, Any], state: Any) -> None:
-    """Take Muon's step on matrices (DTensor) whose rows are sharded over the mesh's last dimension.
+def _apply_momentum(matrix: Any, momentum: float, state: dict[str, Any]) -> Tensor:
+    """Update the momentum of a matrix, or of this rank's shard; return the gradient with Nesterov momentum."""
+    if "momentum_buffer" not in state:
+        state["momentum_buffer"] = torch.zeros_like(matrix.grad)
+    gradient, buffer = local(matrix.grad), local(state["momentum_buffer"])
+    buffer.lerp_(gradient, 1 - momentum)
+    return gradient.lerp(buffer, momentum)
 
-    Momentum is updated in shards. Each matrix is then collected by its owner and its update scattered, in one
-    all-to-all for all matrices and direction; DTensor would gather and reduce in each iteration of each matrix.
+
+def _orthogonalize_sharded(matrices: list[Any], gradients: list[Tensor]) -> list[Tensor]:
+    """Orthogonalize the gradients of matrices (DTensor) whose rows are sharded over the mesh's last dimension.
+
+    Each gradient is collected by its owner and its update scattered, in one all-to-all for all matrices and direction;
+    DTensor would gather and reduce in each iteration of each matrix.
+
+    Returns:
+        This rank's shard of each update.
     """
     mesh = matrices[0].device_mesh
     ranks, rank = mesh.size(mesh.ndim - 1), mesh.get_local_rank(mesh.ndim - 1)
     owners = assign_owners([matrix.shape for matrix in matrices], ranks)
     owned = [[index for index, owner in enumerate(owners) if owner == other] for other in range(ranks)]
-    gradients = [_apply_momentum(matrix, group, state[matrix]) for matrix in matrices]
-    sent = [[gradients[index].bfloat16() for index in indices] for indices in owned]  # Muon's own precision
+    dtype = iteration_dtype(gradients[0].device)
+    sent = [[gradients[index].to(dtype) for index in indices] for indices in owned]
     shards = [[_shard_shape(matrices[index].shape, other, ranks) for index in owned[rank]] for other in range(ranks)]
     collected = zip(*_exchange(sent, shards, mesh), strict=True)  # for each matrix of this rank: its shards
-    updates = [
-        orthogonalize(torch.cat(parts), group).split_with_sizes([len(part) for part in parts]) for parts in collected
+    owned_updates = [
+        orthogonalize(torch.cat(parts)).split_with_sizes([len(part) for part in parts]) for parts in collected
     ]
-    sent = [[update[other] for update in updates] for other in range(ranks)]
+    sent = [[update[other] for update in owned_updates] for other in range(ranks)]
     returned = _exchange(sent, [[gradients[index].shape for index in indices] for indices in owned], mesh)
-    for index, update in zip(chain(*owned), chain(*returned), strict=True):
-        shard, rate = local(matrices[index]), muon_lr(matrices[index].shape, group)
-        shard.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-rate)
-
-
-def _apply_momentum(matrix: Any, group: dict[str, Any], state: dict[str, Any]) -> Tensor:
-    """Update the momentum of a shard; return the gradient with Nesterov momentum."""
-    if "momentum_buffer" not in state:
-        state["momentum_buffer"] = torch.zeros_like(matrix.grad)
-    gradient, momentum = local(matrix.grad), local(state["momentum_buffer"])
-    momentum.lerp_(gradient, 1 - group["momentum"])
-    return gradient.lerp(momentum, group["momentum"])
+    updates = dict(zip(chain(*owned), chain(*returned), strict=True))
+    return [updates[index] for index in range(len(matrices))]
 
 
 def _shard_shape(shape: tuple[int, int], rank: int, ranks: int) -> torch.Size:
@@ -96,8 +129,9 @@ def _shard_shape(shape: tuple[int, int], rank: int, ranks: int) -> torch.Size:
 
 
 def _exchange(sent: list[list[Tensor]], shapes: list[list[torch.Size]], mesh: DeviceMesh) -> list[list[Tensor]]:
-    """Send the bf16 tensors `sent[r]` to each rank r; return those from each rank, of the shapes in `shapes[r]`."""
-    empty = torch.empty(0, dtype=torch.bfloat16, device=mesh.device_type)  # for a rank that owns nothing
+    """Send the tensors `sent[r]` to each rank r; return those from each rank, of the shapes in `shapes[r]`."""
+    device = torch.device(mesh.device_type)
+    empty = torch.empty(0, dtype=iteration_dtype(device), device=device)  # for a rank that owns nothing
     out = torch.cat([empty, *(tensor.flatten() for tensors in sent for tensor in tensors)])
     sizes = [[shape.numel() for shape in row] for row in shapes]
     received = out.new_empty(sum(map(sum, sizes)))

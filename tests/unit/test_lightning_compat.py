@@ -121,18 +121,6 @@ def test_launchers_that_start_scripts(strategy: str, expected: bool) -> None:
     assert lightning_compat.starts_scripts(trainer(strategy=strategy, devices=devices).strategy) is expected
 
 
-@pytest.mark.parametrize("shape", [(12, 5), (4, 8)])
-def test_muons_parts_make_its_step(shape: tuple[int, int]) -> None:
-    matrix = torch.nn.Parameter(torch.zeros(shape))
-    matrix.grad = torch.randn(shape)
-    muon = torch.optim.Muon([matrix], lr=0.1, momentum=0, nesterov=False, adjust_lr_fn="match_rms_adamw")
-    muon.step()  # type: ignore[no-untyped-call]
-    (group,) = muon.param_groups
-    update = lightning_compat.orthogonalize(matrix.grad, group)
-    assert update.dtype == torch.bfloat16
-    assert torch.equal(matrix, torch.zeros(shape).add_(update, alpha=-lightning_compat.muon_lr(matrix.shape, group)))
-
-
 @dataclass
 class Part:
     """An element of a list of settings."""
@@ -170,7 +158,8 @@ def test_a_summary_goes_to_the_writers_own_file(tmp_path: Path) -> None:
 
 
 def test_torch_has_the_queries_and_settings() -> None:
-    assert lightning_compat.cpu_has_native_bf16() in (True, False)
+    assert lightning_compat.has_native_bf16(torch.device("cpu")) in (True, False)
+    assert not lightning_compat.has_native_bf16(torch.device("mps"))
     with torch._dynamo.config.patch(optimize_ddp=True):
         before = torch._functorch.config.cse, torch._functorch.config.ban_recompute_materialized_backward
         try:

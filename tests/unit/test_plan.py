@@ -15,7 +15,7 @@ from gptlit.commands.main import main
 from gptlit.config import PRESETS, GPTConfig
 from gptlit.model.gpt import GPTModel
 from gptlit.training.estimate import RunSpec, count_parameters, describe, flops_per_token, make_plan, usual_lr, warnings
-from gptlit.training.lightning_compat import cpu_has_native_bf16
+from gptlit.training.lightning_compat import has_native_bf16
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -255,7 +255,7 @@ def test_describe_shows_every_part() -> None:
 UNCOMPILED = "--model.compile=false"
 ON_CPU = ["--trainer.accelerator=cpu", "--data.num_workers=0"]
 NATIVE_BF16 = pytest.mark.skipif(
-    not cpu_has_native_bf16(), reason="emulated bf16 takes minutes for a step of this size"
+    not has_native_bf16(torch.device("cpu")), reason="emulated bf16 takes minutes for a step of this size"
 )
 # Prints the plan's figure and the peak of a run of three steps, both in bytes.
 PEAK = """
