@@ -160,7 +160,7 @@ class GPTModule(pl.LightningModule):
         if self.config.drop_rate:
             torch.manual_seed(_seed(self._run_seed, self.global_step, len(self._losses), self.global_rank))
         if self.is_between_steps:
-            self._step_targets = self._targets_in_step()
+            self._step_targets = self.targets_in_step()
         if self._step_targets is None:
             loss = self._loss(inputs, targets, "mean")
             self._step_tokens += inputs.numel() * self.trainer.world_size
@@ -171,7 +171,7 @@ class GPTModule(pl.LightningModule):
         self._losses.append(loss.detach())
         return loss
 
-    def _targets_in_step(self) -> int | None:
+    def targets_in_step(self) -> int | None:
         """Return the targets of all micro-batches of this step and all devices; None: each has the same number."""
         datamodule = getattr(self.trainer, "datamodule", None)
         return datamodule.targets_in_step(self.global_step) if isinstance(datamodule, TokenDataModule) else None

@@ -90,10 +90,15 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 def _revision() -> str | None:
-    """Return the git revision of the code, with the suffix "-dirty" if it was modified; None without git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """Return the git revision of the code, with the suffix "-dirty" if it was modified; None if git does not track it,
+    as in an installed package.
+    """
+    path = Path(__file__)
+    tracked = ["git", "ls-files", "--error-unmatch", path.name]  # else the repository around it is another project's
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        root = Path(__file__).parent
-        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        for command in (tracked, describe):
+            done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -33,7 +33,7 @@ from gptlit.checkpoint.runs import best_path, checkpoint_path, checkpoints, lock
 from gptlit.data.datamodule import TokenDataModule
 from gptlit.data.loaders import kill_workers
 from gptlit.errors import InputError, set_up_streams
-from gptlit.training import module
+from gptlit.training import module, run_config
 from gptlit.training.callbacks import signals as stopping
 from gptlit.training.callbacks.signals import GracefulStop
 from gptlit.training.module import GPTModule
@@ -532,6 +532,22 @@ def test_a_checkpoint_says_what_made_it(fit: Fit) -> None:
     assert "max_steps: 2" in origin["config"]
     assert origin["versions"]["torch"] == torch.__version__
     assert set(origin) == {"config", "versions", "revision"}
+
+
+def test_the_revision_is_not_that_of_a_repository_around_the_installed_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*command: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *command], cwd=tmp_path, check=True)
+
+    (tmp_path / "run_config.py").touch()
+    monkeypatch.setattr(run_config, "__file__", str(tmp_path / "run_config.py"))
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message=theirs")
+    assert run_config._revision() is None
+    git("add", "run_config.py")
+    git("commit", "--quiet", "--message=ours")
+    assert re.fullmatch("[0-9a-f]{40}", run_config._revision() or "")
 
 
 def test_a_copy_in_memory_keeps_what_is_shared(tmp_path: Path) -> None:

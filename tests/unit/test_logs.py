@@ -1,5 +1,6 @@
 """What a run leaves for the eye: scalars, charts, hyper-parameters."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,6 +76,16 @@ def test_throughput_leaves_out_validations_and_checkpoints(
     work = 6 * (12 * 2 * 32**2 + 2 * 10 * 32 + 2 * 32 + vocab_size * 32) + 12 * 2 * 32 * 16
     assert losses(RUN, "perf/mfu")[3] == pytest.approx(64 / 11 * work / 1e10)
     assert losses(RUN, "perf/memory_gb")[4] * 2**30 > 4 * vocab_size * 32
+
+
+@pytest.mark.parametrize("flag", ["--data.source=a.tsv", "--data.source=a.json", "--model.trainable=head"])
+def test_there_is_no_mfu_where_not_all_learns_from_every_token(fit: Fit, flag: str) -> None:
+    Path("a.tsv").write_text("".join(f"{'ab'[n % 2]}\tthe text {n}\n" for n in range(40)))
+    Path("a.json").write_text(json.dumps([{"instruction": "write", "output": f"text {n}"} for n in range(40)]))
+    fit("--trainer.max_steps=1", "--run.sample_prompt=", flag)
+    assert losses(RUN, "perf/tokens_per_second")
+    with pytest.raises(KeyError):
+        losses(RUN, "perf/mfu")
 
 
 def test_a_logger_of_ones_own_is_added(fit: Fit) -> None:

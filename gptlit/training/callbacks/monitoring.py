@@ -25,8 +25,9 @@ except ImportError:  # Windows
 
 class Throughput(Callback):
     """Logs between two log points: perf/tokens_per_second over all devices, without validations and checkpoints;
-    perf/mfu, the fraction of the devices' peak; perf/memory_gb, the peak so far; and the fractions of wall-clock time
-    spent in waiting for data, in validation and in checkpoints (time/data, time/validation, time/checkpoint).
+    perf/mfu, the fraction of the devices' peak, where all weights learn from every token of a window; perf/memory_gb,
+    the peak so far; and the fractions of wall-clock time spent in waiting for data, in validation and in checkpoints
+    (time/data, time/validation, time/checkpoint).
 
     Must come after the callbacks that work at the end of a validation.
 
@@ -42,6 +43,7 @@ class Throughput(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, GPTModule)
         self._flops_per_token = flops_per_token(pl_module.config, count_parameters(pl_module.config))
+        self._learns_all = pl_module.targets_in_step() is None and all(p.requires_grad for p in pl_module.parameters())
         device = trainer.strategy.root_device
         if self.peak is None and device.type == "cuda":
             self.peak = datasheet_peak(torch.cuda.get_device_name(device), str(trainer.precision))
@@ -83,7 +85,7 @@ class Throughput(Callback):
         self._spent["checkpoint"] += self._saving()
         rate = (pl_module.tokens - self._tokens) / (wall - self._spent["validation"] - self._spent["checkpoint"])
         pl_module.log("perf/tokens_per_second", rate)
-        if self.peak is not None:
+        if self.peak is not None and self._learns_all:
             pl_module.log("perf/mfu", rate * self._flops_per_token / (self.peak * trainer.world_size))
         pl_module.log("perf/memory_gb", memory_peak(trainer.strategy.root_device) / 1e9)
         pl_module.log_dict({f"time/{part}": seconds / wall for part, seconds in self._spent.items()})

@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
 from gptlit.data.templates import find_template
+from gptlit.generation import TEMPERATURE, TOP_K
 from gptlit.generation.generate import generate
 from gptlit.training.lightning_compat import run_validation
 from gptlit.training.module import GPTModule
@@ -77,17 +78,10 @@ class SampleText(Callback):
             ids = find_template(template).prompt(tokenizer, [{"role": "user", "content": self.prompt}])
         prompt = torch.tensor([ids], device=pl_module.device)
         generator = torch.Generator(pl_module.device).manual_seed(self.seed)
+        sampling: Any = {"temperature": TEMPERATURE, "top_k": TOP_K, "generator": generator}
+        end = None if template is None else tokenizer.eot_token
         with trainer.precision_plugin.forward_context():
-            end = None if template is None else tokenizer.eot_token
-            text = generate(
-                pl_module.model,
-                prompt,
-                self.max_new_tokens,
-                temperature=0.8,
-                top_k=50,
-                eos_id=end,
-                generator=generator,
-            )
+            text = generate(pl_module.model, prompt, self.max_new_tokens, eos_id=end, **sampling)
         self.text = tokenizer.decode(text[0].tolist())
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
