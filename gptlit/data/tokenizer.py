@@ -82,10 +82,17 @@ def fingerprint(tokenizer: Tokenizer) -> str:
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return hashlib.sha256(tokenizer.content.encode()).hexdigest()
     digest = hashlib.sha256(f"{tokenizer.n_vocab} {tokenizer.eot_token}".encode())
-    ranks: dict[bytes, int] = getattr(tokenizer, "_mergeable_ranks", {})
-    digest.update(getattr(tokenizer, "_pat_str", tokenizer.name).encode())
-    digest.update(b"".join(rank.to_bytes(4, "little") + token for token, rank in ranks.items()))
+    digest.update(getattr(tokenizer, "_pat_str", tokenizer.name).encode())  # the pattern has no public name
+    digest.update(b"".join(rank.to_bytes(4, "little") + token for token, rank in _ranks(tokenizer).items()))
     return digest.hexdigest()
+
+
+def _ranks(tokenizer: Tokenizer) -> dict[bytes, int]:
+    """Return the tokens of a tiktoken encoding with their ids, in that order, without special tokens."""
+    if not isinstance(tokenizer, tiktoken.Encoding):
+        return {}
+    ranks = {token: tokenizer.encode_single_token(token) for token in tokenizer.token_byte_values()}
+    return dict(sorted(ranks.items(), key=lambda pair: pair[1]))
 
 
 def same_ids(one: Tokenizer, two: Tokenizer) -> bool:
@@ -280,10 +287,8 @@ def _is_gpt2(content: str, vocab_size: int) -> bool:
 
 def _spelt(tokenizer: Tokenizer) -> dict[str, int]:
     """Return the vocabulary of a tiktoken encoding in Hugging Face's spelling."""
-    assert isinstance(tokenizer, tiktoken.Encoding)
     letters = _letters()
-    ranks = tokenizer._mergeable_ranks
-    words = {"".join(letters[byte] for byte in token): rank for token, rank in ranks.items()}
+    words = {"".join(letters[byte] for byte in token): rank for token, rank in _ranks(tokenizer).items()}
     return words | {tokenizer.decode([tokenizer.eot_token]): tokenizer.eot_token}
 
 
@@ -292,11 +297,9 @@ def save_huggingface(tokenizer: Tokenizer, context_length: int, folder: Path) ->
     if isinstance(tokenizer, HuggingFaceTokenizer):
         (folder / TOKENIZER_JSON).write_text(tokenizer.content, encoding="utf-8")
         return
-    assert isinstance(tokenizer, tiktoken.Encoding)
-    ranks = tokenizer._mergeable_ranks
-    vocabulary = _spelt(tokenizer)
+    ranks, vocabulary = _ranks(tokenizer), _spelt(tokenizer)
     spelt = {rank: word for word, rank in vocabulary.items()}
-    merges = [_merge(token, ranks) for token in sorted(ranks, key=lambda token: ranks[token]) if len(token) > 1]
+    merges = [_merge(token, ranks) for token in ranks if len(token) > 1]
     lines = ["#version: 0.2", *(f"{spelt[ranks[left]]} {spelt[ranks[right]]}" for left, right in merges)]
     settings = {
         "tokenizer_class": "GPT2Tokenizer",
