@@ -19,6 +19,7 @@ from gptlit.commands.options import (
     load_for_generation,
 )
 from gptlit.errors import InputError
+from gptlit.generation import TEMPERATURE, TOP_K
 
 if TYPE_CHECKING:
     from gptlit.data.templates import Template, Turn
@@ -33,8 +34,8 @@ HELP = """What you type is appended to the text, and the model continues it. Ctr
 def chat(
     checkpoint: Checkpoint,
     max_new_tokens: Annotated[int, typer.Option(min=0, help="Maximum length of an answer.")] = 200,
-    temperature: Temperature = 0.8,
-    top_k: TopK = 50,
+    temperature: Temperature = TEMPERATURE,
+    top_k: TopK = TOP_K,
     top_p: TopP = None,
     template: TemplateName = None,
     seed: Annotated[int | None, typer.Option(help="The same seed and lines give the same answers.")] = None,

@@ -21,6 +21,7 @@ from gptlit.commands.options import (
     read_lines,
 )
 from gptlit.errors import InputError, user_path
+from gptlit.generation import TEMPERATURE
 
 if TYPE_CHECKING:
     from gptlit.data.templates import Template
@@ -34,7 +35,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
     prompts_file: Annotated[str, typer.Option(help="A file with one prompt per line, or of instructions.")] = "",
     max_new_tokens: Annotated[int, typer.Option(min=0, help="Maximum length of a continuation.")] = 100,
-    temperature: Temperature = 0.8,
+    temperature: Temperature = TEMPERATURE,
     top_k: TopK = None,
     top_p: TopP = None,
     template: TemplateName = None,
