@@ -1,11 +1,13 @@
-"""Fixtures shared by the tests: a text, a tiny model's flags, and the command line run in this process."""
+"""Shared by the tests: a text, a tiny model's flags, the command line run in this process, the commands of a page."""
 
 import os
 import random
+import re
+import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -140,3 +142,19 @@ def losses(run: Path, tag: str = "train/loss") -> dict[int, float]:
     found = events.Scalars(tag)
     assert [event.step for event in found] == sorted({event.step for event in found})
     return {event.step: event.value for event in found}
+
+
+def code_blocks(text: str) -> list[tuple[str, str]]:
+    """Return the language and the text of each block of code."""
+    return re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Yield the words of each command in a page: in its blocks, and in backticks."""
+    text = page.read_text()
+    blocks = "\n".join(block for kind, block in code_blocks(text) if not kind).replace("\\\n", " ")
+    inline = re.findall(r"`((?:python |gptlit )[^`\n]+)`", text)
+    for line in [*blocks.splitlines(), *inline]:
+        line = re.sub(r"^\.venv/bin/", "", line.strip())
+        if re.match(r"(python -m gptlit |python -m benchmarks |gptlit |python train.py |torchrun |sbatch )", line):
+            yield shlex.split(line, comments=True)

@@ -5,7 +5,6 @@ import inspect
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +12,11 @@ import pytest
 from typer.main import get_command
 
 import gptlit
-from conftest import ROOT, one_parser, run_script
+from conftest import ROOT, code_blocks, commands, one_parser, run_script
 from gptlit.commands.main import TRAINING, app
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-
-
-def code_blocks(text: str) -> list[tuple[str, str]]:
-    """Return the language and the text of each block of code."""
-    return re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-
-
-def commands(page: Path) -> Iterator[list[str]]:
-    """Yield the words of each command in a page: in its blocks, and in backticks."""
-    text = page.read_text()
-    blocks = "\n".join(block for kind, block in code_blocks(text) if not kind).replace("\\\n", " ")
-    inline = re.findall(r"`((?:python |gptlit )[^`\n]+)`", text)
-    for line in [*blocks.splitlines(), *inline]:
-        line = re.sub(r"^\.venv/bin/", "", line.strip())
-        if re.match(r"(python -m gptlit |python -m benchmarks |gptlit |python train.py |torchrun |sbatch )", line):
-            yield shlex.split(line, comments=True)
 
 
 def all_commands(start: str) -> list[Any]:
