@@ -58,7 +58,7 @@ def test_the_pages_commands_run_in_their_order(text: str) -> None:
             args = ["-m", "torch.distributed.run", *args]
         if "fit" in args:
             args.append(f"--trainer.max_steps={2 if 'rehearsal' in args else next(steps)}")
-        done = run_script(*args, cwd=Path())
+        done = run_script(*args, cwd=Path(), timeout=1200)
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         assert "Traceback" not in done.stderr
         ran += 1
