@@ -99,7 +99,7 @@ def test_tests_that_are_named_exist() -> None:
             assert any(known.startswith(name) for known in names), f"{page.name}: {name}"
 
 
-# --- the README, as a new user ---
+# --- as a new user ---
 
 TINY = """
 model: {config: {context_length: 16, emb_dim: 32, n_heads: 2, n_layers: 2}, warmup_steps: 1}
@@ -109,8 +109,14 @@ run: {name: quickstart, val_every_n_steps: 3}
 """
 
 
-@pytest.mark.slow
-def test_the_readmes_commands_run_in_their_order(text: str) -> None:
+@pytest.mark.parametrize(
+    ("page", "number"),
+    [
+        pytest.param("README.md", 13, marks=pytest.mark.slow),
+        pytest.param("docs/start.md", 9, marks=pytest.mark.nightly),
+    ],
+)
+def test_the_commands_run_in_their_order(page: str, number: int, text: str) -> None:
     """The recipe is a tiny one under the same name. The first run of one's own ends early, as by Ctrl-C, for the
     resuming one to go on from; chat reads an empty input; TensorBoard is not started.
     """
@@ -118,18 +124,19 @@ def test_the_readmes_commands_run_in_their_order(text: str) -> None:
     Path("configs").mkdir()
     Path("configs/quickstart.yaml").write_text(TINY)
     shutil.copy(ROOT / "train.py", "train.py")
-    section = (ROOT / "README.md").read_text().split("## What you can do")[1]
-    _, block = code_blocks(section)[0]
+    section = (ROOT / page).read_text().split("## What you can do")[-1]
     ran = 0
-    for line in block.splitlines():
+    for line in "".join(block for kind, block in code_blocks(section) if not kind).splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["python"]:
-            if "--run.name" in words and words[-1] == "mine":
+            if words[-2:] == ["--run.name", "mine"]:
                 words.append("--trainer.max_steps=3")
-            done = run_script(*words[1:], cwd=Path())
+            elif "--ckpt_path" in words:
+                words.append("--trainer.max_steps=6")
+            done = run_script(*words[1:], cwd=Path(), timeout=1200)
             assert done.returncode == 0, f"{line}\n{done.stderr}"
             assert "Traceback" not in done.stderr
             ran += 1
-    assert ran == 13
+    assert ran == number
     assert Path("curves.png").is_file()
     assert Path("my-gpt/model.safetensors").is_file()
