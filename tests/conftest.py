@@ -1,5 +1,6 @@
 """Shared by the tests: a text, a tiny model's flags, the command line run in this process, the commands of a page."""
 
+import json
 import os
 import random
 import re
@@ -144,6 +145,14 @@ def losses(run: Path, tag: str = "train/loss") -> dict[int, float]:
     return {event.step: event.value for event in found}
 
 
+def text_of(page: Path) -> str:
+    """Return the text of a page; of a notebook, that of its text cells."""
+    if page.suffix != ".ipynb":
+        return page.read_text()
+    cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
 def code_blocks(text: str) -> list[tuple[str, str]]:
     """Return the language and the text of each block of code."""
     return re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
@@ -151,7 +160,7 @@ def code_blocks(text: str) -> list[tuple[str, str]]:
 
 def commands(page: Path) -> Iterator[list[str]]:
     """Yield the words of each command in a page: in its blocks, and in backticks."""
-    text = page.read_text()
+    text = text_of(page)
     blocks = "\n".join(block for kind, block in code_blocks(text) if not kind).replace("\\\n", " ")
     inline = re.findall(r"`((?:python |gptlit )[^`\n]+)`", text)
     for line in [*blocks.splitlines(), *inline]:

@@ -12,10 +12,11 @@ import pytest
 from typer.main import get_command
 
 import gptlit
-from conftest import ROOT, code_blocks, commands, one_parser, run_script
+from conftest import ROOT, code_blocks, commands, one_parser, run_script, text_of
 from gptlit.commands.main import TRAINING, app
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
+DOCS = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "docs" / "notebook.ipynb"]
+PAGES = [ROOT / "README.md", *DOCS, ROOT / "benchmarks" / "RESULTS.md"]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -78,7 +79,7 @@ def test_flags_of_the_benchmarks_are_known(words: list[str]) -> None:
 def test_python_in_the_docs_imports_from_gptlit_itself() -> None:
     imports = []
     for page in PAGES:
-        for kind, block in code_blocks(page.read_text()):
+        for kind, block in code_blocks(text_of(page)):
             if kind == "python":
                 imports += [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
     ours = [node for node in imports if str(node.module).startswith("gptlit")]
@@ -88,14 +89,14 @@ def test_python_in_the_docs_imports_from_gptlit_itself() -> None:
 
 def test_links_lead_somewhere() -> None:
     for page in PAGES:
-        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        for link in re.findall(r"\]\(([^)#]+)\)", text_of(page)):
             assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
 
 
 def test_tests_that_are_named_exist() -> None:
     names = set(re.findall(r"def (test_\w+)", "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))))
     for page in PAGES:
-        for name in re.findall(r"`(test_\w+?)(?:_?\.\.\.)?`", page.read_text()):
+        for name in re.findall(r"`(test_\w+?)(?:_?\.\.\.)?`", text_of(page)):
             assert any(known.startswith(name) for known in names), f"{page.name}: {name}"
 
 
