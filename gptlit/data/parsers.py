@@ -1,4 +1,4 @@
-"""Parsers: from an open file (text, JSON lines, JSON, Parquet; maybe compressed) to documents."""
+"""Parsers: from an open file, which may be compressed, to documents; `FORMATS` has one for each kind of file."""
 
 import codecs
 import gzip
@@ -9,14 +9,12 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from gptlit.data.tokenizer import without_surrogates
 from gptlit.errors import InputError
 
-JSON = ".json"
 ALIASES = {".ndjson": ".jsonl", ".jsonlines": ".jsonl"}
 COMPRESSED = (".gz", ".zst")
 TABLES = (".csv", ".tsv")
@@ -30,7 +28,7 @@ LONGEST = 2**24  # characters after which a text without a good place to cut is 
 CUT = re.compile(r"[ \n](?=[^\W\d_])(?<=[^\W\d_] |\S\n)")
 
 # Magic numbers of files that are not plain text, and what to do with them.
-FORMATS = {
+MAGIC = {
     b"PK\x03\x04": "a zip archive, as .docx, .xlsx, .odt and .epub are: unpack it, or save it as .txt",
     b"%PDF": "a PDF: save its text as .txt, for instance with pdftotext",
     b"\x1f\x8b": "compressed with gzip: let its name end in .gz",
@@ -80,22 +78,37 @@ def file_kind(name: str) -> tuple[str, str]:
     return ALIASES.get(kind, kind), compression
 
 
-def parser_for(name: str, options: ReadOptions) -> tuple[Parser, bool]:
-    """Return the parser for a file name, and whether all that it yields is one document, in pieces."""
-    kind, compression = file_kind(name)
-    if kind == ".parquet":
-        return partial(_parquet, name, options.text_key), False
-    if kind in (".jsonl", JSON):
-        return partial(_decompressed, name, compression, partial(_json_texts, name, options.text_key)), False
-    text = partial(_text, name, options.separator)
-    return partial(_decompressed, name, compression, text), not options.separator
+def without_ending(name: str) -> str:
+    """Return a file name without what says its format: "a.jsonl.gz" -> "a"."""
+    endings = ([*FORMATS, *ALIASES], COMPRESSED)
+    return re.sub("".join(f"({'|'.join(map(re.escape, some))})?" for some in endings) + "$", "", name, flags=re.I)
 
 
-def _decompressed(
-    name: str, compression: str, parse: Callable[[io.BufferedReader], Iterator[Document]], file: BinaryIO
-) -> Iterator[Document]:
-    """Parse a file that may be compressed; damage ends it."""
+@dataclass(frozen=True)
+class FileFormat:
+    """A format of corpus files.
+
+    Args:
+        parse: (name, value of the option, file) -> documents. What cannot be read is an `UnreadableDocument`.
+        option: The field of `ReadOptions` that the documents depend on. Without a "separator" a file is one document,
+            and `parse` yields its pieces.
+        in_folders: Read all files of this format in a folder.
+    """
+
+    parse: Callable[[str, str, Any], Iterator[Document]]
+    option: Literal["text_key", "separator"]
+    in_folders: bool = True
+
+
+def file_format(name: str) -> FileFormat:
+    """Return the format of a file, by its name; what is not known is text."""
+    return FORMATS.get(file_kind(name)[0], FORMATS[".txt"])
+
+
+def parse(name: str, option: str, file: BinaryIO) -> Iterator[Document]:
+    """Yield the documents of a file in its format; `option` is the value of the format's option."""
     opened: Any = file
+    compression = file_kind(name)[1]
     damage: tuple[type[Exception], ...] = (gzip.BadGzipFile, EOFError, zlib.error)
     if compression == ".gz":
         opened = gzip.GzipFile(fileobj=file)
@@ -104,7 +117,7 @@ def _decompressed(
         opened, damage = zstd.open(file), (zstd.ZstdError, EOFError)
     count = 0
     try:
-        for text in parse(opened):
+        for text in file_format(name).parse(name, option, opened):
             yield text
             count += 1
     except damage as error:
@@ -191,7 +204,7 @@ def _text(name: str, separator: str, file: io.BufferedReader) -> Iterator[Docume
 
 def _other_format(name: str, separator: str, head: bytes) -> str:
     """Return what a file is if it is not plain text, and what to do with it."""
-    for magic, what in FORMATS.items():
+    for magic, what in MAGIC.items():
         if head.startswith(magic):
             return f"is {what}"
     if b"\0" in head[:8000]:
@@ -256,3 +269,11 @@ def _decoded(name: str, file: BinaryIO) -> Iterator[Document]:
         reason = f"{name} is not UTF-8: it has the byte {error.object[error.start]:#04x}"
         yield UnreadableDocument(f"{reason}; if it is a text, convert it, for instance with iconv", ends_file=True)
     reader.detach()  # or it would close the file
+
+
+FORMATS = {
+    ".txt": FileFormat(_text, "separator"),
+    ".jsonl": FileFormat(_json_texts, "text_key"),
+    ".parquet": FileFormat(_parquet, "text_key"),
+    ".json": FileFormat(_json_texts, "text_key", in_folders=False),  # metadata more often than not
+}

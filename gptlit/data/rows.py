@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
-from gptlit.data.parsers import JSON, ReadOptions, UnreadableDocument, file_kind, json_rows
+from gptlit.data.parsers import ReadOptions, UnreadableDocument, file_kind, json_rows
 from gptlit.data.splitting import Split
 from gptlit.data.templates import ASSISTANT, SYSTEM, USER, Turn, find_template
 from gptlit.data.token_files import Shard, TokenData
@@ -82,7 +82,7 @@ def row_kind(path: Path, options: ReadOptions = ReadOptions()) -> Kind | None:  
         lines = head.splitlines()[:20]
         return "labels" if lines and all(map(LABELLED_LINE.fullmatch, lines)) else None
     try:
-        first = json.JSONDecoder().raw_decode(head.removeprefix("[").lstrip())[0] if kind in (".jsonl", JSON) else ""
+        first = json.JSONDecoder().raw_decode(head.removeprefix("[").lstrip())[0] if kind in (".json", ".jsonl") else ""
     except (ValueError, RecursionError):
         return None
     keys = set(first) if isinstance(first, dict) else set()
@@ -95,7 +95,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         InputError: The file is not UTF-8, or a row is no JSON object.
     """
-    if file_kind(path.name)[0] in (".jsonl", JSON):
+    if file_kind(path.name)[0] in (".json", ".jsonl"):
         with path.open("rb") as file:
             for place, row in json_rows(str(path), file):
                 if not isinstance(row, dict):

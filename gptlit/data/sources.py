@@ -7,20 +7,30 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from gptlit.data.download import CATALOGUE, download_from_hub, fetch
-from gptlit.data.parsers import JSON, Document, Parser, ReadOptions, file_kind, parser_for, text_or_raise
+from gptlit.data.parsers import (
+    FORMATS,
+    Document,
+    Parser,
+    ReadOptions,
+    file_format,
+    file_kind,
+    parse,
+    text_or_raise,
+    without_ending,
+)
 from gptlit.data.python_docs import python_docs
 from gptlit.errors import InputError, user_path
 
 PYTHON_DOCS = "python-docs"
 HUB = "hf:"
-KINDS = (".txt", ".jsonl", ".parquet")  # read from a folder, where .json files are metadata more often than not
+KINDS = [kind for kind, form in FORMATS.items() if form.in_folders]
 HELD_OUT = re.compile(r"(^|[/_.-])(val|valid|validation|dev|test)([/_.-]|$)", re.IGNORECASE)  # in a path on the hub
-ENDING = re.compile(r"(\.(txt|jsonl?|ndjson|jsonlines|parquet))?(\.(gz|zst))?$", re.IGNORECASE)
 DIGEST_LIMIT = 2**26  # bytes: of larger files the fingerprint covers the size and this much of both ends
 
 
@@ -102,14 +112,14 @@ def _open(source: str, options: ReadOptions, downloads: Path) -> Corpus:
         return Corpus(source, [SourceFile(source, 0, digest, io.BytesIO, lambda _: python_docs())])
     if source in CATALOGUE:
         if not options.separator:
-            options = ReadOptions(options.text_key, CATALOGUE[source].separator)
+            options = replace(options, separator=CATALOGUE[source].separator)
         return Corpus(source, [_local_file(fetch(source, downloads), options)])
     if source.startswith(HUB):
         return _hub_corpus(source, options)
     paths = _files(source)
     name = next((part for part in reversed(Path(source).parts) if not set(part) & set("*?[]")), "")
     if len(paths) == 1:
-        name = ENDING.sub("", paths[0].name)
+        name = without_ending(paths[0].name)
     return Corpus(_folder_name(name), [_local_file(path, options) for path in paths])
 
 
@@ -154,37 +164,27 @@ def _local_file(path: Path, options: ReadOptions) -> SourceFile:
 
 
 def _source_file(name: str, size: int, digest: str, opened: Callable[[], BinaryIO], options: ReadOptions) -> SourceFile:
-    is_text = file_kind(name)[0] not in (".jsonl", JSON, ".parquet")
-    option = options.separator if is_text else options.text_key
+    form = file_format(name)
+    option = getattr(options, form.option)
     fingerprint = hashlib.sha256(json.dumps([size, digest, option]).encode()).hexdigest()
-    return SourceFile(name, size, fingerprint, opened, *parser_for(name, options))
+    is_single_document = form.option == "separator" and not option
+    return SourceFile(name, size, fingerprint, opened, partial(parse, name, option), is_single_document)
 
 
 def _hub_corpus(source: str, options: ReadOptions) -> Corpus:
-    """List the data files of `hf:OWNER/NAME`, or those under `hf:OWNER/NAME/PATH` (a file, a folder or a glob)."""
-    try:
-        from huggingface_hub import HfFileSystem
-    except ImportError as error:
-        raise InputError(
-            f"{source!r} needs the package huggingface-hub: pip install huggingface-hub pyarrow"
-        ) from error
+    """Find the data files of `hf:OWNER/NAME`, or those under `hf:OWNER/NAME/PATH` (a file, a folder or a glob)."""
     owner, _, rest = source.removeprefix(HUB).strip("/").partition("/")
     name, _, path = rest.partition("/")
     if not owner or not name:
         raise InputError(f"{source!r} is no data set: write hf:OWNER/NAME or hf:OWNER/NAME/PATH")
     root = f"datasets/{owner}/{name}/"
     kind = file_kind(path)[0]
-    try:
-        pattern = path if kind in (*KINDS, JSON) else f"{path}/**".lstrip("/")
-        found: Any = HfFileSystem().glob(root + pattern, detail=True)
-    except Exception as error:  # whatever the client raises: no such data set, no network, no permission
-        raise InputError(f"{source!r} cannot be listed ({type(error).__name__}: {error})") from error
-    entries = [entry for _, entry in sorted(found.items()) if entry["type"] == "file"]
+    entries = _list_hub(source, root + (path if kind in FORMATS else f"{path}/**".lstrip("/")))
     if not path:  # one text in several formats, some of it held out
         entries = [entry for entry in entries if not HELD_OUT.search(entry["name"].removeprefix(root))]
-        kinds = {file_kind(entry["name"])[0] for entry in entries}
-        kind = next((kind for kind in (".parquet", ".jsonl", ".txt") if kind in kinds), "")
-    wanted = [kind] if kind in (*KINDS, JSON) else KINDS
+        found = {file_kind(entry["name"])[0] for entry in entries}
+        kind = next((kind for kind in reversed(KINDS) if kind in found), "")
+    wanted = [kind] if kind in FORMATS else KINDS
     entries = [entry for entry in entries if file_kind(entry["name"])[0] in wanted]
     if not entries:
         raise InputError(f"{source!r} has no {', '.join(KINDS)} file for training: name one as hf:OWNER/NAME/PATH")
@@ -195,3 +195,18 @@ def _hub_corpus(source: str, options: ReadOptions) -> Corpus:
         return _source_file(entry["name"], entry["size"], digest, lambda: download_from_hub(*place).open("rb"), options)
 
     return Corpus(_folder_name(name), [part(entry) for entry in entries])
+
+
+def _list_hub(source: str, pattern: str) -> list[dict[str, Any]]:
+    """Return the files on the Hub that match a glob."""
+    try:
+        from huggingface_hub import HfFileSystem
+    except ImportError as error:
+        raise InputError(
+            f"{source!r} needs the package huggingface-hub: pip install huggingface-hub pyarrow"
+        ) from error
+    try:
+        found: Any = HfFileSystem().glob(pattern, detail=True)
+    except Exception as error:  # whatever the client raises: no such data set, no network, no permission
+        raise InputError(f"{source!r} cannot be listed ({type(error).__name__}: {error})") from error
+    return [entry for _, entry in sorted(found.items()) if entry["type"] == "file"]
