@@ -10,7 +10,6 @@ import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from importlib.metadata import version
 from io import FileIO
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
+from gptlit.data.atomic import atomic_file
 from gptlit.errors import InputError, note
 
 SUFFIX = ".ckpt"
@@ -135,14 +135,10 @@ class _SyncedFile(FileIO):
 
 
 def _write(checkpoint: dict[str, Any], path: Path, then: Callable[[], None] | None) -> None:
-    temporary = path.with_name(f".{path.name}-{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _SyncedFile(temporary, "wb") as file:
+        with atomic_file(path, _SyncedFile) as file:
             torch.save(checkpoint, file)
             file.sync()
-        os.replace(temporary, path)
-        sync_folder(path.parent)
         if then is not None:
             then()
     except (OSError, RuntimeError) as error:  # torch's writer turns the first into the second
@@ -152,19 +148,6 @@ def _write(checkpoint: dict[str, Any], path: Path, then: Callable[[], None] | No
             f"{path} cannot be written ({getattr(cause, 'strerror', None) or cause}): {free:,.0f} MB are free in "
             f"{path.parent}; earlier checkpoints are intact"
         ) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def sync_folder(folder: Path) -> None:
-    """fsync a folder, which makes renames in it durable."""
-    if os.name != "nt":  # no such call; renames are journalled
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def tidy(folder: Path) -> None:

@@ -25,14 +25,14 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Show what is in a folder of tokens."""
-    from gptlit.data.token_files import SPLITS, folder_tokenizer, open_folder
+    from gptlit.data.token_files import SPLITS, folder_tokenizer, open_tokens
     from gptlit.data.tokenizer import load_tokenizer
 
     path = user_path(folder)
     if not path.is_dir():
         raise InputError(f"{folder} is no folder of tokens")
     encoding = load_tokenizer(tokenizer or folder_tokenizer(path) or "gpt2")
-    data = open_folder(path, encoding, dtype)
+    data = open_tokens(path, encoding, dtype)
     if verify and not data.manifest:
         raise InputError(f"{folder} has no manifest.json, there are no hashes to verify")
     if verify:

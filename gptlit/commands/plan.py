@@ -13,7 +13,7 @@ from typing_extensions import override
 from gptlit.checkpoint.formats import PretrainedWeights
 from gptlit.checkpoint.pretrained import check_compatible
 from gptlit.config import PRESETS
-from gptlit.data.compatibility import check_division, micro_batch_size
+from gptlit.data.compatibility import check_division, check_model, micro_batch_size
 from gptlit.errors import InputError, fail
 from gptlit.training.cli import TrainingCLI, command_line
 from gptlit.training.estimate import RunSpec, describe, gigabytes, make_plan, warnings
@@ -87,8 +87,9 @@ def run_spec(config: Any, run: Path) -> RunSpec:
             f"trainer.devices {trainer.devices}, trainer.num_nodes {trainer.num_nodes}: each must be at least 1"
         )
     check_division(data.batch_size, devices)
-    data.context_length = data.check_compatible(config.model.config)
-    if data.corpora.is_prepared():
+    check_model(config.model.config, data.context_length, data.tokenizer)
+    data.context_length = config.model.config.context_length
+    if data.sources.is_prepared():
         data.load("fit")
     return RunSpec.of(
         config.model,

@@ -30,8 +30,8 @@ def check_division(batch_size: int, devices: int) -> None:
         )
 
 
-def check_trainer_settings(settings: Any) -> None:
-    """Check what a Trainer, or its configuration, would decide about batches.
+def check_batch_settings(settings: Any) -> None:
+    """Check what a Trainer, or its configuration, would decide about batches, and that a run has an end.
 
     Raises:
         InputError: A setting contradicts the data module; the remedy is named.
@@ -39,6 +39,8 @@ def check_trainer_settings(settings: Any) -> None:
     for key in ("max_steps", "max_epochs"):
         if getattr(settings, key) == 0 and not settings.fast_dev_run:
             raise InputError(f"trainer.{key} 0 trains nothing: set it to a positive number")
+    if settings.max_steps == -1 and settings.max_epochs in (None, -1) and not settings.fast_dev_run:
+        raise InputError("a run needs an end: set trainer.max_steps or trainer.max_epochs")
     if settings.accumulate_grad_batches != 1:
         raise InputError(
             f"trainer.accumulate_grad_batches {settings.accumulate_grad_batches} cannot be set: it follows from "
@@ -81,7 +83,7 @@ def check_classes(config: GPTConfig, labels: Sequence[str], source: object) -> N
         raise InputError(f"model.config.tie_weights must be false: {has}, whose head is no token embedding")
 
 
-def check_resume(
+def check_position(
     state: dict[str, Any], current: dict[str, Any], names: dict[str, str], allowed: list[Identity]
 ) -> None:
     """Check that a position of a checkpoint means the same windows now.

@@ -13,25 +13,24 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from gptlit.config import GPTConfig
 from gptlit.data.compatibility import (
     Identity,
+    check_batch_settings,
     check_classes,
     check_division,
     check_model,
-    check_resume,
-    check_trainer_settings,
+    check_position,
     micro_batch_size,
 )
-from gptlit.data.corpora import Corpora, WeightedSource, tokenizer_for
 from gptlit.data.loaders import make_loader
 from gptlit.data.parsers import ReadOptions
-from gptlit.data.rows import Labels, RowOptions, Rows, label_names, longest_row
+from gptlit.data.rows import RowOptions
+from gptlit.data.run_data import RunData
+from gptlit.data.run_sources import RunSources, WeightedSource, tokenizer_for
 from gptlit.data.splitting import Split
-from gptlit.data.token_files import SPLITS, TokenData
-from gptlit.data.tokenizer import fingerprint, load_tokenizer, tokenizer_spec
-from gptlit.data.windows import EvalSampler, TrainSampler, WeightedMixture, Windows
-from gptlit.errors import InputError, note
+from gptlit.data.tokenizer import load_tokenizer, tokenizer_spec
+from gptlit.data.windows import EvalSampler, TrainSampler
+from gptlit.errors import InputError
 
 Loader = DataLoader[tuple[Tensor, Tensor]]
 
@@ -74,6 +73,9 @@ class TokenDataModule(pl.LightningDataModule):
         ValueError: A value is out of its range.
     """
 
+    data: RunData
+    labels: list[str]
+
     def __init__(
         self,
         source: str | list[WeightedSource] = "python-docs",
@@ -98,20 +100,16 @@ class TokenDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         cache_dir: str = "data",
     ) -> None:
+        arguments = locals()
         super().__init__()
-        sizes = {"batch_size": batch_size, "micro_batch_size": micro_batch_size, "stride": stride}
-        for key, value in {**sizes, "context_length": context_length}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"data.{key} must be a positive integer, got {value}")
-        if num_workers < 0:
-            raise ValueError(f"data.num_workers must be at least 0, got {num_workers}")
-        if not source:
-            raise ValueError("data.source is empty: name a file, a folder, or a list of {path, weight}")
-        self.source = source
-        self.sources = [WeightedSource(source)] if isinstance(source, str) else list(source)
+        _check(arguments)
+        self.source, self.batch_size, self.micro_batch_size = source, batch_size, micro_batch_size
+        self.context_length, self.stride, self.num_workers = context_length, stride, num_workers
+        self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+        self.resume_despite = resume_despite or []
         self.tokenizer = load_tokenizer(tokenizer_for(source, tokenizer))
-        self.corpora = Corpora(
-            self.sources,
+        self.sources = RunSources(
+            [WeightedSource(source)] if isinstance(source, str) else list(source),
             {"val": val_source, "test": test_source},
             Split(0.0 if val_source else val_fraction, 0.0 if test_source else test_fraction),
             ReadOptions(text_key, separator),
@@ -120,12 +118,7 @@ class TokenDataModule(pl.LightningDataModule):
             dtype,
             Path(cache_dir),
         )
-        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
-        self.context_length, self.stride = context_length, stride
-        self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
-        self.resume_despite = resume_despite or []
-        self.num_workers = num_workers
-        self.accumulation, self.micro_batch_size_used = 1, micro_batch_size or batch_size
+        self.micro_batch_size_used = micro_batch_size or batch_size
         self.start = self.start_step = 0  # windows over all devices, and optimizer steps, before this fit
         self.max_steps = -1
         self._limits: tuple[int, int | None] = (-1, None)  # the Trainer's own max_steps and max_epochs
@@ -139,7 +132,7 @@ class TokenDataModule(pl.LightningDataModule):
     @property
     def template(self) -> str | None:
         """Name of the template of instructions; None: the data are something else."""
-        return self.corpora.rows.template if self.corpora.kind == "instructions" else None
+        return self.sources.rows.template if self.sources.kind == "instructions" else None
 
     @override
     def prepare_data(self) -> None:
@@ -158,40 +151,18 @@ class TokenDataModule(pl.LightningDataModule):
             InputError: A split that the stage needs is too short, or the model cannot read the data.
         """
         config = getattr(getattr(self.trainer, "lightning_module", None), "config", None)
-        length = self.check_compatible(config) if config is not None else self.context_length
+        if config is not None:
+            check_model(config, self.context_length, self.tokenizer)
+        length = self.context_length if config is None else config.context_length
         if length is None:
             raise InputError("data.context_length is needed where there is no model to take it from")
-        if is_first := not hasattr(self, "data"):  # rank 0 calls this in `prepare_data` and in `setup`
-            each, self.data = self.corpora.open()
-            self.labels = label_names(self.data.shards("train"))
-            if config is not None:
-                check_classes(config, self.labels, self.source)
-            counts = [len(self._windows(data, "train", length)) for data in each]
-            self.mixture = WeightedMixture(counts, [source.weight for source in self.sources], self.seed)
-        self.windows = {name: self._windows(self.data, name, length) for name in SPLITS}
-        for name, windows in self.windows.items():
-            if is_first and isinstance(windows, Rows) and windows.cut:
-                lost = f"{windows.left_out} of them have nothing left to learn and are left out"
-                note(f"{name}: {windows.cut} rows are cut at {length} tokens; {lost}")
-        needed = {"fit": ["train"] + ["val"] * self.corpora.has_val, "validate": ["val"], "test": ["test"]}
-        for name in needed.get(stage or "", []):
-            self.corpora.check_windows(name, self.windows[name], self.mixture.n_windows)
-
-    def _windows(self, data: TokenData, name: str, length: int) -> Windows | Rows:
-        pin = self.num_workers == 0 and torch.cuda.is_available()  # with workers, the loader pins
-        if self.corpora.kind is not None:
-            if self.stride is not None:
-                raise InputError(f"data.stride {self.stride} is for windows: {self.source!r} has {self.corpora.kind}")
-            position = self.corpora.rows.label_position
-            row_length = None if position is None else min(length, longest_row(self.data.shards("train")))
-            eot = self.tokenizer.eot_token
-            return Rows(data.shards(name), length, eot, self.labels, position, row_length, pin)
-        return Windows(data.shards(name), length, self.stride or length, self.vocab_size, pin)
-
-    def check_compatible(self, config: GPTConfig) -> int:
-        """Return the context length of a model, checked against the data."""
-        check_model(config, self.context_length, self.tokenizer)
-        return config.context_length
+        if not hasattr(self, "data") or self.data.context_length != length:  # rank 0 has prepared it
+            pin = self.num_workers == 0 and torch.cuda.is_available()  # with workers, the loader pins
+            self.data = RunData(self.sources, length, self.stride, self.seed, pin)
+            self.labels = self.data.labels.names
+        if config is not None:
+            check_classes(config, self.labels, self.source)
+        self.data.check(stage)
 
     @property
     def _attached_trainer(self) -> pl.Trainer:
@@ -201,17 +172,17 @@ class TokenDataModule(pl.LightningDataModule):
 
     def _configure(self, trainer: pl.Trainer) -> None:
         """Set the Trainer's accumulation, length and validation interval, which it counts in micro-batches."""
-        check_trainer_settings(trainer)
+        check_batch_settings(trainer)
         check_division(self.batch_size, trainer.world_size)
         self.micro_batch_size_used = micro_batch_size(self.batch_size, trainer.world_size, self.micro_batch_size)
-        self.accumulation = self.batch_size // (trainer.world_size * self.micro_batch_size_used)
         self._limits = trainer.max_steps, trainer.max_epochs
         self._start_at(0, 0)
-        trainer.accumulate_grad_batches = self.accumulation
+        accumulation = self.batch_size // (trainer.world_size * self.micro_batch_size_used)
+        trainer.accumulate_grad_batches = accumulation
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            trainer.limit_train_batches = int(trainer.limit_train_batches) * self.accumulation
+            trainer.limit_train_batches = int(trainer.limit_train_batches) * accumulation
         if isinstance(trainer.val_check_interval, int):
-            trainer.val_check_interval *= self.accumulation
+            trainer.val_check_interval *= accumulation
         self._configured = trainer
 
     def _start_at(self, step: int, position: int) -> None:
@@ -220,17 +191,15 @@ class TokenDataModule(pl.LightningDataModule):
         max_steps, max_epochs = self._limits
         limits = [max_steps] if max_steps != -1 else []
         if max_epochs is not None and max_epochs != -1:
-            windows = max_epochs * len(self.windows["train"]) - position
+            windows = max_epochs * len(self.data.splits["train"]) - position
             limits.append(step + max(0, math.ceil(windows / self.batch_size)))
-        if not limits:
-            raise InputError("a run needs an end: set trainer.max_steps or trainer.max_epochs")
         self.max_steps = self._attached_trainer.fit_loop.epoch_loop.max_steps = min(limits)
 
     @override
     def train_dataloader(self) -> Loader:
         trainer = self._attached_trainer
         sampler = TrainSampler(
-            self.mixture,
+            self.data.mixture,
             batch_size=self.batch_size,
             micro_batch_size=self.micro_batch_size_used,
             rank=trainer.global_rank,
@@ -238,11 +207,11 @@ class TokenDataModule(pl.LightningDataModule):
             start=self.start,
             steps=max(0, self.max_steps - self.start_step),
         )
-        return make_loader(self.windows["train"], sampler, self.num_workers)
+        return make_loader(self.data.splits["train"], sampler, self.num_workers)
 
     @override
     def val_dataloader(self) -> Any:
-        return self._eval_dataloader("val") if len(self.windows["val"]) else []
+        return self._eval_dataloader("val") if len(self.data.splits["val"]) else []
 
     @override
     def test_dataloader(self) -> Loader:
@@ -251,62 +220,49 @@ class TokenDataModule(pl.LightningDataModule):
     def _eval_dataloader(self, name: str) -> Loader:
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         size = self.micro_batch_size or max(1, self.batch_size // world_size)
-        windows = self.windows[name]
+        windows = self.data.splits[name]
         sampler = EvalSampler(len(windows), micro_batch_size=size, rank=rank, world_size=world_size)
         return make_loader(windows, sampler, self.num_workers)
 
     def _position_after(self, step: int) -> int:
+        """Return the position of the next window after `step` optimizer steps, over all devices."""
         return self.start + (step - self.start_step) * self.batch_size
 
-    @property
-    def position(self) -> int:
-        """Position of the next window, over all devices, after the last optimizer step."""
-        return self._position_after(self._attached_trainer.global_step)
+    def _positions(self, step: int) -> np.ndarray:
+        """Return the positions of the windows in the optimizer step after `step` steps, over all devices."""
+        return self._position_after(step) + np.arange(self.batch_size)
 
     def addresses(self, step: int) -> list[dict[str, Any]]:
         """Return where the windows of the optimizer step after `step` steps are: file and offset in tokens, or row."""
-        windows = self.windows["train"]
-        indices = self.mixture(self._position_after(step) + np.arange(self.batch_size))
-        found = [windows.address(int(index)) for index in indices]
-        return [{"step": step + 1, "shard": str(windows.shards[s].path), "offset": offset} for s, offset in found]
+        return [{"step": step + 1, **address} for address in self.data.addresses(self._positions(step))]
 
     def targets_in_step(self, step: int) -> int | None:
         """Return how many targets the optimizer step after `step` steps has, over all devices; None: in every
         micro-batch there are as many.
         """
-        windows = self.windows["train"]
-        positions = self._position_after(step) + np.arange(self.batch_size)
-        return windows.count_targets(self.mixture(positions)) if isinstance(windows, Rows) else None
+        return self.data.count_targets(self._positions(step))
+
+    def describe_mixture(self) -> list[str]:
+        """Return a line on each source, if there are several."""
+        return self.data.mixture.describe(self.sources.names, self._position_after(self.max_steps))
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        step, sources = self._attached_trainer.global_step, [asdict(source) for source in self.sources.divided]
         return {
-            "step": self._attached_trainer.global_step,
-            "windows": self.position,
-            "source": self.source if isinstance(self.source, str) else [asdict(source) for source in self.sources],
+            "step": step,
+            "windows": self._position_after(step),
+            "source": self.source if isinstance(self.source, str) else sources,
             "tokenizer": tokenizer_spec(self.tokenizer),
-            **({"labels": self._labels_state()} if self.labels else {}),
+            **({"labels": asdict(self.data.labels)} if self.labels else {}),
             **({"template": self.template} if self.template is not None else {}),
-            **self._identity(),
-        }
-
-    def _labels_state(self) -> dict[str, Any]:
-        rows = self.windows["train"]
-        return asdict(Labels(self.labels, self.corpora.rows.label_position, getattr(rows, "row_length", None)))
-
-    def _identity(self) -> dict[str, Any]:
-        """Return what the order of windows depends on."""
-        return {
-            "tokenizer_sha256": fingerprint(self.tokenizer),
-            "corpus": self.data.fingerprint,
-            "seed": self.seed,
-            "stride": self.windows["train"].stride,
-            "weights": [source.weight for source in self.sources],
+            **self.data.identity,
         }
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.labels and (theirs := state.get("labels")) != (ours := self._labels_state()):
+        ours, theirs = asdict(self.data.labels), state.get("labels")
+        if self.labels and theirs != ours:
             raise InputError(f"the labels are {ours}, but the checkpoint was trained with {theirs}: use the same texts")
         if self._attached_trainer.state.fn != "fit":
             return
@@ -314,7 +270,7 @@ class TokenDataModule(pl.LightningDataModule):
             "corpus": f"{self.source!r}, the checkpoint's {state['source']!r}",
             "tokenizer": f"this one is {self.tokenizer.name!r}",
         }
-        check_resume(state, self._identity(), names, self.resume_despite)
+        check_position(state, self.data.identity, names, self.resume_despite)
         self._start_at(state["step"], state["windows"])
         if self.start_step >= self.max_steps:
             raise InputError(
@@ -322,12 +278,12 @@ class TokenDataModule(pl.LightningDataModule):
                 "trainer.max_steps or trainer.max_epochs, which count from its beginning"
             )
 
-    def bytes_per_token(self) -> dict[str, float]:
-        """Return the bytes of text per token of each split for which that is known."""
-        splits = self.data.manifest.get("splits", {})
-        own = [name for name in splits if not self.corpora.held_out.get(name) and self.data.tokens(name)]
-        return {name: splits[name]["bytes"] / self.data.tokens(name) for name in own}
 
-    def describe_mixture(self) -> list[str]:
-        """Return a line on each corpus, if there are several."""
-        return self.mixture.describe(self.corpora.names, self._position_after(self.max_steps))
+def _check(arguments: dict[str, Any]) -> None:
+    for key in ("batch_size", "micro_batch_size", "context_length", "stride"):
+        if arguments[key] is not None and arguments[key] < 1:
+            raise ValueError(f"data.{key} must be a positive integer, got {arguments[key]}")
+    if arguments["num_workers"] < 0:
+        raise ValueError(f"data.num_workers must be at least 0, got {arguments['num_workers']}")
+    if not arguments["source"]:
+        raise ValueError("data.source is empty: name a file, a folder, or a list of {path, weight}")

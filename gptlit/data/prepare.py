@@ -30,7 +30,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from gptlit.data.shard_writer import PROGRESS, FolderWriter
 from gptlit.data.sources import Corpus
 from gptlit.data.splitting import Piece, Split, SplitReader
-from gptlit.data.token_files import FORMAT, MANIFEST, SPLITS, VERIFY_LIMIT, TokenData, open_tokens
+from gptlit.data.token_files import FORMAT, MANIFEST, SPLITS, VERIFY_LIMIT, TokenData, open_prepared
 from gptlit.data.tokenizer import TOKENIZER_JSON, HuggingFaceTokenizer, Tokenizer, fingerprint
 from gptlit.errors import InputError, note
 
@@ -83,7 +83,7 @@ def prepare(
                 reader = SplitReader(corpora, split, skip_bad)
                 writer = FolderWriter(folder, tokenizer, settings)
                 _write(reader, writer, num_workers)
-    return open_tokens(folder)
+    return open_prepared(folder)
 
 
 def cache_folder(corpus: Corpus, root: Path, tokenizer: Tokenizer, split: Split) -> Path:
@@ -101,7 +101,7 @@ def prepare_cached(corpus: Corpus, root: Path, tokenizer: Tokenizer, split: Spli
     """
     folder = cache_folder(corpus, root, tokenizer, split)
     if (folder / MANIFEST).is_file():
-        data = open_tokens(folder)
+        data = open_prepared(folder)
     else:
         data = prepare(corpus, folder, tokenizer, split, wait=True)
     if sum(data.tokens(name) for name in SPLITS) * np.dtype(data.manifest["dtype"]).itemsize <= VERIFY_LIMIT:

@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import override
 
+from gptlit.data.atomic import atomic_file
 from gptlit.data.parsers import ReadOptions, UnreadableDocument, file_kind, json_rows
 from gptlit.data.splitting import Split
 from gptlit.data.templates import ASSISTANT, SYSTEM, USER, Turn, find_template
@@ -219,7 +219,9 @@ def stored_rows(path: Path, kind: Kind, root: Path, tokenizer: Tokenizer, option
     return root / f"{name}-{digest[:12]}.npz"
 
 
-def open_rows(path: Path, kind: Kind, root: Path, tokenizer: Tokenizer, split: Split, options: RowOptions) -> TokenData:
+def prepare_rows(
+    path: Path, kind: Kind, root: Path, tokenizer: Tokenizer, split: Split, options: RowOptions
+) -> TokenData:
     """Tokenize a file and store the result in `root`, or open what an earlier call stored; divide its rows.
 
     Raises:
@@ -229,7 +231,8 @@ def open_rows(path: Path, kind: Kind, root: Path, tokenizer: Tokenizer, split: S
     if (file := _load(stored)) is None:
         rows = list((_instructions if kind == "instructions" else _labelled)(path, tokenizer, options))
         file = _join(rows, "uint16" if tokenizer.n_vocab <= 2**16 else "uint32")
-        _save(file, stored)
+        with atomic_file(stored) as storage:
+            np.savez(storage, **vars(file))
     splits: dict[str, list[Shard]] = {}
     first = 0
     for name, size in split_sizes(len(file.labels), split, kind).items():
@@ -249,17 +252,6 @@ def _join(rows: Sequence[Row], dtype: str) -> RowFile:
         np.cumsum([0, *map(len, ids)]),
         np.array(labels, dtype=str),
     )
-
-
-def _save(rows: RowFile, path: Path) -> None:
-    """Write atomically; several processes may do so at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with temporary.open("wb") as file:
-        np.savez(file, **vars(rows))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _load(path: Path) -> RowFile | None:
@@ -320,13 +312,11 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
         shards: Shards of a split.
         context_length: Limit on T, in tokens.
         eot_token: The end-of-text token.
-        names: The labels to learn, in the order of their numbers; empty for instructions.
-        label_position: As in `RowOptions`.
-        row_length: What texts are padded to, and cut, with a `label_position`.
+        labels: The labels to learn; none for instructions.
         pin_memory: Allocate batches in pinned memory.
 
     Raises:
-        InputError: A label is not in `names`.
+        InputError: A text has another label.
     """
 
     stride = None  # rows do not overlap
@@ -336,14 +326,12 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
         shards: Sequence[Shard],
         context_length: int,
         eot_token: int,
-        names: Sequence[str] = (),
-        label_position: int | None = None,
-        row_length: int | None = None,
+        labels: Labels,
         pin_memory: bool = False,
     ) -> None:
         self.shards = [shard for shard in shards if isinstance(shard, RowShard)]
-        self.context_length, self.eot_token, self.names = context_length, eot_token, list(names)
-        self.label_position, self.row_length, self.pin_memory = label_position, row_length, pin_memory
+        self.context_length, self.eot_token = context_length, eot_token
+        self.labels, self.pin_memory = labels, pin_memory
         rows = [pair for shard in self.shards for pair in self._pairs(shard)]
         counts = np.array([(targets[:context_length] >= 0).sum() for _, targets in rows], dtype=np.int64)
         self.cut = sum(len(inputs) > context_length for inputs, _ in rows)
@@ -363,21 +351,22 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
         for row in range(shard.rows.start, shard.rows.stop):
             span = slice(*file.ends[row : row + 2])
             ids = file.ids[span].astype(np.int32)
-            if self.names:
+            if self.labels.names:
                 yield self._labelled(ids, str(file.labels[row]), shard.path)
             else:
                 yield ids[:-1], np.where(file.is_target[span], ids, NO_TARGET)[1:]
 
     def _labelled(self, ids: np.ndarray, label: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
-        if label not in self.names:
-            known = ", ".join(map(repr, self.names))
+        names, label_position, row_length = self.labels.names, self.labels.position, self.labels.row_length
+        if label not in names:
+            known = ", ".join(map(repr, names))
             raise InputError(f"{path} has the label {label!r}, which no text to train on has: they have {known}")
         position = min(len(ids), self.context_length) - 1
-        if self.label_position is not None and self.row_length is not None:
-            padding = np.full(self.row_length, self.eot_token, dtype=np.int32)
-            ids, position = np.concatenate([ids, padding])[: self.row_length], self.label_position
+        if label_position is not None and row_length is not None:
+            padding = np.full(row_length, self.eot_token, dtype=np.int32)
+            ids, position = np.concatenate([ids, padding])[:row_length], label_position
         targets = np.full_like(ids, NO_TARGET)
-        targets[position] = self.names.index(label)
+        targets[position] = names.index(label)
         return ids, targets
 
     def __len__(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from gptlit.data.atomic import atomic_file
 from gptlit.data.splitting import Piece
 from gptlit.data.token_files import MANIFEST, SPLITS
 from gptlit.data.tokenizer import TOKENIZER_JSON, HuggingFaceTokenizer, Tokenizer, tokenizer_spec
@@ -169,15 +170,6 @@ class FolderWriter:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write JSON atomically and durably."""
-    temporary = path.with_name(f"{path.name}.partial")
-    with temporary.open("w") as file:
-        json.dump(values, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    if hasattr(os, "O_DIRECTORY"):
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        os.fsync(folder)
-        os.close(folder)
+    """Write JSON, atomically."""
+    with atomic_file(path) as file:
+        file.write(json.dumps(values, indent=2).encode() + b"\n")

@@ -105,7 +105,7 @@ def _read_manifest(folder: Path) -> TokenData:
         raise InputError(f"{folder / MANIFEST} cannot be used ({type(error).__name__}: {error}): {AGAIN}") from error
 
 
-def open_tokens(folder: Path) -> TokenData:
+def open_prepared(folder: Path) -> TokenData:
     """Open a prepared folder and check that each shard is there in its full length.
 
     Raises:
@@ -181,7 +181,7 @@ def is_prepared(folder: Path) -> bool:
     return (folder / MANIFEST).is_file() and holds_tokens(folder)
 
 
-def open_folder(folder: Path, tokenizer: Tokenizer, dtype: str = "uint16") -> TokenData:
+def open_tokens(folder: Path, tokenizer: Tokenizer, dtype: str = "uint16") -> TokenData:
     """Open a folder of token files, prepared here or by another project, and check them against a tokenizer.
 
     Raises:
@@ -191,7 +191,7 @@ def open_folder(folder: Path, tokenizer: Tokenizer, dtype: str = "uint16") -> To
         data = open_foreign(folder, dtype)
         check_vocabulary(data, tokenizer.n_vocab)
         return data
-    data = open_tokens(folder)
+    data = open_prepared(folder)
     if data.manifest["tokenizer_sha256"] != fingerprint(tokenizer):
         raise InputError(
             f"tokenizer {tokenizer.name!r} contradicts {folder}, which {data.manifest['tokenizer']!r} made: leave "

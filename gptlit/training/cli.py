@@ -26,7 +26,7 @@ from gptlit.checkpoint.runs import (
     new_run_folder,
     newest_checkpoint,
 )
-from gptlit.data.compatibility import check_division, check_trainer_settings
+from gptlit.data.compatibility import check_batch_settings, check_division
 from gptlit.data.datamodule import TokenDataModule
 from gptlit.errors import InputError, fail, note, set_up_streams
 from gptlit.training.callbacks.checkpoint import StepCheckpoint
@@ -49,7 +49,7 @@ from gptlit.training.module import GPTModule
 from gptlit.training.parser import Parser, find_recipes
 from gptlit.training.resume import complete_architecture
 from gptlit.training.run_config import RunConfig, SaveRunConfig
-from gptlit.training.supported import check_trainer
+from gptlit.training.supported import check_supported
 from gptlit.training.tensorboard import StepLogger
 
 
@@ -156,7 +156,7 @@ class TrainingCLI(LightningCLI):
         """Report values that a class rejects, and missing packages, in one line."""
         try:
             super().instantiate_classes()
-            check_trainer(self.trainer)
+            check_supported(self.trainer)
             if self.subcommand == "fit":
                 check_division(self.datamodule.batch_size, self.trainer.num_devices * self.trainer.num_nodes)
             check_devices(self.trainer)
@@ -227,9 +227,7 @@ def settle_trainer(trainer: Any, is_fit: bool) -> None:
             "use run.val_every_n_steps, in optimizer steps"
         )
     if is_fit:
-        check_trainer_settings(trainer)
-        if trainer.max_steps == -1 and trainer.max_epochs in (None, -1) and not trainer.fast_dev_run:
-            raise InputError("a run needs an end: set trainer.max_steps or trainer.max_epochs")
+        check_batch_settings(trainer)
     if trainer.precision is None:
         trainer.precision, why = best_precision(trainer.accelerator)
         if is_fit:

@@ -33,8 +33,8 @@ from gptlit.training.optimizer import (
     build_optimizer,
     update_param_groups,
 )
-from gptlit.training.resume import check_resume, prepare_fit
-from gptlit.training.supported import check_trainer
+from gptlit.training.resume import check_same_model, prepare_fit
+from gptlit.training.supported import check_supported
 
 
 class GPTModule(pl.LightningModule):
@@ -120,7 +120,7 @@ class GPTModule(pl.LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        check_trainer(self.trainer)
+        check_supported(self.trainer)
 
     @override
     def configure_model(self) -> None:
@@ -257,8 +257,9 @@ class GPTModule(pl.LightningModule):
             log_confusion(self.trainer, name, matrix)
             return
         self.log(f"{name}/perplexity", loss.exp())
-        bytes_per_token = getattr(getattr(self.trainer, "datamodule", None), "bytes_per_token", None)
-        if bytes_per_token is not None and name in (ratios := bytes_per_token()):
+        datamodule = getattr(self.trainer, "datamodule", None)
+        ratios = datamodule.data.bytes_per_token() if isinstance(datamodule, TokenDataModule) else {}
+        if name in ratios:
             self.log(f"{name}/bits_per_byte", loss / math.log(2) / ratios[name])
 
     on_test_epoch_start = on_validation_epoch_start
@@ -276,7 +277,7 @@ class GPTModule(pl.LightningModule):
         trainer = attached_trainer(self)
         is_fit = trainer is not None and trainer.state.fn == "fit"
         of_fit = {"optimizer": self.optimizer_name, "trainable": self.trainable}
-        check_resume(self.config, self.lora, of_fit if is_fit else {}, checkpoint)
+        check_same_model(self.config, self.lora, of_fit if is_fit else {}, checkpoint)
         if self.lora.rank:
             ours = self.hparams["init_from"], self.hparams["base_fingerprint"]
             check_base(checkpoint["hyper_parameters"], "the checkpoint", *ours)

@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import Timer, WeightAveraging
 
 from gptlit.checkpoint.pretrained import check_compatible, check_tokenizer, read_weights
 from gptlit.config import GPTConfig
-from gptlit.data.corpora import has_labels, tokenizer_for
 from gptlit.data.parsers import ReadOptions
+from gptlit.data.run_sources import has_labels, tokenizer_for
 from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import InputError, note
 from gptlit.model.lora import LoRAConfig
@@ -65,7 +65,9 @@ def _of_pretrained(config: Any, given: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check_resume(config: GPTConfig, lora: LoRAConfig, of_fit: Mapping[str, Any], checkpoint: dict[str, Any]) -> None:
+def check_same_model(
+    config: GPTConfig, lora: LoRAConfig, of_fit: Mapping[str, Any], checkpoint: dict[str, Any]
+) -> None:
     """Check that a checkpoint is one of this model; `drop_rate` may differ.
 
     Args:

@@ -25,7 +25,7 @@ REFUSED_CALLBACKS: dict[type[Callback], str] = {
 }
 
 
-def check_trainer(trainer: pl.Trainer) -> None:
+def check_supported(trainer: pl.Trainer) -> None:
     """Check for values and callbacks that Lightning accepts but that would train wrongly or not at all.
 
     Raises:

@@ -17,7 +17,7 @@ from gptlit.checkpoint.io import DurableCheckpointIO, read_checkpoint
 from gptlit.config import GPTConfig
 from gptlit.data.prepare import prepare
 from gptlit.data.splitting import Split
-from gptlit.data.token_files import MANIFEST, TokenData, check_vocabulary, open_foreign, open_tokens
+from gptlit.data.token_files import MANIFEST, TokenData, check_vocabulary, open_foreign, open_prepared
 from gptlit.data.tokenizer import load_tokenizer
 from gptlit.data.windows import Windows
 from gptlit.errors import InputError
@@ -98,7 +98,7 @@ def test_mutated_manifests(tmp_path: Path, examples: int) -> None:
     @given(mutations())
     def check(change: Callable[[bytes], bytes]) -> None:
         (folder / MANIFEST).write_bytes(change(content))
-        ok(lambda: read_all(open_tokens(folder)))
+        ok(lambda: read_all(open_prepared(folder)))
         assert sorted(folder.iterdir()) == files
 
     check()
@@ -130,7 +130,7 @@ def test_manifests_with_other_values(tmp_path: Path, examples: int) -> None:
             at[key] = data.draw(VALUES)
             break
         (folder / MANIFEST).write_text(json.dumps(changed))
-        ok(lambda: read_all(open_tokens(folder)))
+        ok(lambda: read_all(open_prepared(folder)))
 
     check()
 

@@ -10,7 +10,7 @@ from gptlit.commands import inspect as inspection
 from gptlit.commands.inspect import summarize, window_text
 from gptlit.data.prepare import prepare
 from gptlit.data.splitting import Split
-from gptlit.data.token_files import open_folder
+from gptlit.data.token_files import open_tokens
 from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import InputError
 
@@ -25,7 +25,7 @@ def test_documents_are_measured_across_shards(
     monkeypatch.setattr(inspection, "SCAN", scan)
     documents = [" tree" * n for n in (3, 10, 1, 7, 25)]  # of as many tokens
     prepare(corpus_of(*documents), tmp_path / "a", GPT2, Split(0.0), shard_tokens=shard_tokens)
-    data = open_folder(tmp_path / "a", GPT2)
+    data = open_tokens(tmp_path / "a", GPT2)
     found = summarize(data, "train", GPT2.eot_token)
     assert (found["documents"], found["median"], found["longest"]) == (5, 7, 25)
     assert (found["tokens"], found["text_bytes"]) == (46 + 4, sum(map(len, documents)))
@@ -37,5 +37,5 @@ def test_documents_are_measured_across_shards(
 def test_files_of_nanogpt_end_their_documents_with_the_token(tmp_path: Path) -> None:
     ids = np.array([5, 6, 7, 50256, 8, 50256], dtype="<u2")
     ids.tofile(tmp_path / "train.bin")
-    found = summarize(open_folder(tmp_path, GPT2), "train", GPT2.eot_token)
+    found = summarize(open_tokens(tmp_path, GPT2), "train", GPT2.eot_token)
     assert (found["documents"], found["longest"], found["text_bytes"]) == (2, 3, None)

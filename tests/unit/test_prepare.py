@@ -25,7 +25,7 @@ from gptlit.data.prepare import LOCK, prepare, prepare_cached
 from gptlit.data.shard_writer import PROGRESS, FolderWriter
 from gptlit.data.sources import Corpus, SourceFile, open_corpus
 from gptlit.data.splitting import Split
-from gptlit.data.token_files import MANIFEST, TokenData, open_tokens
+from gptlit.data.token_files import MANIFEST, TokenData, open_prepared
 from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import InputError
 
@@ -398,7 +398,7 @@ def test_two_at_once_are_refused_or_wait(tmp_path: Path) -> None:
 
 
 def test_what_a_kill_leaves_in_the_first_moment_does_not_block(tmp_path: Path) -> None:
-    (tmp_path / "progress.json.partial").write_text("{")
+    (tmp_path / ".progress.json-1.partial").write_text("{")
     assert documents_of(prepare(corpus_of("one"), tmp_path, GPT2, Split(0.0)), "train") == ["one"]
 
 
@@ -498,10 +498,10 @@ def test_a_truncated_shard_is_found(tmp_path: Path) -> None:
     shard = folder / "train-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(InputError, match=r"train-00000\.bin has 7 bytes, its manifest\.json says 8: delete"):
-        open_tokens(folder)
+        open_prepared(folder)
     shard.unlink()
     with pytest.raises(InputError, match=r"train-00000\.bin is missing"):
-        open_tokens(folder)
+        open_prepared(folder)
 
 
 def test_a_changed_shard_is_found_before_it_is_used_again(tmp_path: Path) -> None:
@@ -528,7 +528,7 @@ def test_a_manifest_that_makes_no_sense_is_refused(tmp_path: Path, change: Any) 
     change(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=r"manifest\.json cannot be used"):
-        open_tokens(folder)
+        open_prepared(folder)
 
 
 def test_progress_is_shown_line_by_line_without_a_terminal(

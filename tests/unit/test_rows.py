@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from gptlit.data.rows import RowOptions, Rows, label_names, longest_row, open_rows, row_kind, split_sizes
+from gptlit.data.rows import Labels, RowOptions, Rows, label_names, longest_row, prepare_rows, row_kind, split_sizes
 from gptlit.data.splitting import Split
 from gptlit.data.templates import TEMPLATES, find_template
 from gptlit.data.token_files import SPLITS
@@ -46,9 +46,9 @@ def write(name: str, rows: Any) -> Path:
 def rows_of(path: Path, length: int = 1024, split: Split = Split(0.0), **options: Any) -> dict[str, Rows]:  # noqa: B008
     kind = row_kind(path)
     assert kind is not None
-    data = open_rows(path, kind, Path("data"), TOKENIZER, split, RowOptions(**options))
+    data = prepare_rows(path, kind, Path("data"), TOKENIZER, split, RowOptions(**options))
     names = label_names(data.shards("train"))
-    return {name: Rows(data.shards(name), length, EOT, names) for name in SPLITS}
+    return {name: Rows(data.shards(name), length, EOT, Labels(names)) for name in SPLITS}
 
 
 def ids_of(batch: torch.Tensor) -> list[str]:
@@ -219,8 +219,8 @@ def test_balanced_parts_share_no_text() -> None:
 @pytest.mark.parametrize("position", [0, -1])
 def test_a_label_may_stand_at_one_position(position: int) -> None:
     Path("a.tsv").write_text("".join(f"{label}\t{text}\n" for label, text in MESSAGES))
-    shards = open_rows(Path("a.tsv"), "labels", Path("data"), TOKENIZER, Split(0.0), RowOptions()).shards("train")
-    rows = Rows(shards, 64, EOT, ["ham", "spam"], position, row_length=5)
+    shards = prepare_rows(Path("a.tsv"), "labels", Path("data"), TOKENIZER, Split(0.0), RowOptions()).shards("train")
+    rows = Rows(shards, 64, EOT, Labels(["ham", "spam"], position, row_length=5))
     _, targets = rows[np.array([0, 1, -1])]
     assert targets.shape == (3, 5)
     assert targets[:2, position].ge(0).all()
@@ -291,9 +291,9 @@ def test_what_is_text_is_no_file_of_rows() -> None:
 
 def test_a_label_that_is_not_learnt_is_named() -> None:
     Path("a.tsv").write_text("ham\tx\neggs\ty\n")
-    shards = open_rows(Path("a.tsv"), "labels", Path("data"), TOKENIZER, Split(0.0), RowOptions()).shards("train")
+    shards = prepare_rows(Path("a.tsv"), "labels", Path("data"), TOKENIZER, Split(0.0), RowOptions()).shards("train")
     with pytest.raises(InputError, match="a.tsv has the label 'eggs', which no text to train on has: they have 'ham'"):
-        Rows(shards, 64, EOT, ["ham"])
+        Rows(shards, 64, EOT, Labels(["ham"]))
 
 
 def test_one_label_is_too_few() -> None:

@@ -27,7 +27,7 @@ from gptlit.checkpoint.runs import checkpoint_path, checkpoints
 from gptlit.errors import InputError
 from gptlit.training.distributed import FSDP2Strategy
 from gptlit.training.module import GPTModule
-from gptlit.training.supported import check_trainer
+from gptlit.training.supported import check_supported
 
 Fit = Callable[..., None]
 NAN = float("nan")
@@ -60,7 +60,7 @@ def test_settings_that_would_train_wrongly_are_refused(options: dict[str, Any], 
 
 def test_a_batch_size_finder_is_refused_by_the_command_line() -> None:
     with pytest.raises(InputError, match="BatchSizeFinder does not work here"):
-        check_trainer(trainer(callbacks=BatchSizeFinder()))
+        check_supported(trainer(callbacks=BatchSizeFinder()))
 
 
 @pytest.mark.parametrize("options", [{"gradient_clip_val": 0}, {"gradient_clip_val": float("inf")}, {}])
@@ -79,7 +79,7 @@ def test_sharded_weights_are_not_averaged() -> None:
     fields = {**numbers, "gradient_clip_val": None, "precision": "32-true"}
     sharded: Any = SimpleNamespace(**fields, strategy=FSDP2Strategy(), callbacks=[EMAWeightAveraging()])
     with pytest.raises(InputError, match="EMAWeightAveraging does not work with sharded weights: use .* ddp"):
-        check_trainer(sharded)
+        check_supported(sharded)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true", "64-true"])

@@ -185,12 +185,12 @@ BIG = """
 import json, sys
 from pathlib import Path
 import numpy as np
-from gptlit.data.token_files import open_tokens
+from gptlit.data.token_files import open_prepared
 from gptlit.data.windows import WeightedMixture, TrainSampler, Windows
 def memory():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) / 1024
 before = memory()
-data = open_tokens(Path(sys.argv[1]))
+data = open_prepared(Path(sys.argv[1]))
 windows = Windows(data.shards("train"), 1024, 1024)
 mixture = WeightedMixture([len(windows)], [1.0], 0)
 first = lambda position: next(iter(TrainSampler(

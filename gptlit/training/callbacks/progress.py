@@ -140,7 +140,7 @@ def _summary(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
     )
     plan = make_plan(spec)
     lines = describe(spec, plan)
-    source = datamodule.source if isinstance(datamodule.source, str) else f"{len(datamodule.sources)} corpora"
+    source = datamodule.source if isinstance(datamodule.source, str) else f"{len(datamodule.sources.divided)} corpora"
     mix = [f"        {line}" for line in datamodule.describe_mixture()]
     return [f"corpus  {source}", *mix, *lines, *(f"warning: {line}" for line in warnings(spec, plan))]
 

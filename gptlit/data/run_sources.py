@@ -1,4 +1,4 @@
-"""The corpora of a run: which they are, and how their tokens are opened or made."""
+"""The sources of a run: texts, rows or tokens, which become tokens on disk."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gptlit.data.parsers import ReadOptions
 from gptlit.data.prepare import cache_folder, prepare_cached
-from gptlit.data.rows import Kind, RowOptions, Rows, open_rows, row_kind, stored_rows
+from gptlit.data.rows import Kind, RowOptions, prepare_rows, row_kind, stored_rows
 from gptlit.data.sources import PYTHON_DOCS, open_corpus
 from gptlit.data.splitting import Split
 from gptlit.data.token_files import (
@@ -17,16 +17,15 @@ from gptlit.data.token_files import (
     concatenate,
     folder_tokenizer,
     holds_tokens,
-    open_folder,
+    open_tokens,
 )
 from gptlit.data.tokenizer import Tokenizer
-from gptlit.data.windows import Windows
 from gptlit.errors import InputError, user_path
 
 
 @dataclass
 class WeightedSource:
-    """One of several corpora.
+    """One of several sources.
 
     Args:
         path: As `data.source`.
@@ -47,17 +46,17 @@ def tokenizer_for(source: str | Sequence[WeightedSource], tokenizer: str | None,
 
 
 def has_labels(source: str | Sequence[WeightedSource], options: ReadOptions) -> bool:
-    """Return whether the corpora are texts with labels."""
+    """Return whether the sources are texts with labels."""
     paths = [source] if isinstance(source, str) else [part.path for part in source]
     return any(row_kind(user_path(path), options) == "labels" for path in paths)
 
 
 @dataclass
-class Corpora:
-    """The corpora of a run."""
+class RunSources:
+    """The sources of a run, and how they are read, divided and tokenized."""
 
-    sources: list[WeightedSource]  # what is divided into train, val and test
-    held_out: dict[str, str | None]  # other sources for val and test, each taken in full; None: a part of `sources`
+    divided: list[WeightedSource]  # into train, val and test
+    held_out: dict[str, str | None]  # other sources for val and test, each taken in full; None: a part of `divided`
     split: Split
     options: ReadOptions
     rows: RowOptions
@@ -68,7 +67,7 @@ class Corpora:
     @property
     def names(self) -> list[str]:
         """A name for each source."""
-        names = [Path(source.path).name for source in self.sources]
+        names = [Path(source.path).name for source in self.divided]
         return names if len(set(names)) == len(names) else [f"{index}-{name}" for index, name in enumerate(names)]
 
     @property
@@ -83,7 +82,7 @@ class Corpora:
         Raises:
             InputError: They differ in that, or an option has no use for it.
         """
-        paths = [source.path for source in self.sources] + [path for path in self.held_out.values() if path]
+        paths = [source.path for source in self.divided] + [path for path in self.held_out.values() if path]
         kinds = {row_kind(user_path(path), self.options) for path in paths}
         if len(kinds) > 1:
             has = " and ".join(sorted(kind or "texts" for kind in kinds))
@@ -94,7 +93,7 @@ class Corpora:
 
     def is_prepared(self) -> bool:
         """Return whether everything is on disk as tokens: nothing would be downloaded or tokenized."""
-        used = [(source.path, self.split) for source in self.sources]
+        used = [(source.path, self.split) for source in self.divided]
         used += [(path, Split(0.0)) for path in self.held_out.values() if path is not None]
         return all(self._is_prepared(path, split) for path, split in used)
 
@@ -107,57 +106,27 @@ class Corpora:
         corpus = open_corpus(path, self.options, self.cache_dir / "downloads")
         return (cache_folder(corpus, self.cache_dir, self.tokenizer, split) / MANIFEST).is_file()
 
-    def open(self) -> tuple[list[TokenData], TokenData]:
-        """Return the tokens of each source, and all of them with the held-out ones; tokenize what is not yet."""
-        each = [self._open(source.path, self.split) for source in self.sources]
+    def tokenize(self) -> tuple[list[TokenData], TokenData]:
+        """Return the tokens of each source, and all of them with the held-out ones; make those that are not on disk."""
+        each = [self._tokenize(source.path, self.split) for source in self.divided]
         data = concatenate(each)
         for name, path in self.held_out.items():
             if path is not None:
-                other = self._open(path, Split(0.0))
+                other = self._tokenize(path, Split(0.0))
                 shards = [shard for split in SPLITS for shard in other.shards(split)]
                 data = replace(data, splits={**data.splits, name: shards})
         return each, data
 
-    def _open(self, path: str, split: Split) -> TokenData:
+    def _tokenize(self, path: str, split: Split) -> TokenData:
         folder = user_path(path)
         if holds_tokens(folder):
-            return open_folder(folder, self.tokenizer, self.dtype)
+            return open_tokens(folder, self.tokenizer, self.dtype)
         if self.kind is not None:
             options = self._row_options(split)
-            return open_rows(folder, self.kind, self.cache_dir, self.tokenizer, split, options)
+            return prepare_rows(folder, self.kind, self.cache_dir, self.tokenizer, split, options)
         corpus = open_corpus(path, self.options, self.cache_dir / "downloads")
         return prepare_cached(corpus, self.cache_dir, self.tokenizer, split)
 
     def _row_options(self, split: Split) -> RowOptions:
         """Return how rows are made; a source that is held out is taken in full."""
         return self.rows if split is self.split else replace(self.rows, balance=False)
-
-    def check_windows(self, name: str, windows: Windows | Rows, train_windows: Sequence[int]) -> None:
-        """Check that a split has at least one window or row, and each source one to train on.
-
-        Args:
-            name: Name of the split.
-            windows: Windows of the split.
-            train_windows: Number of training windows of each source.
-
-        Raises:
-            InputError: It has none; the remedies are named.
-        """
-        if len(windows) and (name != "train" or 0 not in train_windows):
-            return
-        short = self.sources if not len(windows) else [self.sources[train_windows.index(0)]]
-        lacks = f"is too short for one window of {windows.context_length} + 1 tokens"
-        remedies = ["a longer text", "a smaller model.config.context_length"]
-        if isinstance(windows, Rows):
-            lacks, remedies = "has no row with a target", ["more rows", "a larger model.config.context_length"]
-        if name != "train":
-            remedies += [
-                f"data.{name}_source",
-                f"a larger data.{name}_fraction (of a prepared folder: prepare it again)",
-            ]
-        if name == "val":
-            remedies.append("data.val_fraction 0, which trains without validation")
-        raise InputError(
-            f"the {name} part of {', '.join(repr(source.path) for source in short)} {lacks}: use "
-            f"{', '.join(remedies[:-1])} or {remedies[-1]}"
-        )
