@@ -4,7 +4,8 @@ import io
 import os
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -26,6 +27,19 @@ def user_path(text: str) -> Path:
         return Path(text).expanduser()
     except (UnicodeEncodeError, RuntimeError) as error:
         raise InputError(f"the path {text!r} cannot be used ({error}): rename it, or name its folder") from error
+
+
+@contextmanager
+def needs(package: str, user: object, install: str = "") -> Iterator[None]:
+    """Import an optional package in here.
+
+    Raises:
+        InputError: It is missing; `user` says what needs it.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(f"{user} needs the package {package}: pip install {install or package}") from error
 
 
 def note(message: str) -> None:

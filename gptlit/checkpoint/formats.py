@@ -23,23 +23,14 @@ from gptlit.model.gpt import GPTModel
 
 @dataclass
 class PretrainedWeights:
-    """An architecture and its weights, under this project's names.
+    """An architecture and its weights, under this project's names."""
 
-    Args:
-        path: The file or folder they were read from.
-        config: The architecture.
-        state: The state dict of a GPTModel.
-        tokenizer: Argument of `load_tokenizer`; None if unknown.
-        template: Name of the template of the instructions that they were trained on; None: they were not.
-        labels: Of a classifier; None: its classes are named by their numbers.
-    """
-
-    path: Path
+    path: Path  # the file or folder they were read from
     config: GPTConfig
-    state: dict[str, Tensor]
-    tokenizer: str | None = None
-    template: str | None = None
-    labels: Labels | None = None
+    state: dict[str, Tensor]  # of a GPTModel
+    tokenizer: str | None = None  # argument of `load_tokenizer`; None if unknown
+    template: str | None = None  # its name, where they were trained on instructions
+    labels: Labels | None = None  # of a classifier; None: its classes are named by their numbers
 
     @property
     def classes(self) -> Labels:
@@ -66,6 +57,7 @@ class PretrainedWeights:
 
 
 PREFIX = "model."  # the GPTModel in the state dict of a GPTModule
+DATA = "TokenDataModule"  # the data module's state in a checkpoint: Lightning names it after the class
 WRAPPERS = r"(^|(?<=\.))(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."  # compile, DDP, FSDP
 
 
@@ -104,17 +96,11 @@ def book_names(name: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Format:
-    """How another project stores the weights.
+    """How another project stores the weights."""
 
-    Args:
-        names: Maps a parameter name to theirs; several are stacked along dimension 0.
-        transposed: Whether linear weights are stored as (in, out).
-        ignored: Pattern of the names of buffers.
-    """
-
-    names: Callable[[str], list[str]]
-    transposed: bool = False
-    ignored: str = ""
+    names: Callable[[str], list[str]]  # of a parameter, ours to theirs; several are stacked along dimension 0
+    transposed: bool = False  # whether linear weights are stored as (in, out)
+    ignored: str = ""  # pattern of the names of buffers
 
 
 # Keys of the architecture, ours to theirs, and what a GPT-2 of Hugging Face has besides.

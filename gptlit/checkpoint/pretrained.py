@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gptlit.checkpoint.formats import (
     BOOK,
+    DATA,
     HUGGINGFACE,
     HUGGINGFACE_FIXED,
     HUGGINGFACE_KEYS,
@@ -30,7 +31,7 @@ from gptlit.checkpoint.runs import find_checkpoint
 from gptlit.config import GPTConfig
 from gptlit.data.rows import Labels
 from gptlit.data.tokenizer import TOKENIZER_JSON, Tokenizer, folder_spec, same_ids
-from gptlit.errors import InputError, note
+from gptlit.errors import InputError, needs, note
 from gptlit.model.gpt import GPTModel
 from gptlit.model.lora import LoRAConfig, build_model, merged
 from gptlit.model.sharding import gathered, shard_like
@@ -84,7 +85,7 @@ def _read(path: Path, n_heads: int | None) -> PretrainedWeights:
 def _read_own(checkpoint: dict[str, Any], path: Path) -> PretrainedWeights:
     found = plain_names(checkpoint["state_dict"])
     weights = {name.removeprefix(PREFIX): value for name, value in found.items() if name.startswith(PREFIX)}
-    data = checkpoint.get("TokenDataModule", {})
+    data = checkpoint.get(DATA, {})
     labels = Labels(**data["labels"]) if "labels" in data else None
     config = GPTConfig(**checkpoint["hyper_parameters"]["config"])
     if "base_fingerprint" in checkpoint["hyper_parameters"]:
@@ -164,10 +165,8 @@ def _load_file(path: Path) -> dict[str, Any]:
 
 def _download(name: str) -> Path:
     """Download a model from the Hugging Face hub, or find it in its cache."""
-    try:
+    with needs("huggingface-hub", f"hf:{name}", '"gptlit[hub]"'):
         from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise InputError(f'hf:{name} needs the package huggingface-hub: pip install "gptlit[hub]"') from error
     try:
         folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):

@@ -49,15 +49,8 @@ def evaluate(
 
 
 def _print_result(score: "Score", settings: dict[str, int], json: bool) -> None:
-    values = {
-        "documents": score.documents,
-        "tokens": score.tokens,
-        **settings,
-        "loss": score.loss,
-        "perplexity": score.perplexity,
-        "bits_per_byte": score.bits_per_byte,
-        "accuracy": score.accuracy,
-    }
+    means = {key: getattr(score, key) for key in ("loss", "perplexity", "bits_per_byte", "accuracy")}
+    values = {"documents": score.documents, "tokens": score.tokens, **settings, **means}
     if json:
         print_json(values)
         return

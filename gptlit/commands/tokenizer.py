@@ -8,7 +8,7 @@ import typer
 
 from gptlit.commands.options import Separator, TextKey
 from gptlit.commands.prepare import SOURCES
-from gptlit.errors import InputError, user_path
+from gptlit.errors import InputError, needs, user_path
 
 
 def tokenizer(
@@ -24,10 +24,8 @@ def tokenizer(
     from gptlit.data.sources import open_corpus
     from gptlit.data.tokenizer import ENDS, without_surrogates
 
-    try:
+    with needs("tokenizers", "training a tokenizer"):
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    except ImportError as error:
-        raise InputError("training a tokenizer needs the package tokenizers: pip install tokenizers") from error
     path = user_path(out)
     if path.suffix != ".json" or not path.parent.is_dir():
         raise InputError(f"--out {out} must be a .json file in an existing folder")

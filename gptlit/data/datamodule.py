@@ -24,9 +24,9 @@ from gptlit.data.compatibility import (
 )
 from gptlit.data.loaders import make_loader
 from gptlit.data.parsers import ReadOptions
-from gptlit.data.rows import RowOptions
+from gptlit.data.rows import RowOptions, Rows
 from gptlit.data.run_data import RunData
-from gptlit.data.run_sources import RunSources, WeightedSource, tokenizer_for
+from gptlit.data.run_sources import RunSources, WeightedSource, as_list, tokenizer_for
 from gptlit.data.splitting import Split
 from gptlit.data.tokenizer import load_tokenizer, tokenizer_spec
 from gptlit.data.windows import EvalSampler, TrainSampler
@@ -109,7 +109,7 @@ class TokenDataModule(pl.LightningDataModule):
         self.resume_despite = resume_despite or []
         self.tokenizer = load_tokenizer(tokenizer_for(source, tokenizer))
         self.sources = RunSources(
-            [WeightedSource(source)] if isinstance(source, str) else list(source),
+            as_list(source),
             {"val": val_source, "test": test_source},
             Split(0.0 if val_source else val_fraction, 0.0 if test_source else test_fraction),
             ReadOptions(text_key, separator),
@@ -228,19 +228,22 @@ class TokenDataModule(pl.LightningDataModule):
         """Return the position of the next window after `step` optimizer steps, over all devices."""
         return self.start + (step - self.start_step) * self.batch_size
 
-    def _positions(self, step: int) -> np.ndarray:
-        """Return the positions of the windows in the optimizer step after `step` steps, over all devices."""
-        return self._position_after(step) + np.arange(self.batch_size)
+    def _indices(self, step: int) -> np.ndarray:
+        """Return the windows of the optimizer step after `step` steps, over all devices, int64 (B,)."""
+        return self.data.mixture(self._position_after(step) + np.arange(self.batch_size))
 
     def addresses(self, step: int) -> list[dict[str, Any]]:
         """Return where the windows of the optimizer step after `step` steps are: file and offset in tokens, or row."""
-        return [{"step": step + 1, **address} for address in self.data.addresses(self._positions(step))]
+        windows = self.data.splits["train"]
+        found = [windows.address(int(index)) for index in self._indices(step)]
+        return [{"step": step + 1, "shard": str(windows.shards[s].path), "offset": offset} for s, offset in found]
 
     def targets_in_step(self, step: int) -> int | None:
         """Return how many targets the optimizer step after `step` steps has, over all devices; None: in every
         micro-batch there are as many.
         """
-        return self.data.count_targets(self._positions(step))
+        windows = self.data.splits["train"]
+        return windows.count_targets(self._indices(step)) if isinstance(windows, Rows) else None
 
     def describe_mixture(self) -> list[str]:
         """Return a line on each source, if there are several."""

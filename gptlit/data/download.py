@@ -11,7 +11,7 @@ from urllib.request import urlopen
 
 from filelock import FileLock
 
-from gptlit.errors import InputError
+from gptlit.errors import InputError, needs
 
 TIMEOUT = 30.0  # seconds without a byte
 
@@ -102,10 +102,8 @@ def download_from_hub(repo_id: str, path: str, **options: Any) -> Path:
     Raises:
         InputError: It cannot be downloaded.
     """
-    try:
+    with needs("huggingface-hub", repo_id):
         import huggingface_hub
-    except ImportError as error:
-        raise InputError(f"{repo_id} needs the package huggingface-hub: pip install huggingface-hub") from error
     try:
         return Path(huggingface_hub.hf_hub_download(repo_id, path, repo_type="dataset", **options))
     except Exception as error:  # the client raises those of several libraries

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from gptlit.data.tokenizer import without_surrogates
-from gptlit.errors import InputError
+from gptlit.errors import InputError, needs
 
 ALIASES = {".ndjson": ".jsonl", ".jsonlines": ".jsonl"}
 COMPRESSED = (".gz", ".zst")
@@ -86,18 +86,11 @@ def without_ending(name: str) -> str:
 
 @dataclass(frozen=True)
 class FileFormat:
-    """A format of corpus files.
+    """A format of corpus files. Without a separator a file is one document, and `parse` yields its pieces."""
 
-    Args:
-        parse: (name, value of the option, file) -> documents. What cannot be read is an `UnreadableDocument`.
-        option: The field of `ReadOptions` that the documents depend on. Without a "separator" a file is one document,
-            and `parse` yields its pieces.
-        in_folders: Read all files of this format in a folder.
-    """
-
-    parse: Callable[[str, str, Any], Iterator[Document]]
-    option: Literal["text_key", "separator"]
-    in_folders: bool = True
+    parse: Callable[[str, str, Any], Iterator[Document]]  # (name, value of the option, file) -> documents
+    option: Literal["text_key", "separator"]  # the field of `ReadOptions` that the documents depend on
+    in_folders: bool = True  # read from a folder, or only where it is named
 
 
 def file_format(name: str) -> FileFormat:
@@ -126,13 +119,11 @@ def parse(name: str, option: str, file: BinaryIO) -> Iterator[Document]:
 
 
 def _zstd(name: str) -> Any:
-    try:
-        if sys.version_info >= (3, 14):
-            from compression import zstd
-        else:
+    if sys.version_info >= (3, 14):
+        from compression import zstd
+    else:
+        with needs("backports.zstd", name):
             from backports import zstd
-    except ImportError as error:
-        raise InputError(f"{name} needs the package backports.zstd: pip install backports.zstd") from error
     return zstd
 
 
@@ -172,11 +163,9 @@ def _text_of(row: Any, key: str, place: str) -> Document:
 
 
 def _parquet(name: str, key: str, file: BinaryIO) -> Iterator[Document]:
-    try:
+    with needs("pyarrow", name):
         import pyarrow
         import pyarrow.parquet
-    except ImportError as error:
-        raise InputError(f"{name} needs the package pyarrow: pip install pyarrow") from error
     row = 0
     try:
         table = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)

@@ -248,7 +248,7 @@ def _encode_in_order(
 ) -> Generator[tuple[list[Piece], list[np.ndarray]], None, None]:
     """Yield each batch with the ids of its pieces, in order; memory is bounded by two batches per worker."""
     if not num_workers:
-        yield from ((batch, encode(tokenizer, [piece.text for piece in batch])) for batch in batches)
+        yield from ((batch, [tokenizer.encode_to_numpy(piece.text) for piece in batch]) for batch in batches)
         return
     pending: deque[tuple[list[Piece], Future[list[np.ndarray]]]] = deque()
     pool = ProcessPoolExecutor(num_workers, initializer=_start_worker, initargs=(tokenizer,))
@@ -262,11 +262,6 @@ def _encode_in_order(
             yield batch, future.result()
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def encode(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
-    """Return the ids of each text, int (T,). Text that spells a special token is ordinary text."""
-    return [tokenizer.encode_to_numpy(text) for text in texts]
 
 
 _worker_tokenizer: Tokenizer
@@ -289,4 +284,4 @@ def _exit_with_parent() -> None:
 
 
 def _encode_in_worker(texts: list[str]) -> list[np.ndarray]:
-    return encode(_worker_tokenizer, texts)
+    return [_worker_tokenizer.encode_to_numpy(text) for text in texts]

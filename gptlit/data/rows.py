@@ -265,17 +265,11 @@ def _load(path: Path) -> RowFile | None:
 
 @dataclass(frozen=True)
 class Labels:
-    """What a classifier predicts, and where.
+    """What a classifier predicts, and where."""
 
-    Args:
-        names: In the order of their numbers.
-        position: As `label_position` of `RowOptions`.
-        row_length: What texts are padded to, in tokens; None: a text is not padded.
-    """
-
-    names: list[str]
-    position: int | None = None
-    row_length: int | None = None
+    names: list[str]  # in the order of their numbers; none for instructions
+    position: int | None = None  # as `label_position` of `RowOptions`
+    row_length: int | None = None  # what texts are padded to, in tokens, and cut; None: a text is not padded
 
 
 def label_names(shards: Sequence[Shard]) -> list[str]:
@@ -332,29 +326,28 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
         self.shards = [shard for shard in shards if isinstance(shard, RowShard)]
         self.context_length, self.eot_token = context_length, eot_token
         self.labels, self.pin_memory = labels, pin_memory
-        rows = [pair for shard in self.shards for pair in self._pairs(shard)]
-        counts = np.array([(targets[:context_length] >= 0).sum() for _, targets in rows], dtype=np.int64)
-        self.cut = sum(len(inputs) > context_length for inputs, _ in rows)
-        self.left_out = int((counts == 0).sum())
-        self._counts = counts[counts > 0]
-        self._rows = [(x[:context_length], y[:context_length]) for (x, y), n in zip(rows, counts, strict=True) if n]
-        places = [
-            (number, row)
-            for number, shard in enumerate(self.shards)
-            for row in range(len(shard.file.labels))[shard.rows]
-        ]
-        self._places = [place for place, count in zip(places, counts, strict=True) if count]
+        self.cut = self.left_out = 0
+        self._rows: list[tuple[np.ndarray, np.ndarray]] = []
+        self._places: list[tuple[int, int]] = []
+        for number, shard in enumerate(self.shards):
+            for row in range(shard.rows.start, shard.rows.stop):
+                inputs, targets = self._pair(shard, row)
+                self.cut += len(inputs) > context_length
+                if (targets[:context_length] >= 0).any():
+                    self._rows.append((inputs[:context_length], targets[:context_length]))
+                    self._places.append((number, row))
+                else:
+                    self.left_out += 1
+        self._counts = np.array([(targets >= 0).sum() for _, targets in self._rows], dtype=np.int64)
 
-    def _pairs(self, shard: RowShard) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield inputs and targets of each row, int32 (T,) each."""
+    def _pair(self, shard: RowShard, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return inputs and targets of a row, int32 (T,) each."""
         file = shard.file
-        for row in range(shard.rows.start, shard.rows.stop):
-            span = slice(*file.ends[row : row + 2])
-            ids = file.ids[span].astype(np.int32)
-            if self.labels.names:
-                yield self._labelled(ids, str(file.labels[row]), shard.path)
-            else:
-                yield ids[:-1], np.where(file.is_target[span], ids, NO_TARGET)[1:]
+        span = slice(*file.ends[row : row + 2])
+        ids = file.ids[span].astype(np.int32)
+        if self.labels.names:
+            return self._labelled(ids, str(file.labels[row]), shard.path)
+        return ids[:-1], np.where(file.is_target[span], ids, NO_TARGET)[1:]
 
     def _labelled(self, ids: np.ndarray, label: str, path: Path) -> tuple[np.ndarray, np.ndarray]:
         names, label_position, row_length = self.labels.names, self.labels.position, self.labels.row_length

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import numpy as np
-
 from gptlit.data.rows import Labels, Rows, label_names, longest_row
 from gptlit.data.run_sources import RunSources
 from gptlit.data.token_files import SPLITS, TokenData
@@ -13,14 +11,7 @@ from gptlit.errors import InputError, note
 
 
 class RunData:
-    """The data of a run. What is not yet on disk as tokens is tokenized.
-
-    Args:
-        sources: Where they come from.
-        context_length: Of windows, and the limit of rows, in tokens.
-        stride: Between the starts of two windows, in tokens; None: `context_length`.
-        seed: Seed of the order.
-        pin_memory: Allocate batches in pinned memory.
+    """The data of a run, with the arguments of `TokenDataModule`. What is not yet on disk as tokens is tokenized.
 
     Raises:
         InputError: A source cannot be used, or rows are given a stride.
@@ -58,7 +49,8 @@ class RunData:
         Raises:
             InputError: One has none; the remedies are named.
         """
-        needed = {"fit": ["train"] + ["val"] * self.sources.has_val, "validate": ["val"], "test": ["test"]}
+        has_val = self.sources.split.val_fraction > 0 or self.sources.held_out["val"] is not None
+        needed = {"fit": ["train"] + ["val"] * has_val, "validate": ["val"], "test": ["test"]}
         for name in needed.get(stage or "", []):
             short = self.sources.divided if not len(self.splits[name]) else []
             if name == "train" and not short:
@@ -89,17 +81,6 @@ class RunData:
             "stride": self.splits["train"].stride,
             "weights": [source.weight for source in self.sources.divided],
         }
-
-    def addresses(self, positions: np.ndarray) -> list[dict[str, Any]]:
-        """Return where the training windows at positions (B,) are: file and offset in tokens, or row."""
-        windows = self.splits["train"]
-        found = [windows.address(int(index)) for index in self.mixture(positions)]
-        return [{"shard": str(windows.shards[shard].path), "offset": offset} for shard, offset in found]
-
-    def count_targets(self, positions: np.ndarray) -> int | None:
-        """Return the number of targets at positions (B,); None: every window has as many."""
-        rows = self.splits["train"]
-        return rows.count_targets(self.mixture(positions)) if isinstance(rows, Rows) else None
 
     def bytes_per_token(self) -> dict[str, float]:
         """Return the bytes of text per token of each split for which that is known."""

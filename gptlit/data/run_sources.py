@@ -36,19 +36,22 @@ class WeightedSource:
     weight: float = 1.0
 
 
+def as_list(source: str | Sequence[WeightedSource]) -> list[WeightedSource]:
+    """Return `data.source` as a list, which it is if there are several."""
+    return [WeightedSource(source)] if isinstance(source, str) else list(source)
+
+
 def tokenizer_for(source: str | Sequence[WeightedSource], tokenizer: str | None, default: str = "gpt2") -> str:
     """Return the argument of `load_tokenizer`: the tokenizer that is named, else that of the first prepared folder,
     else the default.
     """
-    paths = [source] if isinstance(source, str) else [part.path for part in source]
-    found = (folder_tokenizer(user_path(path)) for path in paths)
+    found = (folder_tokenizer(user_path(part.path)) for part in as_list(source))
     return tokenizer or next(filter(None, found), default)
 
 
 def has_labels(source: str | Sequence[WeightedSource], options: ReadOptions) -> bool:
     """Return whether the sources are texts with labels."""
-    paths = [source] if isinstance(source, str) else [part.path for part in source]
-    return any(row_kind(user_path(path), options) == "labels" for path in paths)
+    return any(row_kind(user_path(part.path), options) == "labels" for part in as_list(source))
 
 
 @dataclass
@@ -69,11 +72,6 @@ class RunSources:
         """A name for each source."""
         names = [Path(source.path).name for source in self.divided]
         return names if len(set(names)) == len(names) else [f"{index}-{name}" for index, name in enumerate(names)]
-
-    @property
-    def has_val(self) -> bool:
-        """Whether a part is meant to validate."""
-        return self.split.val_fraction > 0 or self.held_out["val"] is not None
 
     @cached_property
     def kind(self) -> Kind | None:

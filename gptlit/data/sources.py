@@ -25,7 +25,7 @@ from gptlit.data.parsers import (
     without_ending,
 )
 from gptlit.data.python_docs import python_docs
-from gptlit.errors import InputError, user_path
+from gptlit.errors import InputError, needs, user_path
 
 PYTHON_DOCS = "python-docs"
 HUB = "hf:"
@@ -67,11 +67,6 @@ class Corpus:
     def fingerprint(self) -> str:
         """Hexadecimal digest that changes when the documents may have changed."""
         return hashlib.sha256("".join(file.fingerprint for file in self.files).encode()).hexdigest()
-
-    @property
-    def size(self) -> int:
-        """Bytes on disk."""
-        return sum(file.size for file in self.files)
 
     def documents(self) -> Iterator[str]:
         """Yield every text.
@@ -199,12 +194,8 @@ def _hub_corpus(source: str, options: ReadOptions) -> Corpus:
 
 def _list_hub(source: str, pattern: str) -> list[dict[str, Any]]:
     """Return the files on the Hub that match a glob."""
-    try:
+    with needs("huggingface-hub", repr(source), "huggingface-hub pyarrow"):
         from huggingface_hub import HfFileSystem
-    except ImportError as error:
-        raise InputError(
-            f"{source!r} needs the package huggingface-hub: pip install huggingface-hub pyarrow"
-        ) from error
     try:
         found: Any = HfFileSystem().glob(pattern, detail=True)
     except Exception as error:  # whatever the client raises: no such data set, no network, no permission

@@ -12,19 +12,12 @@ Turn = Mapping[str, str]  # role and content; of an instruction also its input
 
 @dataclass(frozen=True)
 class Template:
-    """What is written before each part of a conversation. After an answer comes the end-of-text token.
+    """What is written before each part of a conversation. After an answer comes the end-of-text token."""
 
-    Args:
-        system: Before the first turn, unless the conversation has a system message.
-        user: Before an instruction.
-        input: Before the input of an instruction, if it has one.
-        assistant: Before an answer.
-    """
-
-    system: str
-    user: str
-    input: str
-    assistant: str
+    system: str  # before the first turn, unless the conversation has a system message
+    user: str  # before an instruction
+    input: str  # before the input of an instruction, if it has one
+    assistant: str  # before an answer
 
     def encode(self, tokenizer: Tokenizer, turns: Iterable[Turn]) -> tuple[list[int], list[bool]]:
         """Return the ids of a conversation, and for each whether it belongs to an answer (with what is before it)."""

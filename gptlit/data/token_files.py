@@ -9,7 +9,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
@@ -71,8 +71,8 @@ class TokenData:
         """Number of tokens in a split."""
         return sum(shard.tokens for shard in self.shards(split))
 
-    def verify(self, report: Callable[[Shard], None] | None = None) -> None:
-        """Check every shard against its SHA-256, if there is a manifest. `report` is called after each shard.
+    def verify(self) -> None:
+        """Check every shard against its SHA-256, if there is a manifest.
 
         Raises:
             InputError: A shard was changed after it was written.
@@ -82,8 +82,6 @@ class TokenData:
                 with shard.path.open("rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
                         raise InputError(f"{shard.path} does not match the SHA-256 in its {MANIFEST}: {AGAIN}")
-                if report is not None:
-                    report(shard)
 
 
 def _read_manifest(folder: Path) -> TokenData:

@@ -14,7 +14,7 @@ import tiktoken
 import tiktoken.registry
 from tiktoken_ext import openai_public
 
-from gptlit.errors import InputError, user_path
+from gptlit.errors import InputError, needs, user_path
 
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # of OpenAI's, pinned by tiktoken
 TOKENIZER_JSON = "tokenizer.json"
@@ -149,10 +149,8 @@ class HuggingFaceTokenizer:
     """
 
     def __init__(self, content: str, path: str = TOKENIZER_JSON) -> None:
-        try:
+        with needs("tokenizers", path):
             from tokenizers import Tokenizer as Backend
-        except ImportError as error:
-            raise InputError(f"{path} needs the package tokenizers: pip install tokenizers") from error
         try:
             settings = json.loads(content)
             for token in settings.get("added_tokens") or []:  # text that spells an end token is ordinary text

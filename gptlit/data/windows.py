@@ -149,9 +149,6 @@ class WeightedMixture:
         self._firsts = np.cumsum([0, *self.n_windows[:-1]])
         self._block = lru_cache(maxsize=2)(self._assign)
 
-    def __len__(self) -> int:
-        return sum(self.n_windows)
-
     def _assign(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Return, for each position of a block, the corpus and how many windows of it came before in the block."""
         places = shuffled(np.arange(BLOCK) + block * BLOCK, BLOCK, self.seed + 1)
@@ -199,7 +196,6 @@ class TrainSampler(Sampler[np.ndarray]):
 
     An optimizer step takes the next `batch_size` positions; its micro-batches are assigned to the devices in turn. It
     may cross the boundary between two epochs, so every step is complete.
-
     """
 
     mixture: WeightedMixture

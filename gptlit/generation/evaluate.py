@@ -14,21 +14,13 @@ from gptlit.model.gpt import GPTModel
 
 @dataclass
 class Score:
-    """Sums over the predicted tokens of a corpus.
-
-    Args:
-        documents: Number of documents.
-        tokens: Number of tokens.
-        text_bytes: UTF-8 bytes of their text.
-        nats: Sum of their losses.
-        correct: Number of tokens that were predicted as the most likely one.
-    """
+    """Sums over the predicted tokens of a corpus."""
 
     documents: int = 0
     tokens: int = 0
-    text_bytes: int = 0
-    nats: float = 0.0
-    correct: int = 0
+    text_bytes: int = 0  # of UTF-8
+    nats: float = 0.0  # sum of the losses
+    correct: int = 0  # tokens that were predicted as the most likely one
 
     @property
     def loss(self) -> float:

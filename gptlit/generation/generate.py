@@ -148,19 +148,12 @@ def generate(
 
 @dataclass
 class Completion:
-    """One continuation of one prompt.
-
-    Args:
-        prompt: The text that was continued.
-        text: The continuation, without the stop string.
-        token_ids: The sampled ids, including the end-of-text token.
-        reason: Why it ended: "length", "stop" (a stop string) or "end" (the end-of-text token).
-    """
+    """One continuation of one prompt."""
 
     prompt: str
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    reason: Literal["length", "stop", "end"] = "length"
+    text: str = ""  # without the stop string
+    token_ids: list[int] = field(default_factory=list)  # sampled, including the end-of-text token
+    reason: Literal["length", "stop", "end"] = "length"  # why it ended: "stop" by a stop string, "end" by that token
 
 
 class _Row:

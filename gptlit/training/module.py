@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 from typing_extensions import override
 
-from gptlit.checkpoint.pretrained import HUB, check_base, check_tokenizer, copy_weights, fit_head, read_weights
+from gptlit.checkpoint.pretrained import HUB, check_tokenizer, copy_weights, fit_head, read_weights
 from gptlit.config import GPTConfig
 from gptlit.data.datamodule import TokenDataModule
 from gptlit.data.windows import NO_TARGET
@@ -276,11 +276,7 @@ class GPTModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         trainer = attached_trainer(self)
         is_fit = trainer is not None and trainer.state.fn == "fit"
-        of_fit = {"optimizer": self.optimizer_name, "trainable": self.trainable}
-        check_same_model(self.config, self.lora, of_fit if is_fit else {}, checkpoint)
-        if self.lora.rank:
-            ours = self.hparams["init_from"], self.hparams["base_fingerprint"]
-            check_base(checkpoint["hyper_parameters"], "the checkpoint", *ours)
+        check_same_model(self.hparams, checkpoint, is_fit)
         if trainer is not None and is_fit:
             prepare_fit(trainer, checkpoint)
         self.tokens, self.guard.before = checkpoint.get("tokens", 0), checkpoint.get("skipped_steps", 0)

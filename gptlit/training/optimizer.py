@@ -16,17 +16,11 @@ OptimizerName = Literal["adamw", "muon"]
 
 @dataclass(frozen=True)
 class OptimizerEntry:
-    """An optimizer that `model.optimizer` can name.
+    """An optimizer that `model.optimizer` can name. All its parameter groups but the last one hold matrices."""
 
-    Args:
-        build: (model, lr, fused) -> the optimizer. All its parameter groups but the last one hold matrices.
-        block_matrix_state: Values of optimizer state per parameter of the blocks' matrices, for memory estimates.
-        other_state: The same for all other parameters.
-    """
-
-    build: Callable[[GPTModel, float, bool], Optimizer]
-    block_matrix_state: int
-    other_state: int
+    build: Callable[[GPTModel, float, bool], Optimizer]  # (model, lr, fused) -> the optimizer
+    block_matrix_state: int  # values of optimizer state per parameter of the blocks' matrices, for memory estimates
+    other_state: int  # the same for all other parameters
 
 
 def build_optimizer(

@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Timer, WeightAveraging
 
-from gptlit.checkpoint.pretrained import check_compatible, check_tokenizer, read_weights
+from gptlit.checkpoint.pretrained import check_base, check_compatible, check_tokenizer, read_weights
 from gptlit.config import GPTConfig
 from gptlit.data.parsers import ReadOptions
 from gptlit.data.run_sources import has_labels, tokenizer_for
@@ -65,32 +65,27 @@ def _of_pretrained(config: Any, given: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check_same_model(
-    config: GPTConfig, lora: LoRAConfig, of_fit: Mapping[str, Any], checkpoint: dict[str, Any]
-) -> None:
-    """Check that a checkpoint is one of this model; `drop_rate` may differ.
-
-    Args:
-        config: The model's architecture.
-        lora: Its adapters.
-        of_fit: Hyper-parameters that the optimizer's state depends on; empty: it is not loaded.
-        checkpoint: The checkpoint.
+def check_same_model(ours: Mapping[str, Any], checkpoint: dict[str, Any], is_fit: bool) -> None:
+    """Check that a checkpoint is one of the model with these hyper-parameters; `drop_rate` may differ.
 
     Raises:
-        InputError: A key differs; it is named, with both values.
+        InputError: A key differs, or one that the optimizer's state depends on (in a fit); it is named, with both
+            values. Or adapters are for other weights.
     """
-    theirs = checkpoint["hyper_parameters"]
-    config_of_then = {**asdict(GPTConfig()), **theirs["config"]}  # keys that are newer have their defaults
-    pairs = {f"config.{key}": (ours, config_of_then[key]) for key, ours in asdict(config).items() if key != "drop_rate"}
-    for key, value in asdict(lora).items():
-        pairs[f"lora.{key}"] = value, theirs.get("lora", asdict(LoRAConfig()))[key]
-    pairs |= {key: (ours, {"trainable": "all", **theirs}.get(key, ours)) for key, ours in of_fit.items()}
-    for key, (ours, value) in pairs.items():
-        if ours != value:
+    theirs = {"trainable": "all", "lora": {}, **checkpoint["hyper_parameters"]}  # keys that are newer have defaults
+    pairs: dict[str, tuple[Any, Any]] = {}
+    for group, defaults in {"config": asdict(GPTConfig()), "lora": asdict(LoRAConfig())}.items():
+        values = {**defaults, **theirs[group]}
+        pairs |= {f"{group}.{key}": (value, values[key]) for key, value in ours[group].items() if key != "drop_rate"}
+    pairs |= {key: (ours[key], theirs.get(key, ours[key])) for key in ("optimizer", "trainable") if is_fit}
+    for key, (value, other) in pairs.items():
+        if value != other:
             raise InputError(
-                f"model.{key} is {ours}, but the checkpoint was trained with {value}: set it to that, or start a new "
+                f"model.{key} is {value}, but the checkpoint was trained with {other}: set it to that, or start a new "
                 "run with --model.init_from"
             )
+    if ours["lora"]["rank"]:
+        check_base(theirs, "the checkpoint", ours["init_from"], ours["base_fingerprint"])
 
 
 def prepare_fit(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:

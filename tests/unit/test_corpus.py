@@ -117,7 +117,7 @@ def test_json_lines_plain_and_packed(tmp_path: Path, name: str, pack: Callable[[
     corpus = open_corpus(name)
     assert list(corpus.documents()) == TEXTS
     assert corpus.name == "a"
-    assert corpus.size == (tmp_path / name).stat().st_size
+    assert corpus.files[0].size == (tmp_path / name).stat().st_size
 
 
 @pytest.mark.parametrize("name", ["a.ndjson", "a.JSONLINES.gz", "a.json", "a.json.gz", "a.json.zst"])
@@ -372,7 +372,7 @@ def test_a_data_set_of_the_hub_gives_what_is_for_training(hub: Path) -> None:
     corpus = open_corpus("hf:someone/stories")
     assert list(corpus.documents()) == ["one", "two", "three"]
     assert corpus.name == "stories"
-    assert corpus.size == sum(path.stat().st_size for path in hub.glob("data/train*"))
+    assert corpus.files[0].size == sum(path.stat().st_size for path in hub.glob("data/train*"))
 
 
 def test_a_path_in_a_data_set_gives_what_it_names(hub: Path) -> None:
