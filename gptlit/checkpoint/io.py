@@ -150,7 +150,7 @@ def _write(checkpoint: dict[str, Any], path: Path, then: Callable[[], None] | No
         ) from error
 
 
-def tidy(folder: Path) -> None:
+def delete_partial_files(folder: Path) -> None:
     """Delete the partial files of a killed process from a folder of checkpoints."""
     for path in folder.glob(".*.partial"):
         path.unlink(missing_ok=True)

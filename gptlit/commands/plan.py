@@ -28,10 +28,10 @@ class PlanCLI(TrainingCLI):
     makes_files = False
 
     @override
-    def _settle_architecture(self, config: Any) -> None:
+    def _resolve_architecture(self, config: Any) -> None:
         name = str(config.model.init_from).removeprefix("hf:").removeprefix("openai-community/")
         if not str(config.model.init_from).startswith("hf:") or name not in HUB_NAMES:
-            return super()._settle_architecture(config)
+            return super()._resolve_architecture(config)
         preset = replace(PRESETS[HUB_NAMES[name]], qkv_bias=True, tie_weights=True)  # without a download
         given = self._given("model", "config")
         check_compatible(given, PretrainedWeights(Path(config.model.init_from), preset, {}))

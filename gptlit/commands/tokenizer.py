@@ -22,7 +22,7 @@ def tokenizer(
     from gptlit.data.parsers import ReadOptions, text_or_raise
     from gptlit.data.shard_writer import write_json
     from gptlit.data.sources import open_corpus
-    from gptlit.data.tokenizer import ENDS, without_surrogates
+    from gptlit.data.tokenizer import END_TOKENS, without_surrogates
 
     with needs("tokenizers", "training a tokenizer"):
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -38,7 +38,7 @@ def tokenizer(
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[ENDS[0]], initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_TOKENS[0]], initial_alphabet=alphabet)
     bpe.train_from_iterator(texts, trainer)
     write_json(path, json.loads(bpe.to_str()))
     print(f"{path}: {bpe.get_vocab_size():,} ids")

@@ -18,9 +18,9 @@ TIMEOUT = 30.0  # seconds without a byte
 
 @dataclass(frozen=True)
 class NamedFile:
-    """A file of the catalogue. Its place names a revision, so that it does not change."""
+    """A file of the catalogue. It names a revision, so that it does not change."""
 
-    place: str | tuple[str, str, str]  # a URL, or (OWNER/NAME, revision, path) of a data set on the Hub
+    source: str | tuple[str, str, str]  # a URL, or (OWNER/NAME, revision, path) of a data set on the Hub
     sha256: str
     separator: str = ""  # between two documents; empty: the file is one document, or a table
 
@@ -62,30 +62,30 @@ def fetch(name: str, folder: Path) -> Path:
         InputError: The download failed, or the SHA-256 is another one.
     """
     wanted = CATALOGUE[name]
-    address = wanted.place if isinstance(wanted.place, str) else wanted.place[-1]
+    address = wanted.source if isinstance(wanted.source, str) else wanted.source[-1]
     path = folder / name / address.rpartition("/")[-1]
     verified = path.with_name(f"{path.name}.verified")
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.name}.lock")):
         if not (path.is_file() and verified.is_file()):
-            downloaded = path if path.is_file() else _download(wanted.place, path)
+            downloaded = path if path.is_file() else _download(wanted.source, path)
             _verify(downloaded, wanted.sha256)
             os.replace(downloaded, path)
             verified.touch()
     return path
 
 
-def _download(place: str | tuple[str, str, str], path: Path) -> Path:
-    if not isinstance(place, str):
-        repo_id, revision, name = place
+def _download(source: str | tuple[str, str, str], path: Path) -> Path:
+    if not isinstance(source, str):
+        repo_id, revision, name = source
         return download_from_hub(repo_id, name, revision=revision, local_dir=path.parent)
     partial = path.with_name(f"{path.name}.partial")
     try:
-        with urlopen(place, timeout=TIMEOUT) as response, partial.open("wb") as file:
+        with urlopen(source, timeout=TIMEOUT) as response, partial.open("wb") as file:
             shutil.copyfileobj(response, file)
     except (OSError, HTTPException) as error:
         raise InputError(
-            f"{place} cannot be downloaded ({type(error).__name__}: {error}): give the same command again, or put the "
+            f"{source} cannot be downloaded ({type(error).__name__}: {error}): give the same command again, or put the "
             f"file there yourself, as {path}"
         ) from error
     return partial

@@ -128,7 +128,7 @@ def _zstd(name: str) -> Any:
 
 
 def json_rows(name: str, file: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the place of each row for messages, and the row: of JSON lines, or of an array that fills the file."""
+    """Yield the location of each row for messages, and the row: of JSON lines, or of an array that fills the file."""
     if file.peek(1).lstrip(codecs.BOM_UTF8 + b" \r\n\t").startswith(b"["):
         try:
             rows = json.loads(file.read())
@@ -138,28 +138,28 @@ def json_rows(name: str, file: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"{name} item {number}", row) for number, row in enumerate(rows, 1))
         return
     for number, line in enumerate(file, 1):
-        place = f"{name} line {number}"
+        location = f"{name} line {number}"
         if line.strip():
             try:
-                yield place, json.loads(line)
+                yield location, json.loads(line)
             except (ValueError, RecursionError) as error:
-                yield place, UnreadableDocument(f"{place} is not JSON ({error})")
+                yield location, UnreadableDocument(f"{location} is not JSON ({error})")
 
 
 def _json_texts(name: str, key: str, file: Any) -> Iterator[Document]:
-    for place, row in json_rows(name, file):
-        yield row if isinstance(row, UnreadableDocument) else _text_of(row, key, place)
+    for location, row in json_rows(name, file):
+        yield row if isinstance(row, UnreadableDocument) else _text_of(row, key, location)
 
 
-def _text_of(row: Any, key: str, place: str) -> Document:
+def _text_of(row: Any, key: str, location: str) -> Document:
     text = row.get(key) if isinstance(row, dict) else None
     if isinstance(text, str):
         return without_surrogates(text)
     if isinstance(row, dict) and key in row:
-        return UnreadableDocument(f"{place}: {key!r} is {type(text).__name__}, not text")
+        return UnreadableDocument(f"{location}: {key!r} is {type(text).__name__}, not text")
     keys = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
     remedy = "fit reads instructions as they are, without prepare, or " if "instruction" in keys else ""
-    return UnreadableDocument(f"{place} has no {key!r}, only {keys}: {remedy}set text_key")
+    return UnreadableDocument(f"{location} has no {key!r}, only {keys}: {remedy}set text_key")
 
 
 def _parquet(name: str, key: str, file: BinaryIO) -> Iterator[Document]:

@@ -40,7 +40,7 @@ BATCH_CHARACTERS = 2**20  # encoded at once
 BATCH_PIECES = 2**13
 SMALL_CORPUS = 2**25  # bytes that are encoded in this process: starting workers takes longer
 LINE_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
-OURS = re.compile(r"manifest\.json|progress\.json|tokenizer\.json|(train|val|test)-\d{5,}\.bin")
+OUR_FILES = re.compile(r"manifest\.json|progress\.json|tokenizer\.json|(train|val|test)-\d{5,}\.bin")
 
 
 def prepare(
@@ -181,7 +181,7 @@ def _is_done(folder: Path, settings: dict[str, Any], overwrite: bool) -> bool:
             "with --overwrite"
         )
     for path in sorted(folder.iterdir(), key=lambda path: path.name != MANIFEST):  # without it the folder is incomplete
-        if OURS.fullmatch(path.name):
+        if OUR_FILES.fullmatch(path.name):
             path.unlink()
     return False
 

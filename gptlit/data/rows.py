@@ -90,18 +90,18 @@ def row_kind(path: Path, options: ReadOptions = ReadOptions()) -> Kind | None:  
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the place of each row for messages, and its values.
+    """Yield the location of each row for messages, and its values.
 
     Raises:
         InputError: The file is not UTF-8, or a row is no JSON object.
     """
     if file_kind(path.name)[0] in (".json", ".jsonl"):
         with path.open("rb") as file:
-            for place, row in json_rows(str(path), file):
+            for location, row in json_rows(str(path), file):
                 if not isinstance(row, dict):
                     is_bad = isinstance(row, UnreadableDocument)
-                    raise InputError(row.reason if is_bad else f"{place} is no object, but {type(row).__name__}")
-                yield place, row
+                    raise InputError(row.reason if is_bad else f"{location} is no object, but {type(row).__name__}")
+                yield location, row
         return
     is_csv = path.suffix.lower() == ".csv"  # with a header; otherwise label, tab, text
     try:
@@ -113,41 +113,41 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield f"{path} line {table.line_num}", {key.lower(): value for key, value in values.items() if key}
 
 
-def _text(row: Mapping[str, Any], key: str, place: str) -> str:
+def _text(row: Mapping[str, Any], key: str, location: str) -> str:
     value = str(row[key]) if isinstance(row.get(key), int) else row.get(key)
     if key not in row:
-        raise InputError(f"{place} has no {key!r}, only {', '.join(map(repr, row)) or 'nothing'}")
+        raise InputError(f"{location} has no {key!r}, only {', '.join(map(repr, row)) or 'nothing'}")
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{place}: {key!r} is {'empty' if value in ('', None) else repr(value)}, a text is needed")
+        raise InputError(f"{location}: {key!r} is {'empty' if value in ('', None) else repr(value)}, a text is needed")
     return without_surrogates(value)
 
 
-def conversation(row: Mapping[str, Any], place: str, needs_answer: bool = True) -> Sequence[Turn]:
+def conversation(row: Mapping[str, Any], location: str, needs_answer: bool = True) -> Sequence[Turn]:
     """Return the turns of a row: {instruction, input, output} or {messages: [{role, content}]}.
 
     Args:
         row: The row.
-        place: Place of the row, for messages.
+        location: Of the row, for messages.
         needs_answer: Otherwise an answer at its end is left out.
 
     Raises:
         InputError: A key is missing, of the wrong type or empty.
     """
     if "messages" not in row:
-        inputs = {"input": _text(row, "input", place)} if str(row.get("input") or "").strip() else {}
-        turns = [{"role": USER, "content": _text(row, "instruction", place), **inputs}]
-        return [*turns, {"role": ASSISTANT, "content": _text(row, "output", place)}] if needs_answer else turns
+        inputs = {"input": _text(row, "input", location)} if str(row.get("input") or "").strip() else {}
+        turns = [{"role": USER, "content": _text(row, "instruction", location), **inputs}]
+        return [*turns, {"role": ASSISTANT, "content": _text(row, "output", location)}] if needs_answer else turns
     turns = []
     for message in row["messages"] if isinstance(row["messages"], list) else []:
         role = message.get("role") if isinstance(message, dict) else None
         if role not in (ASSISTANT, SYSTEM, USER):
-            raise InputError(f"{place}: the role of a message is {role!r}, not {ASSISTANT}, {SYSTEM} or {USER}")
-        turns.append({"role": role, "content": _text(message, "content", f"{place}, {role}")})
+            raise InputError(f"{location}: the role of a message is {role!r}, not {ASSISTANT}, {SYSTEM} or {USER}")
+        turns.append({"role": role, "content": _text(message, "content", f"{location}, {role}")})
     while turns and turns[-1]["role"] == ASSISTANT and not needs_answer:
         turns.pop()
     needed = ASSISTANT if needs_answer else USER
     if not any(turn["role"] == needed for turn in turns):
-        raise InputError(f"{place} has no message of the role {needed}")
+        raise InputError(f"{location} has no message of the role {needed}")
     return turns
 
 
@@ -182,8 +182,8 @@ Row = tuple[np.ndarray, np.ndarray, str]  # ids (T,), is_target (T,) or (0,), la
 
 def _instructions(path: Path, tokenizer: Tokenizer, options: RowOptions) -> Iterator[Row]:
     template = find_template(options.template)
-    for place, row in read_rows(path):
-        ids, is_answer = template.encode(tokenizer, conversation(row, place))
+    for location, row in read_rows(path):
+        ids, is_answer = template.encode(tokenizer, conversation(row, location))
         learns_all = "messages" not in row and not options.mask_prompt
         yield np.array(ids), np.array(is_answer) | learns_all, ""
 
@@ -191,8 +191,8 @@ def _instructions(path: Path, tokenizer: Tokenizer, options: RowOptions) -> Iter
 def _labelled(path: Path, tokenizer: Tokenizer, options: RowOptions) -> Iterator[Row]:
     """Yield the rows in an order that follows from their texts, so that equal texts do not leak into other splits."""
     found = []
-    for place, row in read_rows(path):
-        text, label = _text(row, "text", place), _text(row, "label", place)
+    for location, row in read_rows(path):
+        text, label = _text(row, "text", location), _text(row, "label", location)
         found.append((hashlib.sha256(text.encode()).hexdigest(), text, label))
     if options.balance and found:
         labels = Counter(row[-1] for row in found)

@@ -134,7 +134,7 @@ def folder_tokenizer(folder: Path) -> str | None:
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER = 20240520, 1, 1024  # of llm.c's token files: 256 int32 before the ids
 
 # A file belongs to the last split that its name contains as a word: "fineweb_train_000001", but not "constraint".
-PART = re.compile(r"(?:^|[_.-])(?:(train)|(val|valid|validation)|(test))\d*(?=[_.-]|$)", re.IGNORECASE)
+SPLIT_WORD = re.compile(r"(?:^|[_.-])(?:(train)|(val|valid|validation)|(test))\d*(?=[_.-]|$)", re.IGNORECASE)
 META = "meta.pkl"  # lies next to nanoGPT's data if they have a vocabulary of their own; it is never opened
 
 
@@ -142,7 +142,7 @@ def _token_files(folder: Path) -> dict[str, list[Path]]:
     """Return the `.bin` files of each split, in order."""
     found: dict[str, list[Path]] = {split: [] for split in SPLITS}
     for path in sorted(folder.glob("*.bin")):
-        names = list(PART.finditer(path.stem))
+        names = list(SPLIT_WORD.finditer(path.stem))
         if names and path.is_file():
             found[SPLITS[(names[-1].lastindex or 1) - 1]].append(path)
     return found

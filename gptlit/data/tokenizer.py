@@ -19,7 +19,7 @@ from gptlit.errors import InputError, needs, user_path
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # of OpenAI's, pinned by tiktoken
 TOKENIZER_JSON = "tokenizer.json"
 UNSPLIT = 2**12  # characters that tiktoken's pattern takes whatever they are
-ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")  # of a document, by others
+END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")  # of a document, by others
 
 
 class Tokenizer(Protocol):
@@ -154,7 +154,7 @@ class HuggingFaceTokenizer:
         try:
             settings = json.loads(content)
             for token in settings.get("added_tokens") or []:  # text that spells an end token is ordinary text
-                token["special"] = token["special"] or token["content"] in ENDS
+                token["special"] = token["special"] or token["content"] in END_TOKENS
             self._backend = Backend.from_str(json.dumps(settings))
         except Exception as error:  # the package raises bare Exceptions
             raise InputError(f"{path} cannot be used ({type(error).__name__}: {error})") from error
@@ -164,13 +164,13 @@ class HuggingFaceTokenizer:
         self.content = content
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.n_vocab = max(vocabulary.values(), default=-1) + 1
-        ends = [vocabulary[token] for token in ENDS if token in vocabulary]
+        ends = [vocabulary[token] for token in END_TOKENS if token in vocabulary]
         if not ends:
-            raise InputError(f"{path} has no token that ends a document: one of {', '.join(ENDS)} is needed")
+            raise InputError(f"{path} has no token that ends a document: one of {', '.join(END_TOKENS)} is needed")
         self.eot_token = ends[0]
         self.name = f"{TOKENIZER_JSON} {hashlib.sha256(content.encode()).hexdigest()[:12]}"
         bytewise = "ByteLevel" in json.dumps(settings.get("decoder"))
-        self._bytes = {letter: byte for byte, letter in _letters().items()} if bytewise else None
+        self._bytes = {letter: byte for byte, letter in _byte_letters().items()} if bytewise else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return HuggingFaceTokenizer, (self.content,)
@@ -236,7 +236,7 @@ def _packaged_merges() -> list[str] | None:
 
 
 def _gpt2_from(merges: list[str]) -> Encoding:
-    letters = {letter: byte for byte, letter in _letters().items()}
+    letters = {letter: byte for byte, letter in _byte_letters().items()}
     words = [*letters, *(merge.replace(" ", "") for merge in merges)]
     ranks = {bytes(letters[letter] for letter in word): rank for rank, word in enumerate(words)}
     special = {"<|endoftext|>": len(ranks)}
@@ -255,7 +255,7 @@ def folder_spec(folder: Path, vocab_size: int) -> str | None:
     if path.is_file():
         return "gpt2" if _is_gpt2(path.read_text(encoding="utf-8"), vocab_size) else str(path)
     with suppress(OSError, ValueError):
-        if json.loads((folder / "vocab.json").read_text(encoding="utf-8")) == _spelt(load_tokenizer("gpt2")):
+        if json.loads((folder / "vocab.json").read_text(encoding="utf-8")) == _vocab_json(load_tokenizer("gpt2")):
             return "gpt2"
     if (folder / "vocab.json").is_file():
         raise InputError(
@@ -267,7 +267,7 @@ def folder_spec(folder: Path, vocab_size: int) -> str | None:
 
 def _is_gpt2(content: str, vocab_size: int) -> bool:
     """Whether a `tokenizer.json` has GPT-2's vocabulary and merges, and no other token among the first `vocab_size`."""
-    words = _spelt(load_tokenizer("gpt2"))
+    words = _vocab_json(load_tokenizer("gpt2"))
     try:
         settings = json.loads(content)
         merges = [merge.split() if isinstance(merge, str) else merge for merge in settings["model"]["merges"]]
@@ -283,9 +283,9 @@ def _is_gpt2(content: str, vocab_size: int) -> bool:
         return False  # `HuggingFaceTokenizer` reports what is wrong
 
 
-def _spelt(tokenizer: Tokenizer) -> dict[str, int]:
+def _vocab_json(tokenizer: Tokenizer) -> dict[str, int]:
     """Return the vocabulary of a tiktoken encoding in Hugging Face's spelling."""
-    letters = _letters()
+    letters = _byte_letters()
     words = {"".join(letters[byte] for byte in token): rank for token, rank in _ranks(tokenizer).items()}
     return words | {tokenizer.decode([tokenizer.eot_token]): tokenizer.eot_token}
 
@@ -295,7 +295,7 @@ def save_huggingface(tokenizer: Tokenizer, context_length: int, folder: Path) ->
     if isinstance(tokenizer, HuggingFaceTokenizer):
         (folder / TOKENIZER_JSON).write_text(tokenizer.content, encoding="utf-8")
         return
-    ranks, vocabulary = _ranks(tokenizer), _spelt(tokenizer)
+    ranks, vocabulary = _ranks(tokenizer), _vocab_json(tokenizer)
     spelt = {rank: word for word, rank in vocabulary.items()}
     merges = [_merge(token, ranks) for token in ranks if len(token) > 1]
     lines = ["#version: 0.2", *(f"{spelt[ranks[left]]} {spelt[ranks[right]]}" for left, right in merges)]
@@ -310,7 +310,7 @@ def save_huggingface(tokenizer: Tokenizer, context_length: int, folder: Path) ->
         (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _letters() -> dict[int, str]:
+def _byte_letters() -> dict[int, str]:
     """Return GPT-2's printable letter for each byte: itself where it is printable, else one from 256 on.
 
     Source: `bytes_to_unicode` of OpenAI's GPT-2 code.

@@ -26,7 +26,7 @@ def check_lora(lora: LoRAConfig, config: GPTConfig, init_from: str | None) -> No
             build_model(config, lora)
 
 
-def leave_out_base(module: nn.Module, model: GPTModel, base: PretrainedWeights) -> None:
+def exclude_base(module: nn.Module, model: GPTModel, base: PretrainedWeights) -> None:
     """Leave the base, which was copied into `module.model`, out of the module's state dict, saved or loaded."""
     own, theirs = model.state_dict(), check_compatible(asdict(model.config), base).state
     names = tuple(PREFIX + name for name, value in theirs.items() if value.shape == own[name].shape)

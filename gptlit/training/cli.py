@@ -46,7 +46,7 @@ from gptlit.training.environment import (
 )
 from gptlit.training.lightning_compat import disable_path_values, starts_scripts
 from gptlit.training.module import GPTModule
-from gptlit.training.parser import Parser, find_recipes
+from gptlit.training.parser import Parser, expand_recipes
 from gptlit.training.resume import complete_architecture
 from gptlit.training.run_config import RunConfig, SaveRunConfig
 from gptlit.training.supported import check_supported
@@ -82,7 +82,7 @@ class TrainingCLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, and keep `args`: `_given` parses them again without defaults."""
-        self._args = args = find_recipes(sys.argv[1:] if args is None else args)
+        self._args = args = expand_recipes(sys.argv[1:] if args is None else args)
         try:
             self.config = parser.parse_args(args)
             config = self.config[self.config.subcommand]
@@ -104,13 +104,13 @@ class TrainingCLI(LightningCLI):
         """Resolve what depends on the machine or the disk: precision, devices, run folder, checkpoint, architecture."""
         try:
             config = self.config[self.subcommand]
-            settle_trainer(config.trainer, self.subcommand == "fit")
-            self._settle_run(config)
-            self._settle_architecture(config)
+            resolve_trainer(config.trainer, self.subcommand == "fit")
+            self._resolve_run(config)
+            self._resolve_architecture(config)
         except ValueError as error:
             fail(error, status=2)
 
-    def _settle_run(self, config: Any) -> None:
+    def _resolve_run(self, config: Any) -> None:
         """Choose the checkpoint to resume and the run folder, which is locked before its newest one is looked for."""
         root, name, is_fit = Path(config.trainer.default_root_dir), config.run.name, self.subcommand == "fit"
         if config.ckpt_path is None and is_fit and int(os.environ.get("SLURM_RESTART_COUNT") or 0):
@@ -137,7 +137,7 @@ class TrainingCLI(LightningCLI):
             config.model.init_from = (config.model.init_from or base) if adapts else None
             note(f"{'resuming from' if is_fit else 'checkpoint'} {path}")
 
-    def _settle_architecture(self, config: Any) -> None:
+    def _resolve_architecture(self, config: Any) -> None:
         complete_architecture(config, self._given("model"), self.checkpoint)
 
     def _given(self, *keys: str) -> dict[str, Any]:
@@ -215,7 +215,7 @@ class TrainingCLI(LightningCLI):
             print_closing(self.trainer, self.run)
 
 
-def settle_trainer(trainer: Any, is_fit: bool) -> None:
+def resolve_trainer(trainer: Any, is_fit: bool) -> None:
     """Check the settings that this project makes itself, and choose precision and devices where they are left open.
 
     Under torchrun and SLURM, the launcher determines the numbers of nodes and of devices.

@@ -20,7 +20,7 @@ from gptlit.data.windows import NO_TARGET
 from gptlit.model.gpt import GPTModel, TransformerBlock
 from gptlit.model.lora import LoRAConfig, build_model, merged_weight
 from gptlit.model.loss import at_labels, chunked_softmax_, linear_cross_entropy, next_token_loss, softmax_
-from gptlit.training.adapters import check_lora, leave_out_base
+from gptlit.training.adapters import check_lora, exclude_base
 from gptlit.training.classification import Trainable, check_trainable, freeze, log_confusion
 from gptlit.training.distributed import FSDP2Strategy, sharded_model
 from gptlit.training.gradients import NonFiniteGuard, clip_gradients
@@ -297,7 +297,7 @@ def _load_weights(module: GPTModule, path: str, data: Any) -> None:
     base = fit_head(source, module.config.n_classes, getattr(data, "labels", []))
     copy_weights(module.model, base)
     if module.lora.rank:
-        leave_out_base(module, module.model, base)
+        exclude_base(module, module.model, base)
         path = path if path.startswith(HUB) else str(source.path.resolve())
         module.hparams.update(init_from=path, base_fingerprint=source.fingerprint)
 

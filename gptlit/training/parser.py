@@ -29,7 +29,7 @@ class Parser(LightningArgumentParser):
         fail(ex if ex is not None and os.environ.get("GPTLIT_TRACEBACK") else message, status=2)
 
 
-def find_recipes(args: list[str]) -> list[str]:
+def expand_recipes(args: list[str]) -> list[str]:
     """Replace the name of a recipe, as in `--config quickstart`, by its file; a file of that name comes first.
 
     The folder of recipes is part of an installed package, and beside the package in a checkout.

@@ -136,5 +136,5 @@ def test_a_file_of_the_hub_is_put_in_place(tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_catalogue_names_revisions() -> None:
     for wanted in CATALOGUE.values():
-        parts = wanted.place.split("/") if isinstance(wanted.place, str) else wanted.place
+        parts = wanted.source.split("/") if isinstance(wanted.source, str) else wanted.source
         assert any(len(part) == 40 for part in parts)

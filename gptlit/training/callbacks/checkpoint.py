@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 from typing_extensions import override
 
-from gptlit.checkpoint.io import DurableCheckpointIO, tidy
+from gptlit.checkpoint.io import DurableCheckpointIO, delete_partial_files
 from gptlit.checkpoint.runs import best_path, checkpoint_path, checkpoints
 from gptlit.errors import InputError
 from gptlit.model.sharding import local
@@ -61,7 +61,7 @@ class StepCheckpoint(Checkpoint):
         self._saved_step = trainer.global_step
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._folder.mkdir(parents=True, exist_ok=True)
-            tidy(self._folder)  # what a killed process left half-written
+            delete_partial_files(self._folder)  # what a killed process left half-written
 
     @property
     def _folder(self) -> Path:
@@ -107,12 +107,12 @@ class StepCheckpoint(Checkpoint):
                 f"{wrong or 'a weight on another device'} is not finite at step {step}: it is not saved, the "
                 "checkpoint before it is good"
             )
-        self.io.then = partial(self._tidy, checkpoint_path(self.run, step), self.best_step)
+        self.io.then = partial(self._link_and_prune, checkpoint_path(self.run, step), self.best_step)
         trainer.save_checkpoint(checkpoint_path(self.run, step))
         self.seconds += time.perf_counter() - began
         self._saved_step = step
 
-    def _tidy(self, newest: Path, best_step: int) -> None:
+    def _link_and_prune(self, newest: Path, best_step: int) -> None:
         """Link the best checkpoint and delete old ones, once the newest is on disk."""
         best = checkpoint_path(self.run, best_step)
         if best_step >= 0 and best.is_file():
