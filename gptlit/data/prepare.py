@@ -70,10 +70,9 @@ def prepare(
         InputError: A document cannot be read, there is no text, the disk is full, or the folder is not free for this.
     """
     corpora = {"train": corpora} if isinstance(corpora, Corpus) else dict(corpora)
-    if shard_tokens < 1:
-        raise InputError(f"shard_tokens must be at least 1, got {shard_tokens}")
-    if num_workers is not None and num_workers < 0:
-        raise InputError(f"num_workers must be at least 0, got {num_workers}")
+    for name, value, least in (("shard_tokens", shard_tokens, 1), ("num_workers", num_workers or 0, 0)):
+        if value < least:
+            raise InputError(f"{name} must be at least {least}, got {value}")
     settings = _settings(corpora, tokenizer, split, shard_tokens)
     with _one_line_if_disk_is_full(folder):
         folder.mkdir(parents=True, exist_ok=True)

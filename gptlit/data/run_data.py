@@ -24,12 +24,12 @@ class RunData:
         self.stride = stride or context_length
         if sources.kind is not None and stride is not None:
             raise InputError(f"data.stride {stride} is for windows: {sources.divided[0].path!r} has {sources.kind}")
-        each, self.tokens = sources.tokenize()
-        train = self.tokens.shards("train")
+        each, self.on_disk = sources.tokenize()
+        train = self.on_disk.shards("train")
         position = sources.rows.label_position
         row_length = None if sources.kind is None or position is None else min(context_length, longest_row(train))
         self.labels = Labels(label_names(train), position, row_length)
-        self.splits = {name: self._windows(self.tokens, name) for name in SPLITS}
+        self.splits = {name: self._windows(self.on_disk, name) for name in SPLITS}
         counts = [len(self._windows(data, "train")) for data in each]
         self.mixture = WeightedMixture(counts, [source.weight for source in sources.divided], seed)
         for name, rows in self.splits.items():
@@ -76,7 +76,7 @@ class RunData:
         """What the order of windows depends on, as in a checkpoint."""
         return {
             "tokenizer_sha256": fingerprint(self.sources.tokenizer),
-            "corpus": self.tokens.fingerprint,
+            "corpus": self.on_disk.fingerprint,
             "seed": self.seed,
             "stride": self.splits["train"].stride,
             "weights": [source.weight for source in self.sources.divided],
@@ -84,6 +84,6 @@ class RunData:
 
     def bytes_per_token(self) -> dict[str, float]:
         """Return the bytes of text per token of each split for which that is known."""
-        splits = self.tokens.manifest.get("splits", {})
-        own = [name for name in splits if not self.sources.held_out.get(name) and self.tokens.tokens(name)]
-        return {name: splits[name]["bytes"] / self.tokens.tokens(name) for name in own}
+        splits = self.on_disk.manifest.get("splits", {})
+        own = [name for name in splits if not self.sources.held_out.get(name) and self.on_disk.tokens(name)]
+        return {name: splits[name]["bytes"] / self.on_disk.tokens(name) for name in own}

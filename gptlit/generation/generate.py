@@ -37,8 +37,7 @@ def stream(
         model: In evaluation mode.
         prompts: Token ids, at least one per row.
         generator: On the device of the model.
-        cuda_graph: On a GPU, capture the cached step once and replay it: a step of one token is bound by kernel
-            launches. Not for a sharded model.
+        cuda_graph: On a GPU, capture the cached step and replay it, to save kernel launches; not for a sharded model.
     """
     if not prompts or not all(prompts):
         raise InputError("the prompt is empty: at least one token is needed")
@@ -218,8 +217,8 @@ def complete(
     """
     if not all(prompts) or not all(stop):
         raise InputError("a prompt or a stop string is empty: give at least one character")
-    generator = torch.Generator(model.pos_emb.weight.device)
-    generator.manual_seed((torch.seed() if seed is None else seed) % 2**63)
+    seed = (torch.seed() if seed is None else seed) % 2**63
+    generator = torch.Generator(model.pos_emb.weight.device).manual_seed(seed)
     show = on_text or (lambda row, text: None)
     ids = [tokenizer.encode_ordinary(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
     texts = [prompt if isinstance(prompt, str) else tokenizer.decode(list(prompt)) for prompt in prompts]

@@ -70,23 +70,23 @@ class RunSpec:
 
     @classmethod
     def of(
-        cls, module: GPTModule, data: TokenDataModule, *, keep_last: int, keep_best: bool, **of_trainer: Any
+        cls, module: GPTModule, datamodule: TokenDataModule, *, keep_last: int, keep_best: bool, **of_trainer: Any
     ) -> "RunSpec":
         """Describe a run: `of_trainer` are the fields that depend on the Trainer."""
-        is_loaded = hasattr(data, "data")
+        is_loaded = hasattr(datamodule, "data")
         return cls(
             config=module.config,
             lora=module.lora,
             optimizer=module.optimizer_name,
             activation_checkpointing=module.activation_checkpointing,
             compile=module.compile_model,
-            batch_size=data.batch_size,
+            batch_size=datamodule.batch_size,
             lr=module.schedule.peak,
             warmup_steps=module.schedule.warmup_steps,
             is_pretrained=module.init_from is not None,
-            windows=len(data.data.splits["train"]) if is_loaded else None,
-            val_windows=len(data.data.splits["val"]) if is_loaded else None,
-            train_tokens=data.data.tokens.tokens("train") if is_loaded else None,
+            windows=len(datamodule.data.splits["train"]) if is_loaded else None,
+            val_windows=len(datamodule.data.splits["val"]) if is_loaded else None,
+            train_tokens=datamodule.data.on_disk.tokens("train") if is_loaded else None,
             saves=None if keep_last == -1 else keep_last + (keep_best and keep_last > 0),
             **of_trainer,
         )

@@ -144,7 +144,7 @@ def test_token_files_of_others_are_trained_on_in_place(tmp_path: Path, write: An
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "tokens").iterdir()}
     datamodule = TokenDataModule(str(tmp_path / "tokens"), batch_size=4)
     assert fit(datamodule).global_step == 2
-    assert datamodule.data.tokens.tokens("train") == 900
+    assert datamodule.data.on_disk.tokens("train") == 900
     assert datamodule.data.splits["val"][np.array([0])][0][0].tolist() == ids[900:916].tolist()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "tokens").iterdir()} == before
 
@@ -152,13 +152,13 @@ def test_token_files_of_others_are_trained_on_in_place(tmp_path: Path, write: An
 def test_a_prepared_folder_is_a_source(text_file: Path) -> None:
     first = TokenDataModule(str(text_file), context_length=16, val_fraction=0.1)
     first.setup()
-    second = TokenDataModule(str(first.data.tokens.folder), context_length=16)
+    second = TokenDataModule(str(first.data.on_disk.folder), context_length=16)
     second.setup()
-    assert second.data.tokens.fingerprint == first.data.tokens.fingerprint
-    manifest = first.data.tokens.folder / MANIFEST
+    assert second.data.on_disk.fingerprint == first.data.on_disk.fingerprint
+    manifest = first.data.on_disk.folder / MANIFEST
     manifest.write_text(manifest.read_text().replace('"tokenizer_sha256": "', '"tokenizer_sha256": "f'))
     with pytest.raises(InputError, match="tokenizer 'gpt2' contradicts .*, which 'gpt2' made: leave"):
-        TokenDataModule(str(first.data.tokens.folder), context_length=16).setup()
+        TokenDataModule(str(first.data.on_disk.folder), context_length=16).setup()
 
 
 def test_damaged_token_files_of_others_are_named(tmp_path: Path) -> None:
@@ -198,14 +198,14 @@ def test_separate_sources_validate_and_test(tmp_path: Path) -> None:
     texts = [datamodule.tokenizer.decode(datamodule.data.splits[name][np.array([0])][0][0].tolist()) for name in SPLITS]
     assert texts == [" tree" * 16, " river" * 16, " winter" * 16]
     prepared = TokenDataModule(
-        str(datamodule.data.tokens.folder), val_source="b.jsonl", text_key="body", context_length=16, batch_size=2
+        str(datamodule.data.on_disk.folder), val_source="b.jsonl", text_key="body", context_length=16, batch_size=2
     )
     prepared.setup()
-    assert prepared.data.tokens.tokens("val") == 100
+    assert prepared.data.on_disk.tokens("val") == 100
     both = [WeightedSource("a.jsonl"), WeightedSource("c.jsonl")]
     mixed = TokenDataModule(both, val_source="b.jsonl", text_key="body", context_length=16)
     mixed.setup()
-    assert mixed.data.tokens.tokens("val") == 100  # once, not once for each
+    assert mixed.data.on_disk.tokens("val") == 100  # once, not once for each
 
 
 def test_several_corpora_are_mixed_by_weight(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_several_corpora_are_mixed_by_weight(tmp_path: Path) -> None:
     other = TokenDataModule([WeightedSource("trees.txt", 1.0), sources[1]], batch_size=16, seed=1, val_fraction=0.1)
     fit(other, max_steps=1)
     with pytest.raises(InputError, match=r"the list of weights is \[1.0, 1.0\], but the checkpoint .* \[3.0, 1.0\]"):
-        other.load_state_dict({**state, "corpus": other.data.tokens.fingerprint})
+        other.load_state_dict({**state, "corpus": other.data.on_disk.fingerprint})
     assert trainer.global_step == 50
 
 
