@@ -48,11 +48,11 @@ def chat(
 
     sampling = Sampling(temperature, top_k, top_p)
     loaded = load_for_generation(checkpoint, precision, quantize, compile, template)
-    chat = Chat(*loaded, sampling, max_new_tokens, seed)
+    conversation = Chat(*loaded, sampling, max_new_tokens, seed)
     print(HELP)
     while True:
         try:
-            chat.say(input("> "))
+            conversation.say(input("> "))
         except EOFError:
             print()
             return

@@ -8,7 +8,7 @@ from gptlit.data.tokenizer import Tokenizer
 from gptlit.errors import InputError
 
 Identity = Literal["corpus", "tokenizer", "seed", "stride", "weights"]
-LABELS = {"seed": "data.seed", "stride": "data.stride", "weights": "list of weights"}
+SETTINGS = {"seed": "data.seed", "stride": "data.stride", "weights": "list of weights"}
 
 
 def micro_batch_size(batch_size: int, devices: int, limit: int | None) -> int:
@@ -103,7 +103,7 @@ def check_position(
             if name in names:
                 ours, theirs = ours[:12], f"{theirs[:12]} ({names[name]})"
             raise InputError(
-                f"the {LABELS.get(name, name)} is {ours}, but the checkpoint was trained with {theirs}: resume with "
+                f"the {SETTINGS.get(name, name)} is {ours}, but the checkpoint was trained with {theirs}: resume with "
                 f"that, start a new run with --model.init_from, or set data.resume_despite to [{name}]"
             )
     if any(first >= state["windows"] for first, _ in state.get("passed_over", [])):  # once written by rewinding

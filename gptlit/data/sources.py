@@ -81,7 +81,7 @@ class Corpus:
 
 def open_corpus(
     sources: str | Sequence[str],
-    options: ReadOptions | None = None,
+    options: ReadOptions = ReadOptions(),  # noqa: B008  (frozen)
     downloads: Path = Path("data/downloads"),
 ) -> Corpus:
     """Find a corpus.
@@ -97,7 +97,7 @@ def open_corpus(
         InputError: There is nothing of that name, or nothing in it.
     """
     sources = [sources] if isinstance(sources, str) else list(sources)
-    found = [_open(source, options or ReadOptions(), downloads) for source in sources]
+    found = [_open(source, options, downloads) for source in sources]
     return Corpus("-".join(corpus.name for corpus in found)[:80], [part for corpus in found for part in corpus.files])
 
 

@@ -176,7 +176,7 @@ class TrainingCLI(LightningCLI):
         if self.checkpoint is not None:
             resumed_step, io.opened[Path(config.ckpt_path)] = self.checkpoint.get("global_step"), self.checkpoint
             self.checkpoint = None  # a file that is open keeps its space on disk
-        self.trainer_defaults["callbacks"] = run_callbacks(config, run, self.run, io)
+        self.trainer_defaults["callbacks"] = run_callbacks(config, self.run, io)
         if config.trainer.logger is not False:
             others = config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]
             is_fit = self.subcommand == "fit"
@@ -236,8 +236,9 @@ def resolve_trainer(trainer: Any, is_fit: bool) -> None:
         trainer.num_nodes, trainer.devices = numbers
 
 
-def run_callbacks(config: Any, run: RunConfig, folder: Path, io: DurableCheckpointIO) -> list[Callback]:
+def run_callbacks(config: Any, folder: Path, io: DurableCheckpointIO) -> list[Callback]:
     """Return this project's callbacks, in the order in which Lightning calls them."""
+    run: RunConfig = config.run
     callbacks: list[Callback] = [FinalValidation(run.val_every_n_steps)]
     checkpoint = None
     if config.trainer.enable_checkpointing is not False:

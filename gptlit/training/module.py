@@ -20,8 +20,6 @@ from gptlit.data.windows import NO_TARGET
 from gptlit.model.gpt import GPTModel, TransformerBlock
 from gptlit.model.lora import LoRAConfig, build_model, merged_weight
 from gptlit.model.loss import at_labels, chunked_softmax_, linear_cross_entropy, next_token_loss, softmax_
-from gptlit.training.adapters import check_lora, exclude_base
-from gptlit.training.classification import Trainable, check_trainable, freeze, log_confusion
 from gptlit.training.distributed import FSDP2Strategy, sharded_model
 from gptlit.training.gradients import NonFiniteGuard, clip_gradients
 from gptlit.training.lightning_compat import attached_trainer, configure_compiler, is_log_step
@@ -35,6 +33,8 @@ from gptlit.training.optimizer import (
 )
 from gptlit.training.resume import check_same_model, prepare_fit
 from gptlit.training.supported import check_supported
+from gptlit.training.tensorboard import log_confusion
+from gptlit.training.trainable import Trainable, check_lora, check_trainable, exclude_base, freeze
 
 
 class GPTModule(pl.LightningModule):

@@ -1,12 +1,14 @@
-"""The TensorBoard logger: points at optimizer steps, both losses in one chart, hyper-parameters."""
+"""TensorBoard: points at optimizer steps, both losses in one chart, hyper-parameters, texts."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 from jsonargparse import Namespace
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 from torch.utils.tensorboard.summary import hparams
 from typing_extensions import override
 
@@ -55,3 +57,19 @@ def _settings(config: Namespace) -> dict[str, bool | int | float | str]:
         if (key.split(".")[0] in ("model", "data", "run", "seed_everything") or of_trainer) and value is not None:
             found[key] = value if isinstance(value, bool | int | float | str) else str(value)
     return found
+
+
+def log_text(trainer: pl.Trainer, tag: str, markdown: str) -> None:
+    """Write a text at the current step to TensorBoard's text tab."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_text(tag, markdown, trainer.global_step)
+
+
+def log_confusion(trainer: pl.Trainer, name: str, matrix: Tensor) -> None:
+    """Write the confusion matrix (K, K) of "val" or "test", with true labels in rows, to the text tab."""
+    labels = getattr(getattr(trainer, "datamodule", None), "labels", range(len(matrix)))
+    table = [["true, predicted", *labels], ["---"] * (len(labels) + 1)]
+    table += [[label, *counts] for label, counts in zip(labels, matrix.tolist(), strict=True)]
+    text = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in table)
+    log_text(trainer, f"{name}/confusion", text)

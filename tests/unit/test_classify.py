@@ -32,8 +32,8 @@ from gptlit.errors import InputError
 from gptlit.model.gpt import GPTModel
 from gptlit.model.lora import LoRAConfig
 from gptlit.model.loss import at_labels
-from gptlit.training.classification import freeze
 from gptlit.training.module import GPTModule
+from gptlit.training.trainable import freeze
 
 with pytest.MonkeyPatch.context() as _patch:
     _patch.setitem(sys.modules, "pandas", ModuleType("pandas"))  # it reads the book's file elsewhere

@@ -5,7 +5,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from typing_extensions import override
 
 from gptlit.data.templates import find_template
@@ -13,6 +12,7 @@ from gptlit.generation import TEMPERATURE, TOP_K
 from gptlit.generation.generate import generate
 from gptlit.training.lightning_compat import run_validation
 from gptlit.training.module import GPTModule
+from gptlit.training.tensorboard import log_text
 
 
 class FinalValidation(Callback):
@@ -83,7 +83,4 @@ class SampleText(Callback):
         with trainer.precision_plugin.forward_context():
             text = generate(pl_module.model, prompt, self.max_new_tokens, eos_id=end, **sampling)
         self.text = tokenizer.decode(text[0].tolist())
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                markdown = "\n".join("    " + line for line in self.text.splitlines())
-                logger.experiment.add_text("samples", markdown, trainer.global_step)
+        log_text(trainer, "samples", "\n".join("    " + line for line in self.text.splitlines()))
