@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from gptlit import __version__
 from gptlit.checkpoint.formats import (
     BOOK,
-    DATA,
+    DATA_STATE,
     HUGGINGFACE,
     HUGGINGFACE_FIXED,
     HUGGINGFACE_KEYS,
@@ -35,7 +35,7 @@ def save_checkpoint(source: PretrainedWeights, path: Path) -> None:
         "state_dict": {PREFIX + name: value.contiguous() for name, value in source.state.items()},
         "hyper_parameters": {"config": asdict(source.config)},
         "global_step": 0,
-        DATA: {"tokenizer": tokenizer, "template": source.template, **labels},
+        DATA_STATE: {"tokenizer": tokenizer, "template": source.template, **labels},
     }
     DurableCheckpointIO().save_checkpoint(checkpoint, path)
 

@@ -57,7 +57,7 @@ class PretrainedWeights:
 
 
 PREFIX = "model."  # the GPTModel in the state dict of a GPTModule
-DATA = "TokenDataModule"  # the data module's state in a checkpoint: Lightning names it after the class
+DATA_STATE = "TokenDataModule"  # the data module's state in a checkpoint: Lightning names it after the class
 WRAPPERS = r"(^|(?<=\.))(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."  # compile, DDP, FSDP
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gptlit.checkpoint.formats import (
     BOOK,
-    DATA,
+    DATA_STATE,
     HUGGINGFACE,
     HUGGINGFACE_FIXED,
     HUGGINGFACE_KEYS,
@@ -85,7 +85,7 @@ def _read(path: Path, n_heads: int | None) -> PretrainedWeights:
 def _read_own(checkpoint: dict[str, Any], path: Path) -> PretrainedWeights:
     found = plain_names(checkpoint["state_dict"])
     weights = {name.removeprefix(PREFIX): value for name, value in found.items() if name.startswith(PREFIX)}
-    data = checkpoint.get(DATA, {})
+    data = checkpoint.get(DATA_STATE, {})
     labels = Labels(**data["labels"]) if "labels" in data else None
     config = GPTConfig(**checkpoint["hyper_parameters"]["config"])
     if "base_fingerprint" in checkpoint["hyper_parameters"]:
