@@ -30,7 +30,7 @@ from gptlit.checkpoint.io import SUFFIX, load_plain, read_checkpoint
 from gptlit.checkpoint.runs import find_checkpoint
 from gptlit.config import GPTConfig
 from gptlit.data.rows import Labels
-from gptlit.data.tokenizer import TOKENIZER_JSON, Tokenizer, folder_spec, same_ids
+from gptlit.data.tokenizer import TOKENIZER_JSON, Tokenizer, huggingface_tokenizer_spec, same_ids
 from gptlit.errors import InputError, needs, note
 from gptlit.model.gpt import GPTModel
 from gptlit.model.lora import LoRAConfig, build_model, merged
@@ -137,7 +137,7 @@ def _read_huggingface(folder: Path) -> PretrainedWeights:
     qkv_bias = values["gptlit"].get("qkv_bias", True)
     given = {ours: values[theirs] for ours, theirs in HUGGINGFACE_KEYS.items()}
     config = GPTConfig(**given, qkv_bias=qkv_bias, init="gpt2")
-    tokenizer = folder_spec(folder, config.vocab_size) or values["gptlit"].get("tokenizer")
+    tokenizer = huggingface_tokenizer_spec(folder, config.vocab_size) or values["gptlit"].get("tokenizer")
     weights: dict[str, Tensor] = {}
     for file in _weight_files(folder):
         for name, value in plain_names(_load_file(file)).items():

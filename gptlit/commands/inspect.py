@@ -25,13 +25,13 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Show what is in a folder of tokens."""
-    from gptlit.data.token_files import SPLITS, folder_tokenizer, open_tokens
+    from gptlit.data.token_files import SPLITS, open_tokens, prepared_tokenizer_spec
     from gptlit.data.tokenizer import load_tokenizer
 
     path = user_path(folder)
     if not path.is_dir():
         raise InputError(f"{folder} is no folder of tokens")
-    encoding = load_tokenizer(tokenizer or folder_tokenizer(path) or "gpt2")
+    encoding = load_tokenizer(tokenizer or prepared_tokenizer_spec(path) or "gpt2")
     data = open_tokens(path, encoding, dtype)
     if verify and not data.manifest:
         raise InputError(f"{folder} has no manifest.json, there are no hashes to verify")

@@ -26,7 +26,7 @@ from gptlit.data.loaders import make_loader
 from gptlit.data.parsers import ReadOptions
 from gptlit.data.rows import RowOptions, Rows
 from gptlit.data.run_data import RunData
-from gptlit.data.run_sources import RunSources, WeightedSource, as_list, tokenizer_for
+from gptlit.data.run_sources import RunSources, WeightedSource, as_list, choose_tokenizer_spec
 from gptlit.data.splitting import Split
 from gptlit.data.tokenizer import load_tokenizer, tokenizer_spec
 from gptlit.data.windows import EvalSampler, TrainSampler
@@ -107,7 +107,7 @@ class TokenDataModule(pl.LightningDataModule):
         self.context_length, self.stride, self.num_workers = context_length, stride, num_workers
         self.seed = seed if seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
         self.resume_despite = resume_despite or []
-        self.tokenizer = load_tokenizer(tokenizer_for(source, tokenizer))
+        self.tokenizer = load_tokenizer(choose_tokenizer_spec(source, tokenizer))
         self.sources = RunSources(
             as_list(source),
             {"val": val_source, "test": test_source},

@@ -26,7 +26,7 @@ from gptlit.data.tokenizer import Tokenizer, fingerprint, without_surrogates
 from gptlit.data.windows import NO_TARGET
 from gptlit.errors import InputError
 
-Kind = Literal["instructions", "labels"]
+RowKind = Literal["instructions", "labels"]
 FORMAT = 1
 HEAD = 2**20  # bytes in which the first row of a file is looked for
 LABELLED_LINE = re.compile(r"\S{1,40}\t[^\t]+")
@@ -48,7 +48,7 @@ class RowOptions:
     def __post_init__(self) -> None:
         find_template(self.template)
 
-    def check(self, kind: Kind | None, source: object) -> None:
+    def check(self, kind: RowKind | None, source: object) -> None:
         """Check that the data have a use for what is set.
 
         Raises:
@@ -64,7 +64,7 @@ class RowOptions:
 # --- files ------------------------------------------------------------------------------------------------------
 
 
-def row_kind(path: Path, options: ReadOptions = ReadOptions()) -> Kind | None:  # noqa: B008  (frozen)
+def row_kind(path: Path, options: ReadOptions = ReadOptions()) -> RowKind | None:  # noqa: B008  (frozen)
     """Return what the rows of a file are, from its name and its first row; None: it is text, or no file.
 
     Args:
@@ -202,7 +202,7 @@ def _labelled(path: Path, tokenizer: Tokenizer, options: RowOptions) -> Iterator
         yield tokenizer.encode_to_numpy(text), np.empty(0, dtype=bool), label
 
 
-def split_sizes(rows: int, split: Split, kind: Kind) -> dict[str, int]:
+def split_sizes(rows: int, split: Split, kind: RowKind) -> dict[str, int]:
     """Return the number of rows of each split, in the book's order; the remainder is in the last one that has any."""
     fractions = {"val": split.val_fraction, "test": split.test_fraction}
     middle, last = ("test", "val") if kind == "instructions" else ("val", "test")
@@ -211,7 +211,7 @@ def split_sizes(rows: int, split: Split, kind: Kind) -> dict[str, int]:
     return {"train": train, middle: size, last: rows - train - size}
 
 
-def stored_rows(path: Path, kind: Kind, root: Path, tokenizer: Tokenizer, options: RowOptions) -> Path:
+def rows_path(path: Path, kind: RowKind, root: Path, tokenizer: Tokenizer, options: RowOptions) -> Path:
     """Return the file in `root` for the tokens of a file, named after everything that they depend on."""
     settings = json.dumps([FORMAT, kind, fingerprint(tokenizer), asdict(options)])
     digest = hashlib.sha256(settings.encode() + path.read_bytes()).hexdigest()
@@ -220,14 +220,14 @@ def stored_rows(path: Path, kind: Kind, root: Path, tokenizer: Tokenizer, option
 
 
 def prepare_rows(
-    path: Path, kind: Kind, root: Path, tokenizer: Tokenizer, split: Split, options: RowOptions
+    path: Path, kind: RowKind, root: Path, tokenizer: Tokenizer, split: Split, options: RowOptions
 ) -> TokenData:
     """Tokenize a file and store the result in `root`, or open what an earlier call stored; divide its rows.
 
     Raises:
         InputError: A row cannot be used; it is named.
     """
-    stored = stored_rows(path, kind, root, tokenizer, options)
+    stored = rows_path(path, kind, root, tokenizer, options)
     if (file := _load(stored)) is None:
         rows = list((_instructions if kind == "instructions" else _labelled)(path, tokenizer, options))
         file = _join(rows, "uint16" if tokenizer.n_vocab <= 2**16 else "uint32")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gptlit.data.parsers import ReadOptions
 from gptlit.data.prepare import cache_folder, prepare_cached
-from gptlit.data.rows import Kind, RowOptions, prepare_rows, row_kind, stored_rows
+from gptlit.data.rows import RowKind, RowOptions, prepare_rows, row_kind, rows_path
 from gptlit.data.sources import PYTHON_DOCS, open_corpus
 from gptlit.data.splitting import Split
 from gptlit.data.token_files import (
@@ -15,9 +15,9 @@ from gptlit.data.token_files import (
     SPLITS,
     TokenData,
     concatenate,
-    folder_tokenizer,
     holds_tokens,
     open_tokens,
+    prepared_tokenizer_spec,
 )
 from gptlit.data.tokenizer import Tokenizer
 from gptlit.errors import InputError, user_path
@@ -41,11 +41,11 @@ def as_list(source: str | Sequence[WeightedSource]) -> list[WeightedSource]:
     return [WeightedSource(source)] if isinstance(source, str) else list(source)
 
 
-def tokenizer_for(source: str | Sequence[WeightedSource], tokenizer: str | None, default: str = "gpt2") -> str:
+def choose_tokenizer_spec(source: str | Sequence[WeightedSource], tokenizer: str | None, default: str = "gpt2") -> str:
     """Return the argument of `load_tokenizer`: the tokenizer that is named, else that of the first prepared folder,
     else the default.
     """
-    found = (folder_tokenizer(user_path(part.path)) for part in as_list(source))
+    found = (prepared_tokenizer_spec(user_path(part.path)) for part in as_list(source))
     return tokenizer or next(filter(None, found), default)
 
 
@@ -74,7 +74,7 @@ class RunSources:
         return names if len(set(names)) == len(names) else [f"{index}-{name}" for index, name in enumerate(names)]
 
     @cached_property
-    def kind(self) -> Kind | None:
+    def kind(self) -> RowKind | None:
         """What rows the sources have; None: they are texts or tokens, for windows.
 
         Raises:
@@ -100,7 +100,7 @@ class RunSources:
         if holds_tokens(folder) or not (path == PYTHON_DOCS or folder.exists()):
             return holds_tokens(folder)
         if self.kind is not None:
-            return stored_rows(folder, self.kind, self.cache_dir, self.tokenizer, self._row_options(split)).is_file()
+            return rows_path(folder, self.kind, self.cache_dir, self.tokenizer, self._row_options(split)).is_file()
         corpus = open_corpus(path, self.options, self.cache_dir / "downloads")
         return (cache_folder(corpus, self.cache_dir, self.tokenizer, split) / MANIFEST).is_file()
 

@@ -119,7 +119,7 @@ def open_prepared(folder: Path) -> TokenData:
     return data
 
 
-def folder_tokenizer(folder: Path) -> str | None:
+def prepared_tokenizer_spec(folder: Path) -> str | None:
     """Return the `load_tokenizer` argument for a prepared folder; None if it is not prepared.
 
     Raises:

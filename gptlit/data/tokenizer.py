@@ -243,7 +243,7 @@ def _gpt2_from(merges: list[str]) -> Encoding:
     return Encoding("gpt2", pat_str=openai_public.r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
 
 
-def folder_spec(folder: Path, vocab_size: int) -> str | None:
+def huggingface_tokenizer_spec(folder: Path, vocab_size: int) -> str | None:
     """Return the `load_tokenizer` argument for a Hugging Face folder; None if it has no tokenizer.
 
     GPT-2's is "gpt2", also with special tokens beyond the `vocab_size` ids that the model knows.

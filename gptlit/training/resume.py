@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Timer, WeightAveraging
 from gptlit.checkpoint.pretrained import check_base, check_compatible, check_tokenizer, read_weights
 from gptlit.config import GPTConfig
 from gptlit.data.parsers import ReadOptions
-from gptlit.data.run_sources import has_labels, tokenizer_for
+from gptlit.data.run_sources import choose_tokenizer_spec, has_labels
 from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import InputError, note
 from gptlit.model.lora import LoRAConfig
@@ -37,7 +37,7 @@ def complete_architecture(config: Any, given: dict[str, Any], checkpoint: dict[s
     elif config.model.init_from is not None:
         found = _of_pretrained(config, architecture)
     else:
-        found = {"vocab_size": load_tokenizer(tokenizer_for(config.data.source, config.data.tokenizer)).n_vocab}
+        found = {"vocab_size": load_tokenizer(choose_tokenizer_spec(config.data.source, config.data.tokenizer)).n_vocab}
     for key, value in {**found, **architecture}.items():
         config.model.config[key] = value
     for key, value in lora.items():
@@ -47,7 +47,7 @@ def complete_architecture(config: Any, given: dict[str, Any], checkpoint: dict[s
 def _of_pretrained(config: Any, given: dict[str, Any]) -> dict[str, Any]:
     """Return the architecture of `model.init_from`, and set the tokenizer it was trained with if none is given."""
     source = read_weights(config.model.init_from)
-    name = tokenizer_for(config.data.source, config.data.tokenizer, source.tokenizer_name or "gpt2")
+    name = choose_tokenizer_spec(config.data.source, config.data.tokenizer, source.tokenizer_name or "gpt2")
     if name == source.tokenizer_name:
         config.data.tokenizer = name
     check_tokenizer(source, load_tokenizer(name))
