@@ -119,7 +119,9 @@ def train_nanogpt(folder: str, steps: int, lr: float, seed: int) -> None:
     datamodule = TokenDataModule("python-docs", batch_size=BATCH, val_fraction=0.05)
     datamodule.context_length = LENGTH
     datamodule.load("fit")
-    ids = torch.from_numpy(np.concatenate([s.ids for s in datamodule.data.on_disk.shards("train")]).astype(np.int64))
+    ids = torch.from_numpy(
+        np.concatenate([s.ids for s in datamodule.run_data.on_disk.shards("train")]).astype(np.int64)
+    )
     torch.manual_seed(seed)
     model = GPT(GPTConfig(LENGTH, PADDED_VOCAB_SIZE, LAYERS, HEADS, WIDTH, dropout=0.0, bias=True))
     optimizer = model.configure_optimizers(0.1, lr, (0.9, 0.99), "cuda" if torch.cuda.is_available() else "cpu")

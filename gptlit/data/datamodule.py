@@ -156,13 +156,13 @@ class TokenDataModule(pl.LightningDataModule):
         length = self.context_length if config is None else config.context_length
         if length is None:
             raise InputError("data.context_length is needed where there is no model to take it from")
-        if not hasattr(self, "data") or self.data.context_length != length:  # rank 0 has prepared it
+        if not hasattr(self, "run_data") or self.run_data.context_length != length:  # rank 0 has prepared it
             pin = self.num_workers == 0 and torch.cuda.is_available()  # with workers, the loader pins
-            self.data = RunData(self.sources, length, self.stride, self.seed, pin)
-            self.labels = self.data.labels.names
+            self.run_data: RunData = RunData(self.sources, length, self.stride, self.seed, pin)
+            self.labels = self.run_data.labels.names
         if config is not None:
             check_classes(config, self.labels, self.source)
-        self.data.check(stage)
+        self.run_data.check(stage)
 
     @property
     def _attached_trainer(self) -> pl.Trainer:
@@ -191,7 +191,7 @@ class TokenDataModule(pl.LightningDataModule):
         max_steps, max_epochs = self._limits
         limits = [max_steps] if max_steps != -1 else []
         if max_epochs is not None and max_epochs != -1:
-            windows = max_epochs * len(self.data.splits["train"]) - position
+            windows = max_epochs * len(self.run_data.splits["train"]) - position
             limits.append(step + max(0, math.ceil(windows / self.batch_size)))
         self.max_steps = self._attached_trainer.fit_loop.epoch_loop.max_steps = min(limits)
 
@@ -199,7 +199,7 @@ class TokenDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> Loader:
         trainer = self._attached_trainer
         sampler = TrainSampler(
-            self.data.mixture,
+            self.run_data.mixture,
             batch_size=self.batch_size,
             micro_batch_size=self.micro_batch_size_used,
             rank=trainer.global_rank,
@@ -207,11 +207,11 @@ class TokenDataModule(pl.LightningDataModule):
             start=self.start,
             steps=max(0, self.max_steps - self.start_step),
         )
-        return make_loader(self.data.splits["train"], sampler, self.num_workers)
+        return make_loader(self.run_data.splits["train"], sampler, self.num_workers)
 
     @override
     def val_dataloader(self) -> Any:
-        return self._eval_dataloader("val") if len(self.data.splits["val"]) else []
+        return self._eval_dataloader("val") if len(self.run_data.splits["val"]) else []
 
     @override
     def test_dataloader(self) -> Loader:
@@ -220,7 +220,7 @@ class TokenDataModule(pl.LightningDataModule):
     def _eval_dataloader(self, name: str) -> Loader:
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         size = self.micro_batch_size or max(1, self.batch_size // world_size)
-        windows = self.data.splits[name]
+        windows = self.run_data.splits[name]
         sampler = EvalSampler(len(windows), micro_batch_size=size, rank=rank, world_size=world_size)
         return make_loader(windows, sampler, self.num_workers)
 
@@ -230,11 +230,11 @@ class TokenDataModule(pl.LightningDataModule):
 
     def _indices(self, step: int) -> np.ndarray:
         """Return the windows of the optimizer step after `step` steps, over all devices, int64 (B,)."""
-        return self.data.mixture(self._position_after(step) + np.arange(self.batch_size))
+        return self.run_data.mixture(self._position_after(step) + np.arange(self.batch_size))
 
     def addresses(self, step: int) -> list[dict[str, Any]]:
         """Return where the windows of the optimizer step after `step` steps are: file and offset in tokens, or row."""
-        windows = self.data.splits["train"]
+        windows = self.run_data.splits["train"]
         found = [windows.address(int(index)) for index in self._indices(step)]
         return [{"step": step + 1, "shard": str(windows.shards[s].path), "offset": offset} for s, offset in found]
 
@@ -242,12 +242,12 @@ class TokenDataModule(pl.LightningDataModule):
         """Return how many targets the optimizer step after `step` steps has, over all devices; None: in every
         micro-batch there are as many.
         """
-        windows = self.data.splits["train"]
+        windows = self.run_data.splits["train"]
         return windows.count_targets(self._indices(step)) if isinstance(windows, Rows) else None
 
     def describe_mixture(self) -> list[str]:
         """Return a line on each source, if there are several."""
-        return self.data.mixture.describe(self.sources.names, self._position_after(self.max_steps))
+        return self.run_data.mixture.describe(self.sources.names, self._position_after(self.max_steps))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -257,14 +257,14 @@ class TokenDataModule(pl.LightningDataModule):
             "windows": self._position_after(step),
             "source": self.source if isinstance(self.source, str) else sources,
             "tokenizer": tokenizer_spec(self.tokenizer),
-            **({"labels": asdict(self.data.labels)} if self.labels else {}),
+            **({"labels": asdict(self.run_data.labels)} if self.labels else {}),
             **({"template": self.template} if self.template is not None else {}),
-            **self.data.identity,
+            **self.run_data.identity,
         }
 
     @override
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        ours, theirs = asdict(self.data.labels), state.get("labels")
+        ours, theirs = asdict(self.run_data.labels), state.get("labels")
         if self.labels and theirs != ours:
             raise InputError(f"the labels are {ours}, but the checkpoint was trained with {theirs}: use the same texts")
         if self._attached_trainer.state.fn != "fit":
@@ -273,7 +273,7 @@ class TokenDataModule(pl.LightningDataModule):
             "corpus": f"{self.source!r}, the checkpoint's {state['source']!r}",
             "tokenizer": f"this one is {self.tokenizer.name!r}",
         }
-        check_position(state, self.data.identity, names, self.resume_despite)
+        check_position(state, self.run_data.identity, names, self.resume_despite)
         self._start_at(state["step"], state["windows"])
         if self.start_step >= self.max_steps:
             raise InputError(

@@ -73,7 +73,7 @@ class RunSpec:
         cls, module: GPTModule, datamodule: TokenDataModule, *, keep_last: int, keep_best: bool, **of_trainer: Any
     ) -> "RunSpec":
         """Describe a run: `of_trainer` are the fields that depend on the Trainer."""
-        is_loaded = hasattr(datamodule, "data")
+        is_loaded = hasattr(datamodule, "run_data")
         return cls(
             config=module.config,
             lora=module.lora,
@@ -84,9 +84,9 @@ class RunSpec:
             lr=module.schedule.peak,
             warmup_steps=module.schedule.warmup_steps,
             is_pretrained=module.init_from is not None,
-            windows=len(datamodule.data.splits["train"]) if is_loaded else None,
-            val_windows=len(datamodule.data.splits["val"]) if is_loaded else None,
-            train_tokens=datamodule.data.on_disk.tokens("train") if is_loaded else None,
+            windows=len(datamodule.run_data.splits["train"]) if is_loaded else None,
+            val_windows=len(datamodule.run_data.splits["val"]) if is_loaded else None,
+            train_tokens=datamodule.run_data.on_disk.tokens("train") if is_loaded else None,
             saves=None if keep_last == -1 else keep_last + (keep_best and keep_last > 0),
             **of_trainer,
         )

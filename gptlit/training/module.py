@@ -258,7 +258,7 @@ class GPTModule(pl.LightningModule):
             return
         self.log(f"{name}/perplexity", loss.exp())
         datamodule = getattr(self.trainer, "datamodule", None)
-        ratios = datamodule.data.bytes_per_token() if isinstance(datamodule, TokenDataModule) else {}
+        ratios = datamodule.run_data.bytes_per_token() if isinstance(datamodule, TokenDataModule) else {}
         if name in ratios:
             self.log(f"{name}/bits_per_byte", loss / math.log(2) / ratios[name])
 

@@ -176,7 +176,7 @@ def test_labelled_texts_have_a_target_a_row() -> None:
         assert (targets >= 0).sum() == (targets >= 0).any(dim=1).sum()
     padded = TokenDataModule("a.tsv", batch_size=4, val_fraction=0.25, label_position=-1, context_length=16)
     padded.setup()
-    assert padded.data.splits["val"][np.arange(3)][1][:, -1].ge(0).all()
+    assert padded.run_data.splits["val"][np.arange(3)][1][:, -1].ge(0).all()
 
 
 WRONG = [

@@ -234,7 +234,7 @@ def test_a_run_in_epochs_resumes_at_its_position(fit: Fit, text_file: Path, caps
     assert len(losses(RUN)) == steps + -(-(windows - 4 * steps) // 8)
     datamodule = TokenDataModule(str(text_file), context_length=16, val_fraction=0.1)
     datamodule.setup()
-    assert 0 <= windows - 2 * len(datamodule.data.splits["train"]) < 8  # two passes, and what fills the last step
+    assert 0 <= windows - 2 * len(datamodule.run_data.splits["train"]) < 8  # two passes, and what fills the last step
     steps = len(losses(RUN))
     with pytest.raises(SystemExit):
         fit("--trainer.max_epochs=2", "--ckpt_path=last", "--data.batch_size=8")

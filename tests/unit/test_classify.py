@@ -282,7 +282,7 @@ def test_the_command_predicts_as_the_validation_does(labelled: Fit, capsys: pyte
             tokenizer=config["TokenDataModule"]["tokenizer"],
         )
         data.load("validate")
-        rows, eot = data.data.splits["val"], data.tokenizer.eot_token
+        rows, eot = data.run_data.splits["val"], data.tokenizer.eot_token
         batches = [rows[np.array([index])] for index in range(len(rows))]
         names = [data.labels[int(targets.max())] for _, targets in batches]
         texts = [data.tokenizer.decode(inputs[inputs != eot].tolist()) for inputs, _ in batches]

@@ -41,7 +41,7 @@ def test_batches_without_a_trainer(text_file: Path) -> None:
     text = text_file.read_text()
     assert text[int(len(text) * 0.8) :].startswith(datamodule.tokenizer.decode(inputs[0].tolist()))
     seen = sum(int((targets >= 0).any(dim=1).sum()) for _, targets in batches)
-    assert seen == len(datamodule.data.splits["val"]) > 3
+    assert seen == len(datamodule.run_data.splits["val"]) > 3
 
 
 def test_workers_serve_the_same_batches(text_file: Path) -> None:
@@ -58,7 +58,7 @@ def test_workers_serve_the_same_batches(text_file: Path) -> None:
 def test_training_serves_every_window_once_a_pass(text_file: Path) -> None:
     datamodule = TokenDataModule(str(text_file), batch_size=4, micro_batch_size=2)
     trainer = fit(datamodule, max_epochs=2, max_steps=-1)
-    windows = len(datamodule.data.splits["train"])
+    windows = len(datamodule.run_data.splits["train"])
     assert trainer.global_step == -(-2 * windows // 4)
     served = np.concatenate(list(datamodule.train_dataloader().sampler))
     assert sorted(served[:windows].tolist()) == list(range(windows))
@@ -144,21 +144,21 @@ def test_token_files_of_others_are_trained_on_in_place(tmp_path: Path, write: An
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "tokens").iterdir()}
     datamodule = TokenDataModule(str(tmp_path / "tokens"), batch_size=4)
     assert fit(datamodule).global_step == 2
-    assert datamodule.data.on_disk.tokens("train") == 900
-    assert datamodule.data.splits["val"][np.array([0])][0][0].tolist() == ids[900:916].tolist()
+    assert datamodule.run_data.on_disk.tokens("train") == 900
+    assert datamodule.run_data.splits["val"][np.array([0])][0][0].tolist() == ids[900:916].tolist()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "tokens").iterdir()} == before
 
 
 def test_a_prepared_folder_is_a_source(text_file: Path) -> None:
     first = TokenDataModule(str(text_file), context_length=16, val_fraction=0.1)
     first.setup()
-    second = TokenDataModule(str(first.data.on_disk.folder), context_length=16)
+    second = TokenDataModule(str(first.run_data.on_disk.folder), context_length=16)
     second.setup()
-    assert second.data.on_disk.fingerprint == first.data.on_disk.fingerprint
-    manifest = first.data.on_disk.folder / MANIFEST
+    assert second.run_data.on_disk.fingerprint == first.run_data.on_disk.fingerprint
+    manifest = first.run_data.on_disk.folder / MANIFEST
     manifest.write_text(manifest.read_text().replace('"tokenizer_sha256": "', '"tokenizer_sha256": "f'))
     with pytest.raises(InputError, match="tokenizer 'gpt2' contradicts .*, which 'gpt2' made: leave"):
-        TokenDataModule(str(first.data.on_disk.folder), context_length=16).setup()
+        TokenDataModule(str(first.run_data.on_disk.folder), context_length=16).setup()
 
 
 def test_damaged_token_files_of_others_are_named(tmp_path: Path) -> None:
@@ -195,17 +195,19 @@ def test_separate_sources_validate_and_test(tmp_path: Path) -> None:
         "a.jsonl", val_source="b.jsonl", test_source="c.jsonl", text_key="body", context_length=16, batch_size=2
     )
     datamodule.setup("test")
-    texts = [datamodule.tokenizer.decode(datamodule.data.splits[name][np.array([0])][0][0].tolist()) for name in SPLITS]
+    texts = [
+        datamodule.tokenizer.decode(datamodule.run_data.splits[name][np.array([0])][0][0].tolist()) for name in SPLITS
+    ]
     assert texts == [" tree" * 16, " river" * 16, " winter" * 16]
     prepared = TokenDataModule(
-        str(datamodule.data.on_disk.folder), val_source="b.jsonl", text_key="body", context_length=16, batch_size=2
+        str(datamodule.run_data.on_disk.folder), val_source="b.jsonl", text_key="body", context_length=16, batch_size=2
     )
     prepared.setup()
-    assert prepared.data.on_disk.tokens("val") == 100
+    assert prepared.run_data.on_disk.tokens("val") == 100
     both = [WeightedSource("a.jsonl"), WeightedSource("c.jsonl")]
     mixed = TokenDataModule(both, val_source="b.jsonl", text_key="body", context_length=16)
     mixed.setup()
-    assert mixed.data.on_disk.tokens("val") == 100  # once, not once for each
+    assert mixed.run_data.on_disk.tokens("val") == 100  # once, not once for each
 
 
 def test_several_corpora_are_mixed_by_weight(tmp_path: Path) -> None:
@@ -216,16 +218,16 @@ def test_several_corpora_are_mixed_by_weight(tmp_path: Path) -> None:
     trainer = fit(datamodule, max_steps=50)
     tree = datamodule.tokenizer.encode_ordinary(" tree")[0]
     served = np.concatenate(list(datamodule.train_dataloader().sampler))
-    starts = datamodule.data.splits["train"][served][0][:, 0]
+    starts = datamodule.run_data.splits["train"][served][0][:, 0]
     assert int((starts == tree).sum()) == pytest.approx(600, abs=60)
-    assert len(datamodule.data.splits["val"]) == 2 * (200 // 16)
+    assert len(datamodule.run_data.splits["val"]) == 2 * (200 // 16)
     state = datamodule.state_dict()
     torch.save(state, tmp_path / "state")
     assert torch.load(tmp_path / "state", weights_only=True)["source"][0] == {"path": "trees.txt", "weight": 3.0}
     other = TokenDataModule([WeightedSource("trees.txt", 1.0), sources[1]], batch_size=16, seed=1, val_fraction=0.1)
     fit(other, max_steps=1)
     with pytest.raises(InputError, match=r"the list of weights is \[1.0, 1.0\], but the checkpoint .* \[3.0, 1.0\]"):
-        other.load_state_dict({**state, "corpus": other.data.on_disk.fingerprint})
+        other.load_state_dict({**state, "corpus": other.run_data.on_disk.fingerprint})
     assert trainer.global_step == 50
 
 
@@ -249,7 +251,7 @@ def test_the_tokenizer_of_a_prepared_folder_comes_by_itself(tmp_path: Path, text
     config = GPTConfig(tokenizer.n_vocab, 16, 16, 2, 1, 0.0)
     fit(datamodule, config)
     assert load_tokenizer(datamodule.state_dict()["tokenizer"]).n_vocab == tokenizer.n_vocab
-    inputs, _ = datamodule.data.splits["train"][np.array([0])]
+    inputs, _ = datamodule.run_data.splits["train"][np.array([0])]
     assert text.startswith(datamodule.tokenizer.decode(inputs[0].tolist()))
 
 

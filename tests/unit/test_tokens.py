@@ -57,7 +57,7 @@ def test_a_folder_of_texts_with_other_files_is_one_of_texts(tmp_path: Path, text
     datamodule = TokenDataModule(str(tmp_path), context_length=16, cache_dir="cache")
     datamodule.setup()
     prepared = prepare(open_corpus(str(tmp_path)), Path("out"), load_tokenizer(), Split(0.05))
-    assert datamodule.data.on_disk.fingerprint == prepared.fingerprint
+    assert datamodule.run_data.on_disk.fingerprint == prepared.fingerprint
 
 
 def test_a_vocabulary_of_its_own_is_noticed(tmp_path: Path) -> None:
