@@ -113,7 +113,7 @@ run: {name: quickstart, val_every_n_steps: 3}
 @pytest.mark.parametrize(
     ("page", "number"),
     [
-        pytest.param("README.md", 13, marks=pytest.mark.slow),
+        pytest.param("README.md", 11, marks=pytest.mark.slow),
         pytest.param("docs/start.md", 9, marks=pytest.mark.nightly),
     ],
 )
