@@ -164,6 +164,6 @@ def commands(page: Path) -> Iterator[list[str]]:
     blocks = "\n".join(block for kind, block in code_blocks(text) if not kind).replace("\\\n", " ")
     inline = re.findall(r"`((?:python |gptlit )[^`\n]+)`", text)
     for line in [*blocks.splitlines(), *inline]:
-        line = re.sub(r"^\.venv/bin/", "", line.strip())
-        if re.match(r"(python -m gptlit |python -m benchmarks |gptlit |python train.py |torchrun |sbatch )", line):
+        line = re.sub(r"^\.venv/bin/", "", line.strip()).replace("$seed", "1")  # in a loop of the shell
+        if re.match(r"(python (-m gptlit|-m benchmarks|train.py|examples/\w+.py) |gptlit |torchrun |sbatch )", line):
             yield shlex.split(line, comments=True)

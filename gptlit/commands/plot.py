@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,9 +26,7 @@ def plot(
     from rich.table import Table
     from rich.text import Text
 
-    path = user_path(out)
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        raise InputError(f"--out {out!r} must end in .png, .svg or .pdf")
+    path = picture_path(out)
     runs = [read_run(folder) for folder in run]
     draw(runs).savefig(path, dpi=150)
     console = Console(width=None if Console().is_terminal else 160)
@@ -41,6 +40,20 @@ def plot(
             table.add_row(name, *(Text(str(value)) for value in values))
         console.print(table)
     print(out)
+
+
+def picture_path(out: str) -> Path:
+    """Return the path of a picture to write.
+
+    Raises:
+        InputError: No picture can be written there, or matplotlib is missing.
+    """
+    path = user_path(out)
+    if path.suffix not in (".png", ".svg", ".pdf") or not path.parent.is_dir():
+        raise InputError(f"--out {out!r} must end in .png, .svg or .pdf, in an existing folder")
+    if find_spec("matplotlib") is None:
+        raise InputError("pictures need matplotlib: pip install -c constraints.txt -e '.[plot]'")
+    return path
 
 
 @dataclass
@@ -160,16 +173,9 @@ def smooth(values: "np.ndarray") -> "np.ndarray":
 
 
 def draw(runs: list[Run]) -> "Figure":
-    """Draw the losses by tokens and by time; the best validations are marked.
-
-    Raises:
-        InputError: matplotlib is missing.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("plot needs matplotlib: pip install -c constraints.txt -e '.[plot]'") from error
+    """Draw the losses by tokens and by time; the best validations are marked."""
     import numpy as np
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     parts = figure.subplots(1, 2, sharey=True)

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+import runpy
 import shlex
 import shutil
 from pathlib import Path
@@ -65,6 +66,16 @@ def test_flags_of_the_command_are_known(words: list[str], monkeypatch: pytest.Mo
     context = command.make_context(words[0], words[1:], parent=parent, resilient_parsing=is_partial)
     if words[0] == "plan" and not is_partial:
         test_flags_of_training_are_known(["fit", *context.args], monkeypatch)
+
+
+@pytest.mark.parametrize("words", all_commands("python examples/"))
+def test_flags_of_the_examples_are_known(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """An example has a parser of its own, and hands what it does not know to `fit`; or it takes gptlit's commands."""
+    parser = runpy.run_path(str(ROOT / words[1])).get("parser")
+    if parser is None:
+        return test_flags_of_the_command_are_known(["gptlit", *words[2:]], monkeypatch)
+    if rest := parser().parse_known_args(words[2:])[1]:
+        test_flags_of_training_are_known(["fit", *rest], monkeypatch)
 
 
 @pytest.mark.parametrize("words", all_commands("python -m benchmarks "))
