@@ -161,7 +161,7 @@ class TrainingCLI(LightningCLI):
                 check_division(self.datamodule.batch_size, self.trainer.num_devices * self.trainer.num_nodes)
             check_devices(self.trainer)
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
-            if missing := re.search(r"class_path '([\w.]+)': Requirement '(\S+)' not met", str(error)):
+            if missing := re.search(r"class_path '([\w.]+)':\s+Requirement '(\S+)' not met", str(error)):
                 fail(f"{missing[1]} needs a package: pip install '{missing[2]}'", status=2)
             fail(error, status=2)
 
