@@ -12,6 +12,7 @@ Compute-Optimal Large Language Models" (Chinchilla: 20 tokens per parameter, a s
 import argparse
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -148,8 +149,8 @@ def main() -> None:
         fail(f"--sizes must name at least 3 sizes for a line and its error, got {len(set(args.sizes))}", status=2)
     if not 0 < args.tokens_per_parameter < math.inf:
         fail(f"--tokens_per_parameter must be a positive number, got {args.tokens_per_parameter}", status=2)
-    if Path(args.name).name != args.name:
-        fail(f"--name must be a plain folder name, got {args.name!r}", status=2)
+    if not re.fullmatch(r"[\w-]+", args.name):
+        fail(f"--name must consist of letters, digits, - and _, got {args.name!r}", status=2)
     models = [train(*one, args, fit_args) for one in dict.fromkeys(args.sizes)]
     flops, losses = np.array([(model.flops[-1], model.val.values[-1]) for model in models]).T
     law = PowerLaw.fit(flops, losses)

@@ -7,6 +7,8 @@ the study in runs/<name>/study.db: the same command continues an interrupted swe
 """
 
 import argparse
+import math
+import re
 import subprocess
 import sys
 from functools import partial
@@ -44,28 +46,24 @@ def flags(settings: dict[str, object]) -> list[str]:
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
-def objective(trial: "optuna.Trial", folder: Path, fit_args: list[str]) -> float:
-    """Train with the trial's settings; return the last val/loss.
+def train(trial: "optuna.Trial", folder: Path, fit_args: list[str]) -> float | None:
+    """Train with the trial's settings; return the last val/loss, None if the run failed.
 
     Raises:
-        InputError: `fit` refuses its arguments, so that all other trials would end in the same way.
-        TrialPruned: The run failed, for example because its gradients were not finite.
+        InputError: There is no validation.
     """
-    import optuna
-
     run = f"trial-{trial.number}"
     own = flags({**search_space(trial), "run.name": run, "trainer.default_root_dir": folder})
     status = subprocess.run([sys.executable, "-m", "gptlit", "fit", *fit_args, *own]).returncode
-    if status == 2:
-        raise InputError("`fit` does not take these arguments, see above: no trial was made")
-    if status in (130, 143):
-        raise KeyboardInterrupt
+    if status in (2, 130, 143):  # wrong arguments, which `fit` has named; interrupted
+        raise SystemExit(status)
     if status:
-        raise optuna.TrialPruned(f"fit ended with status {status}")
+        return None
     curves = read_run(str(folder / run)).curves
     if "val" not in curves:
-        raise InputError("there is no val/loss to compare: lower run.val_every_n_steps, or raise data.val_fraction")
-    return float(curves["val"].values[-1])
+        raise InputError("there is no val/loss to compare: raise data.val_fraction")
+    loss = float(curves["val"].values[-1])
+    return loss if math.isfinite(loss) else None
 
 
 def show(study: "optuna.Study", folder: Path) -> None:
@@ -90,16 +88,18 @@ def main() -> None:
         raise InputError("a sweep needs optuna: pip install -c constraints.txt -e '.[recipes]'") from error
     if args.trials < 1:
         fail(f"--trials must be a positive integer, got {args.trials}", status=2)
-    if Path(args.name).name != args.name:
-        fail(f"--name must be a plain folder name, got {args.name!r}", status=2)
+    if not re.fullmatch(r"[\w-]+", args.name):
+        fail(f"--name must consist of letters, digits, - and _, got {args.name!r}", status=2)
     folder = Path("runs") / args.name
     folder.mkdir(parents=True, exist_ok=True)
     study = optuna.create_study(storage=f"sqlite:///{folder}/study.db", study_name=args.name, load_if_exists=True)
     study.sampler = optuna.samplers.TPESampler(seed=len(study.trials))  # a continued study repeats no draw
-    done = sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials)
-    for number in range(done, args.trials):
+    complete, failed = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED
+    for number in range(len(study.get_trials(states=(complete, failed))), args.trials):
         note(f"trial {number + 1} of {args.trials}")
-        study.optimize(lambda trial: objective(trial, folder, fit_args), n_trials=1)
+        trial = study.ask()
+        loss = train(trial, folder, fit_args)
+        study.tell(trial, loss, failed if loss is None else complete)
     show(study, folder)
 
 
