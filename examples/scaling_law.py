@@ -27,7 +27,7 @@ from gptlit.commands.plot import Curve, picture_path, read_run
 from gptlit.errors import InputError, fail, note
 
 HEAD_SIZE = 16
-SIZES = ("1x32", "2x48", "3x64", "4x80")
+SIZES = ("1x32", "2x32", "2x48", "3x64")
 
 
 @dataclass
@@ -120,7 +120,7 @@ class PowerLaw:
 def draw(models: list[Model], law: PowerLaw, path: Path) -> None:
     """Draw loss against compute: the curve of each run, its end, and the law up to ten times the largest compute."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
+    from matplotlib.ticker import NullLocator, ScalarFormatter
 
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.subplots()
@@ -136,7 +136,7 @@ def draw(models: list[Model], law: PowerLaw, path: Path) -> None:
     lowest, highest = law(line).min(), max(model.val.values.max() for model in models)
     axes.set_yticks(np.round(np.geomspace(lowest, highest, 6), 1))
     axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
