@@ -23,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from gptlit.checkpoint.runs import checkpoint_path, run_folders
 from gptlit.commands.plot import Curve, picture_path, read_run
 from gptlit.errors import InputError, fail, note
 
@@ -32,17 +33,18 @@ SIZES = ("1x32", "2x32", "2x48", "3x64")
 
 @dataclass
 class Model:
-    """A trained size: parameters of the blocks, FLOPs per token, and the validation losses of its run."""
+    """A trained size: parameters of the blocks, tokens and FLOPs of a step, and the validation losses of its run."""
 
     name: str
     parameters: int
-    flops_per_token: float
+    step_tokens: int
+    step_flops: float
     val: Curve
 
     @property
     def flops(self) -> "np.ndarray":
         """Training compute so far, at each validation."""
-        return self.val.tokens * self.flops_per_token
+        return self.val.steps * self.step_flops
 
 
 def parser() -> argparse.ArgumentParser:
@@ -92,11 +94,12 @@ def train(layers: int, width: int, args: argparse.Namespace, fit_args: list[str]
         "run.val_every_n_steps": math.ceil(steps / 10),
         "ckpt_path": "last",
     }
-    run_gptlit("fit", *flags, *(f"--{key}={value}" for key, value in own.items()))
-    curves = read_run(str(folder / name)).curves
-    if "val" not in curves:
-        raise InputError("there is no val/loss to fit: raise data.val_fraction")
-    return Model(name, parameters, plan["run"]["flops"] / plan["run"]["tokens"], curves["val"])
+    if not any(checkpoint_path(run, steps).is_file() for run in run_folders(folder, name)):
+        run_gptlit("fit", *flags, *(f"--{key}={value}" for key, value in own.items()))
+    val = read_run(str(folder / name)).curves.get("val")
+    if val is None or not np.isfinite(val.values[-1]):
+        raise InputError(f"{name} has no finite val/loss: raise data.val_fraction, or lower model.lr")
+    return Model(name, parameters, per_step, plan["run"]["flops"], val)
 
 
 @dataclass
@@ -156,7 +159,7 @@ def main() -> None:
     law = PowerLaw.fit(flops, losses)
     table = Table("size", "parameters", "tokens", "FLOPs", "val/loss", "fitted", box=None)
     for model, fitted in zip(models, law(flops), strict=True):
-        tokens, compute = f"{model.val.tokens[-1]:,.0f}", f"{model.flops[-1]:.2e}"
+        tokens, compute = f"{model.val.steps[-1] * model.step_tokens:,}", f"{model.flops[-1]:.2e}"
         table.add_row(
             model.name, f"{model.parameters:,}", tokens, compute, f"{model.val.values[-1]:.4f}", f"{fitted:.4f}"
         )

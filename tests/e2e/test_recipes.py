@@ -23,7 +23,7 @@ image = pytest.importorskip("matplotlib.image")
 TOY = {
     "model": {"config": {"context_length": 16, "emb_dim": 32, "n_heads": 2, "n_layers": 2, "tie_weights": True}},
     "data": {"batch_size": 4, "val_fraction": 0.1},
-    "trainer": {"max_steps": 8, "accelerator": "cpu", "precision": "32-true", "log_every_n_steps": 1},
+    "trainer": {"max_steps": 8, "accelerator": "cpu", "precision": "32-true", "log_every_n_steps": 3},
     "run": {"name": "quickstart", "val_every_n_steps": 4, "sample_prompt": ""},
 }
 SMALLER = {  # flags of the page that decide how long it takes
@@ -114,6 +114,8 @@ def test_a_scaling_law(recipe: Callable[[str], str]) -> None:
     slope, _ = statistics.linear_regression(*zip(*points, strict=True))
     assert float(rows(printed, "exponent")[0][1]) == pytest.approx(-slope, abs=2e-4)
     assert is_drawn("scaling.png")
+    Path("tokenizer.json").unlink()
+    assert recipe("Fit a scaling law").splitlines()[-6:] == printed.splitlines()[-6:], "finished runs are kept"
 
 
 def test_another_block(recipe: Callable[[str], str]) -> None:
