@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from conftest import ROOT, losses
+from conftest import ROOT, code_blocks, losses
 from gptlit import GPTConfig, GPTModel
 
 pytestmark = pytest.mark.nightly
@@ -47,7 +47,7 @@ def recipe(text_file: Path, words_json: Path) -> Callable[[str], str]:
 
     def run(section: str) -> str:
         (text,) = re.findall(rf"^## {section}$(.*?)(?=^## |\Z)", (ROOT / "docs/recipes.md").read_text(), re.M | re.S)
-        commands = "\n".join(re.findall(r"^```\n(.*?)^```", text, re.M | re.S))
+        commands = "\n".join(block for kind, block in code_blocks(text) if not kind)
         for flag, smaller in SMALLER.items():
             commands = commands.replace(flag, smaller)
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
