@@ -66,8 +66,8 @@ class GPTModule(pl.LightningModule):
             for a third more time.
         init_from: Load initial weights only, from a checkpoint or a run's folder, a Hugging Face folder or `hf:NAME`,
             the book's `.pth`, nanoGPT's `ckpt.pt`. A classifier keeps a head for the labels of the data only.
-        trainable: What is trained: "all"; "last_block", the norm behind it and the head; that of as many of the last
-            blocks; or the "head" alone. The rest stays as it is.
+        trainable: What is trained; the rest is frozen: "all", "head", "last_block" (the last block, the final norm and
+            the head), or a number of last blocks with the final norm and the head.
         lora: With a rank, freeze the weights of `init_from` and train low-rank adapters.
 
     Raises:

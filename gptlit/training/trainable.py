@@ -33,7 +33,7 @@ def check_trainable(trainable: Trainable, config: GPTConfig, lora: LoRAConfig) -
 
 
 def freeze(model: GPTModel, trainable: Trainable) -> None:
-    """Freeze all but the head, as many of the last blocks, and the norm between them; or nothing for "all"."""
+    """Freeze what `trainable` does not name; "all" freezes nothing."""
     blocks = BLOCKS.get(trainable, trainable)
     if isinstance(blocks, int):
         trained = [model.out_head, *([model.final_norm, *list(model.trf_blocks)[-blocks:]] if blocks else [])]
