@@ -102,5 +102,5 @@ def _predict(model: GPTModel, batch: list[tuple[list[int], int]], score: Score) 
     is_correct = logits.argmax(dim=-1) == ids[:, 1:]  # (B, T)
     for row, (window, new) in enumerate(batch):
         span = slice(len(window) - 1 - new, len(window) - 1)
-        score.nats += float(losses[row, span].double().sum())
+        score.nats += float(losses[row, span].cpu().double().sum())  # a Mac's GPU has no float64
         score.correct += int(is_correct[row, span].sum())

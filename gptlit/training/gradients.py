@@ -63,5 +63,9 @@ class NonFiniteGuard:
 
 
 def _supports_fused_unscale(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's kernel takes `grad_scale` and `found_inf`, as a gradient scaler sets them."""
-    return isinstance(optimizer, AdamW) and bool(optimizer.defaults.get("fused"))
+    """Whether the optimizer's kernel takes `grad_scale` and `found_inf`, as a gradient scaler sets them.
+
+    A Mac's GPU (MPS) has a fused kernel that ignores both.
+    """
+    device = optimizer.param_groups[0]["params"][0].device.type
+    return isinstance(optimizer, AdamW) and bool(optimizer.defaults.get("fused")) and device in ("cpu", "cuda")
