@@ -230,7 +230,8 @@ def test_a_hang_up_that_is_ignored_stays_so(fit: Fit, at: Any) -> None:
 def test_output_that_cannot_be_written_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    for descriptor in (writer, os.open("/dev/full", os.O_WRONLY)):
+    full = [os.open("/dev/full", os.O_WRONLY)] if Path("/dev/full").exists() else []  # on Linux
+    for descriptor in (writer, *full):
         with open(descriptor, "w", buffering=1) as stream:
             for name in ("stdout", "__stdout__"):
                 monkeypatch.setattr(sys, name, stream)
@@ -442,7 +443,8 @@ def test_a_full_disk_is_said_and_earlier_checkpoints_stay(
     fsync = os.fsync
 
     def full(descriptor: int) -> None:
-        if "step-00000004" in os.readlink(f"/proc/self/fd/{descriptor}"):
+        writing = Path("runs/t/version_0/checkpoints").glob(".step-00000004*")
+        if any(os.path.samefile(path, descriptor) for path in writing):
             raise OSError(28, "No space left on device")
         fsync(descriptor)
 

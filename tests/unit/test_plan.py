@@ -259,13 +259,15 @@ NATIVE_BF16 = pytest.mark.skipif(
 )
 # Prints the plan's figure and the peak of a run of three steps, both in bytes.
 PEAK = """
-import json, resource, subprocess, sys
+import json, subprocess, sys
+import torch
+from gptlit.training.callbacks.monitoring import memory_peak
 from gptlit.training.cli import main
 flags = sys.argv[1:]
 command = [sys.executable, "-m", "gptlit", "plan", "--json", *flags]
 plan = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 main(["fit", *flags, "--trainer.max_steps=3", "--run.val_every_n_steps=3"])
-print(json.dumps([plan["memory"]["total"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+print(json.dumps([plan["memory"]["total"], memory_peak(torch.device("cpu"))]))
 """
 
 
