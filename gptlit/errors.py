@@ -2,6 +2,8 @@
 
 import io
 import os
+import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -40,6 +42,11 @@ def needs(package: str, user: object, install: str = "") -> Iterator[None]:
         yield
     except ImportError as error:
         raise InputError(f"{user} needs the package {package}: pip install {install or package}") from error
+
+
+def shell_quote(*words: str) -> str:
+    """Return words as they are pasted into a shell: a POSIX one, or on Windows one that knows double quotes only."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def note(message: str) -> None:

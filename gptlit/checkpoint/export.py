@@ -73,6 +73,8 @@ def save_pretrained(
         content = Path(temporary, folder.name)
         content.mkdir()
         writers[to](source, content)
+        if folder.exists():
+            folder.rmdir()  # Windows does not replace a folder, even an empty one
         content.replace(folder)
 
 

@@ -1,12 +1,11 @@
 """`gptlit prepare`: texts -> token shards."""
 
-import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gptlit.commands.options import Separator, TextKey
-from gptlit.errors import user_path
+from gptlit.errors import shell_quote, user_path
 
 if TYPE_CHECKING:
     from gptlit.data.token_files import TokenData
@@ -66,7 +65,7 @@ def prepare(
         overwrite=overwrite,
     )
     _print_table(data)
-    print(f"\nnext: python -m gptlit fit --config quickstart --data.source {shlex.quote(out)}")
+    print(f"\nnext: python -m gptlit fit --config quickstart --data.source {shell_quote(out)}")
 
 
 def _print_table(data: "TokenData") -> None:

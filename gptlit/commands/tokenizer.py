@@ -1,14 +1,13 @@
 """`gptlit tokenizer`: texts -> a `tokenizer.json` with a vocabulary of their own."""
 
 import json
-import shlex
 from typing import Annotated
 
 import typer
 
 from gptlit.commands.options import Separator, TextKey
 from gptlit.commands.prepare import SOURCES
-from gptlit.errors import InputError, needs, user_path
+from gptlit.errors import InputError, needs, shell_quote, user_path
 
 
 def tokenizer(
@@ -42,4 +41,4 @@ def tokenizer(
     bpe.train_from_iterator(texts, trainer)
     write_json(path, json.loads(bpe.to_str()))
     print(f"{path}: {bpe.get_vocab_size():,} ids")
-    print(f"\nnext: python -m gptlit prepare {shlex.join(source)} --tokenizer {shlex.quote(out)} --out data/own")
+    print(f"\nnext: python -m gptlit prepare {shell_quote(*source)} --tokenizer {shell_quote(out)} --out data/own")

@@ -4,13 +4,14 @@ Each function says why no public API serves. tests/unit/test_lightning_compat.py
 fails when a new release changes it.
 """
 
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch._dynamo.config
 import torch._functorch.config
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, _core, _paths
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.utils.tensorboard import SummaryWriter
@@ -99,6 +100,12 @@ def option_strings(parser: ArgumentParser) -> list[str]:
         for subparser in parser._subcommands_action.choices.values():
             actions += subparser._actions
     return sorted({option for action in actions for option in action.option_strings})
+
+
+def use_utf8_configs() -> None:
+    """Let jsonargparse read and write files as UTF-8: it has no option, and Windows' default is another encoding."""
+    for module in (_core, _paths):
+        vars(module)["open"] = partial(open, encoding="utf-8")
 
 
 # --- TensorBoard --------------------------------------------------------------------------------------------------

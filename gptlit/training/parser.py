@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
 from gptlit.errors import fail, note
-from gptlit.training.lightning_compat import option_strings
+from gptlit.training.lightning_compat import option_strings, use_utf8_configs
 
 
 class Parser(LightningArgumentParser):
@@ -88,5 +88,6 @@ def _dump(value: Any) -> str:
     return str(yaml.dump(value, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False))
 
 
+use_utf8_configs()
 set_dumper("yaml", _dump)
 set_loader("yaml", _load, (yaml.YAMLError,))

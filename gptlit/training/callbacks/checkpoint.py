@@ -124,7 +124,8 @@ class StepCheckpoint(Checkpoint):
         if self.keep_last > 0:  # what has a higher number is damaged, or not of this timeline
             for path in [path for path in checkpoints(self.run) if path <= newest][: -self.keep_last]:
                 if path != best:
-                    path.unlink(missing_ok=True)
+                    with suppress(PermissionError):  # of Windows, while it is mapped: the next save tries again
+                        path.unlink(missing_ok=True)
 
 
 def step_checkpoint(trainer: pl.Trainer) -> StepCheckpoint | None:

@@ -1,7 +1,6 @@
 """What a fit prints: a summary at its start, the progress bar, and its result."""
 
 import os
-import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from typing_extensions import override
 
 from gptlit.checkpoint.runs import best_path, checkpoint_path
 from gptlit.data.datamodule import TokenDataModule
-from gptlit.errors import note
+from gptlit.errors import note, shell_quote
 from gptlit.training.callbacks.checkpoint import step_checkpoint
 from gptlit.training.callbacks.validation import SampleText
 from gptlit.training.distributed import FSDP2Strategy
@@ -152,8 +151,9 @@ def print_closing(trainer: pl.Trainer, run: Path) -> None:
         print(f"\nval/loss    {metrics['val/loss']:.4f}   {_quality(metrics)}")
     saver = step_checkpoint(trainer)
     if saver is not None and 0 <= saver.best_step < trainer.global_step:
-        print(f"best        {saver.best_loss:.4f} at step {saver.best_step}: {best_path(run)}")
-    folder, newest = shlex.quote(str(run)), checkpoint_path(run, trainer.global_step)
+        best = path if (path := best_path(run)).exists() else checkpoint_path(run, saver.best_step)  # without links
+        print(f"best        {saver.best_loss:.4f} at step {saver.best_step}: {best}")
+    folder, newest = shell_quote(str(run)), checkpoint_path(run, trainer.global_step)
     if trainer.global_step < trainer.max_steps:
         stops = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
         timers = [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
@@ -166,8 +166,9 @@ def print_closing(trainer: pl.Trainer, run: Path) -> None:
         )
     if newest.is_file():
         use, option = ("classify", "text") if "val/accuracy" in metrics else ("generate", "prompt")
-        python = shlex.quote(sys.executable.removeprefix(f"{os.getcwd()}/"))  # the environment may not be activated
+        here = os.path.join(os.getcwd(), "")
+        python = shell_quote(sys.executable.removeprefix(here))  # the environment may not be activated
         print(f"checkpoint  {newest}\n\nwhat next:\n  {python} -m gptlit {use} --checkpoint {folder} --{option} The")
         if trainer.loggers:
             print(f"  {python} -m gptlit plot {folder} --out curves.png")
-            print(f"  {python} -m tensorboard.main --logdir {shlex.quote(str(run.parent.parent))}")
+            print(f"  {python} -m tensorboard.main --logdir {shell_quote(str(run.parent.parent))}")

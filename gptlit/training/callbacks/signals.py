@@ -1,7 +1,6 @@
 """Early termination by a signal: save between two steps, then exit."""
 
 import os
-import shlex
 import signal
 import subprocess
 import time
@@ -15,7 +14,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from typing_extensions import override
 
 from gptlit.checkpoint.runs import checkpoint_path
-from gptlit.errors import note
+from gptlit.errors import note, shell_quote
 from gptlit.training.callbacks.checkpoint import StepCheckpoint
 from gptlit.training.lightning_compat import disable_signal_handlers
 from gptlit.training.module import GPTModule
@@ -129,7 +128,7 @@ class GracefulStop(Callback):
             self.checkpoint.io.wait()
         next_ = "nothing is saved"
         if self.checkpoint is not None and checkpoint_path(self.checkpoint.run, trainer.global_step).is_file():
-            next_ = f"continue with --ckpt_path {shlex.quote(str(self.checkpoint.run))}"
+            next_ = f"continue with --ckpt_path {shell_quote(str(self.checkpoint.run))}"
         note(f"stopped by {number.name} after step {trainer.global_step}; {next_}")
         if number.name == "SIGUSR1" and trainer.is_global_zero and (job := os.environ.get("SLURM_JOB_ID")):
             subprocess.run(["scontrol", "requeue", job], check=False)
