@@ -110,6 +110,7 @@ def open_prepared(folder: Path) -> TokenData:
         InputError: The manifest cannot be read or a shard is missing, truncated or too long.
     """
     data = _read_manifest(folder)
+    _map.cache_clear()  # another file may have been mapped under the same name
     for shard in chain(*data.splits.values()):
         size = shard.tokens * np.dtype(shard.dtype).itemsize
         found = shard.path.stat().st_size if shard.path.is_file() else None
@@ -157,6 +158,7 @@ def open_foreign(folder: Path, dtype: str = "uint16") -> TokenData:
     Raises:
         InputError: There is no such file, or one is truncated or of another version.
     """
+    _map.cache_clear()
     splits = {split: [_foreign_shard(path, dtype) for path in paths] for split, paths in _token_files(folder).items()}
     if not any(splits.values()):
         raise InputError(f"{folder} has no .bin file with 'train' in its name, and no {MANIFEST}")

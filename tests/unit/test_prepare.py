@@ -114,6 +114,12 @@ def test_few_texts_leave_no_split_empty(tmp_path: Path, count: int) -> None:
     assert sorted(documents_of(data, "train") + documents_of(data, "val")) == sorted(texts)
 
 
+def test_a_folder_that_is_replaced_is_read_anew(tmp_path: Path) -> None:
+    for text in ("old text", "new text"):
+        data = prepare(corpus_of(text), tmp_path / "out", GPT2, Split(0.0), overwrite=True)
+        assert documents_of(data, "train") == [text]
+
+
 def test_a_document_that_is_there_twice_does_not_empty_a_split(tmp_path: Path) -> None:
     data = prepare(corpus_of("one", "one", "two"), tmp_path / "out", GPT2, Split(0.3))
     assert data.tokens("val")
