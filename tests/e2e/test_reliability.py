@@ -532,7 +532,7 @@ def test_a_checkpoint_says_what_made_it(fit: Fit) -> None:
     fit("--trainer.max_steps=2")
     origin = read_checkpoint(checkpoint_path(Path("runs/t/version_0"), 2))["origin"]
     assert "max_steps: 2" in origin["config"]
-    assert origin["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(origin["versions"]["torch"])  # the package of PyPI has no "+cu130"
     assert set(origin) == {"config", "versions", "revision"}
 
 
