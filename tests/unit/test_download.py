@@ -50,6 +50,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """A server with one corpus, "stories", in the catalogue."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     with Server() as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/stories.txt"

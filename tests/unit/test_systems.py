@@ -91,16 +91,15 @@ def test_what_is_proposed_next_can_be_pasted(monkeypatch: pytest.MonkeyPatch) ->
     assert errors.shell_quote(r"C:\my runs\gpt", r"D:\gpt") == r'"C:\my runs\gpt" D:\gpt'
 
 
-def test_configurations_are_utf8_whatever_the_locale_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configurations_are_utf8_whatever_the_locale_says(tmp_path: Path) -> None:
     script = (
         "from gptlit.training.parser import Parser\n"
         "parser = Parser()\nparser.add_argument('--config', action='config')\nparser.add_argument('--text')\n"
         "parser.save(parser.parse_args(['--config=a.yaml']), 'b.yaml')\n"
     )
     (tmp_path / "a.yaml").write_text("text: Жили-были ½\n", encoding="utf-8")
-    for key, value in {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}.items():
-        monkeypatch.setenv(key, value)
-    result = run_script("-c", script, cwd=tmp_path)
+    strict = [f"-Werror::EncodingWarning:jsonargparse.{module}" for module in ("_core", "_paths")]
+    result = run_script("-Xwarn_default_encoding", *strict, "-c", script, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "b.yaml").read_text(encoding="utf-8") == "text: Жили-были ½\n"
 
