@@ -67,5 +67,5 @@ def _supports_fused_unscale(optimizer: Optimizer) -> bool:
 
     A Mac's GPU (MPS) has a fused kernel that ignores both.
     """
-    device = optimizer.param_groups[0]["params"][0].device.type
-    return isinstance(optimizer, AdamW) and bool(optimizer.defaults.get("fused")) and device in ("cpu", "cuda")
+    devices = {parameter.device.type for group in optimizer.param_groups for parameter in group["params"]}
+    return isinstance(optimizer, AdamW) and bool(optimizer.defaults.get("fused")) and "mps" not in devices
