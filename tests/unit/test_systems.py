@@ -127,7 +127,7 @@ def test_a_loaders_worker_gets_a_copy_that_serves_the_same(text: str, rows: bool
     Path("a.tsv" if rows else "a.txt").write_text("ham\tyes\nspam\tno\n" * 20 if rows else text)
     datamodule = TokenDataModule("a.tsv" if rows else "a.txt", context_length=16)
     datamodule.setup()
-    windows = datamodule.windows["train"]
+    windows = datamodule.run_data.splits["train"]
     copy = pickle.loads(pickle.dumps(windows))
     for ours, theirs in zip(windows[np.array([3, 0, -1])], copy[np.array([3, 0, -1])], strict=True):
         assert torch.equal(ours, theirs)
