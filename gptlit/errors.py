@@ -32,16 +32,16 @@ def user_path(text: str) -> Path:
 
 
 @contextmanager
-def needs(package: str, user: object, install: str = "") -> Iterator[None]:
+def needs(package: str, what: object, install: str = "") -> Iterator[None]:
     """Import an optional package in here.
 
     Raises:
-        InputError: It is missing; `user` says what needs it.
+        InputError: It is missing; `what` needs it.
     """
     try:
         yield
     except ImportError as error:
-        raise InputError(f"{user} needs the package {package}: pip install {install or package}") from error
+        raise InputError(f"{what} needs the package {package}: pip install {install or package}") from error
 
 
 def shell_quote(*words: str) -> str:

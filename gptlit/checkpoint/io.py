@@ -138,7 +138,6 @@ def _write(checkpoint: dict[str, Any], path: Path, then: Callable[[], None] | No
     try:
         with atomic_file(path, _SyncedFile) as file:
             torch.save(checkpoint, file)
-            file.sync()
         if then is not None:
             then()
     except (OSError, RuntimeError) as error:  # torch's writer turns the first into the second

@@ -97,5 +97,5 @@ def _read_prompts(path: Path) -> list[Entry]:
     from gptlit.data.rows import conversation, read_rows, row_kind
 
     if row_kind(path) == "instructions":
-        return [row for place, row in read_rows(path) if conversation(row, place, needs_answer=False)]
+        return [row for location, row in read_rows(path) if conversation(row, location, needs_answer=False)]
     return [*read_lines(path, "--prompts_file", "prompt")]

@@ -1,6 +1,7 @@
 """Files that are complete or absent."""
 
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -9,8 +10,12 @@ from typing import Any
 
 @contextmanager
 def atomic_file(path: Path, opener: Callable[[Path, str], Any] = open) -> Iterator[Any]:
-    """Open a file that replaces `path`, durably, once it is written. Several processes may do so at once."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}.partial")
+    """Open a file that replaces `path`, durably, once it is written. Several processes may do so at once.
+
+    Raises:
+        OSError: It cannot be written; it names `path`, and what was there is intact.
+    """
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with opener(temporary, "wb") as file:
@@ -19,6 +24,9 @@ def atomic_file(path: Path, opener: Callable[[Path, str], Any] = open) -> Iterat
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk has none
+        raise
     finally:
         with suppress(OSError):
             temporary.unlink()

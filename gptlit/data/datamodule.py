@@ -73,7 +73,7 @@ class TokenDataModule(pl.LightningDataModule):
         ValueError: A value is out of its range.
     """
 
-    data: RunData
+    run_data: RunData
     labels: list[str]
 
     def __init__(
@@ -158,7 +158,7 @@ class TokenDataModule(pl.LightningDataModule):
             raise InputError("data.context_length is needed where there is no model to take it from")
         if not hasattr(self, "run_data") or self.run_data.context_length != length:  # rank 0 has prepared it
             pin = self.num_workers == 0 and torch.cuda.is_available()  # with workers, the loader pins
-            self.run_data: RunData = RunData(self.sources, length, self.stride, self.seed, pin)
+            self.run_data = RunData(self.sources, length, self.stride, self.seed, pin)
             self.labels = self.run_data.labels.names
         if config is not None:
             check_classes(config, self.labels, self.source)
@@ -266,7 +266,10 @@ class TokenDataModule(pl.LightningDataModule):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         ours, theirs = asdict(self.run_data.labels), state.get("labels")
         if self.labels and theirs != ours:
-            raise InputError(f"the labels are {ours}, but the checkpoint was trained with {theirs}: use the same texts")
+            raise InputError(
+                f"the labels are {ours}, but the checkpoint was trained with {theirs}: use the same texts and the same "
+                "data.label_position"
+            )
         if self._attached_trainer.state.fn != "fit":
             return
         names = {

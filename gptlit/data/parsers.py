@@ -260,7 +260,7 @@ def _decoded(name: str, file: BinaryIO) -> Iterator[Document]:
     reader.detach()  # or it would close the file
 
 
-FORMATS = {
+FORMATS = {  # of a data set in several formats on the Hub, the last one is read
     ".txt": FileFormat(_text, "separator"),
     ".jsonl": FileFormat(_json_texts, "text_key"),
     ".parquet": FileFormat(_parquet, "text_key"),

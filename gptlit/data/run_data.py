@@ -1,5 +1,6 @@
 """What a run reads: the windows or rows of each split, and the order in which those to train on are drawn."""
 
+from functools import cached_property
 from typing import Any
 
 from gptlit.data.rows import Labels, Rows, label_names, longest_row
@@ -11,7 +12,7 @@ from gptlit.errors import InputError, note
 
 
 class RunData:
-    """The data of a run, with the arguments of `TokenDataModule`. What is not yet on disk as tokens is tokenized.
+    """The windows or rows of each split. What is not yet on disk as tokens is tokenized.
 
     Raises:
         InputError: A source cannot be used, or rows are given a stride.
@@ -71,7 +72,7 @@ class RunData:
             remedies.append("data.val_fraction 0, which trains without validation")
         return f"the {name} part of {sources} {lacks}: use {', '.join(remedies[:-1])} or {remedies[-1]}"
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """What the order of windows depends on, as in a checkpoint."""
         return {

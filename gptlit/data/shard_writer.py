@@ -154,7 +154,8 @@ class FolderWriter:
             (self.folder / PROGRESS).unlink()
             raise InputError(f"there is no text in the sources of {self.folder} ({skipped} documents were left out)")
         if isinstance(self.tokenizer, HuggingFaceTokenizer):
-            (self.folder / TOKENIZER_JSON).write_text(tokenizer_spec(self.tokenizer), encoding="utf-8")
+            with atomic_file(self.folder / TOKENIZER_JSON) as file:
+                file.write(tokenizer_spec(self.tokenizer).encode())
         splits = {
             name: {"documents": writer.documents, "bytes": writer.text_bytes, "shards": writer.shards}
             for name, writer in self.splits.items()

@@ -186,8 +186,12 @@ def _hub_corpus(source: str, options: ReadOptions) -> Corpus:
 
     def part(entry: dict[str, Any]) -> SourceFile:
         digest = str((entry.get("lfs") or {}).get("sha256") or entry.get("blob_id") or entry["name"])
-        place = f"{owner}/{name}", entry["name"].removeprefix(root)
-        return _source_file(entry["name"], entry["size"], digest, lambda: download_from_hub(*place).open("rb"), options)
+        file = entry["name"].removeprefix(root)
+
+        def opened() -> BinaryIO:
+            return download_from_hub(f"{owner}/{name}", file).open("rb")
+
+        return _source_file(entry["name"], entry["size"], digest, opened, options)
 
     return Corpus(_folder_name(name), [part(entry) for entry in entries])
 

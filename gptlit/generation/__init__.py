@@ -1,3 +1,4 @@
 """From a model to text: sampling, generation, evaluation."""
 
-TEMPERATURE, TOP_K = 0.8, 50  # by default: of `generate` (which keeps every token), `chat` and the samples of a run
+TEMPERATURE = 0.8  # default of `generate`, `chat` and the samples of a run
+TOP_K = 50  # default of `chat` and the samples of a run

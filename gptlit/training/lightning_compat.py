@@ -120,7 +120,7 @@ def add_summary(writer: SummaryWriter, summary: Any) -> None:
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies bf16 natively: `torch.cpu` has no public query."""
+    """Whether a device is known to multiply bf16 natively: `torch.cpu` has no public query, and MPS none at all."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     is_native: bool = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

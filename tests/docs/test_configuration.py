@@ -39,8 +39,9 @@ FIXED = {
     **{f"data.{key}": key for key in ("tokenizer", "seed", "stride")},
     "data.source": "corpus, weights",
     "data.context_length": "fixed",
-    **{f"data.{key}": "corpus" for key in ("val_fraction", "test_fraction", "text_key", "separator")},
-    **{f"data.{key}": "corpus" for key in ("template", "mask_prompt", "balance", "label_position")},
+    **{f"data.{key}": "corpus" for key in ("val_fraction", "test_fraction", "val_source", "test_source")},
+    **{f"data.{key}": "corpus" for key in ("text_key", "separator", "template", "mask_prompt", "balance")},
+    "data.label_position": "fixed",
 }
 
 
@@ -89,9 +90,44 @@ def test_a_resume_refuses_what_is_fixed_in_the_model(group: str, monkeypatch: py
     assert refused == {key for key in FIXED if key.rpartition(".")[0] == group}
 
 
-def test_a_resume_may_lift_what_is_fixed_in_the_data() -> None:
-    words = {word for key, value in FIXED.items() if key.startswith("data.") for word in value.split(", ")}
-    assert words - {"fixed"} == set(get_args(Identity))
+def refusals(changes: dict[str, Any], source: str) -> dict[str, str]:
+    """Change one key of the data after the other on a resume; return by which word a refusal can be lifted."""
+
+    def resumed(state: dict[str, Any] | None, options: dict[str, Any]) -> dict[str, Any]:
+        datamodule = TokenDataModule(**{"source": source, "context_length": 8, "test_fraction": 0.1, **options})
+        datamodule.trainer = SimpleNamespace(global_step=1, state=SimpleNamespace(fn="fit"))  # type: ignore[assignment]
+        datamodule.setup()
+        datamodule.max_steps = 9
+        datamodule._start_at = lambda *_: None  # type: ignore[method-assign]
+        if state is not None:
+            datamodule.load_state_dict(state)
+        return datamodule.state_dict()
+
+    state, found = resumed(None, {}), {}
+    for key, value in changes.items():
+        for word in ("", *get_args(Identity)):
+            allowed = [word] if word else []
+            try:
+                resumed(state, {key: value, "resume_despite": allowed})
+            except InputError:
+                continue
+            found[f"data.{key}"] = word
+            break
+        else:
+            found[f"data.{key}"] = "fixed"
+    return found
+
+
+def test_a_resume_refuses_what_is_fixed_in_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        Path(f"{name}.txt").write_text(f"{name} word of a text\n" * 200)
+        Path(f"{name}.tsv").write_text("".join(f"{'xy'[n % 2]}\t{name} text number {n}\n" for n in range(60)))
+    texts = {"seed": 9, "stride": 3, "val_fraction": 0.2, "test_fraction": 0.2, "separator": "\n", "num_workers": 1}
+    texts |= {"val_source": "b.txt", "test_source": "b.txt", "batch_size": 4, "micro_batch_size": 1, "cache_dir": "c"}
+    assert refusals(texts, "a.txt") == {f"data.{key}": FIXED.get(f"data.{key}", "") for key in texts}
+    rows = {"label_position": -1, "balance": True}
+    assert refusals(rows, "a.tsv") == {f"data.{key}": FIXED[f"data.{key}"] for key in rows}
 
 
 if __name__ == "__main__":

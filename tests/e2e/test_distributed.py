@@ -110,8 +110,8 @@ def test_a_run_moves_from_any_devices_to_any_others(
     error: float,
     moves: tuple[str, ...],
 ) -> None:
-    """One run is resumed on each kind of devices after each other, with the losses of a run that never moved. (Muon
-    turns its updates in bf16, which makes differences in the last digit larger.)
+    """One run is resumed on each kind of devices after each other, with the losses of a run that never moved. (Muon's
+    iterations, in bf16 where it is native, make differences in the last digit larger.)
     """
     common = [flag, "--run.val_every_n_steps=2", "--data.micro_batch_size=1", "--model.schedule=constant"]
     common += ["--trainer.gradient_clip_val=0.5", "--data.batch_size=8"]  # 8, 4 and 2 micro-batches a step

@@ -32,6 +32,27 @@ def test_muon_takes_the_steps_of_torch(is_native: bool, error: float, monkeypatc
         torch.testing.assert_close(one, other, rtol=0, atol=error)
 
 
+def test_state_of_torchs_muon_is_continued() -> None:
+    """Earlier checkpoints have its keys in the group."""
+    old = torch.optim.Muon(matrices(), lr=0.1, adjust_lr_fn="match_rms_adamw")
+    for parameter in old.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    old.step()  # type: ignore[no-untyped-call]
+    rest = [torch.nn.Parameter(torch.zeros(2))]
+    (adamw,) = torch.optim.AdamW(rest).state_dict()["param_groups"]
+    saved = old.state_dict()
+    saved["param_groups"].append({**adamw, "params": [len(SHAPES)]})
+    parameters = matrices()
+    optimizer = MuonAdamW(parameters, [{"params": rest}], lr=0.3, fused=False)
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    assert torch.equal(optimizer.state[parameters[0]]["momentum_buffer"], saved["state"][0]["momentum_buffer"])
+    before = parameters[0].clone()
+    parameters[0].grad = torch.ones_like(parameters[0])
+    optimizer.step()
+    assert not torch.equal(parameters[0], before)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_singular_values_come_near_one(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(muon, "has_native_bf16", lambda device: False)

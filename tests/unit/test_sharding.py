@@ -24,6 +24,7 @@ from gptlit.errors import InputError
 from gptlit.model.lora import LoRAConfig, build_model
 from gptlit.model.loss import linear_cross_entropy
 from gptlit.model.sharding import gathered, local, shard_like
+from gptlit.training import muon
 from gptlit.training.distributed import HSDPStrategy, gradient_norm, sharded_model
 from gptlit.training.muon import MuonAdamW, assign_owners
 from gptlit.training.optimizer import build_optimizer
@@ -85,8 +86,19 @@ def test_sharded_muon_communicates_twice_a_step() -> None:
 
 @pytest.mark.skipif(not hasattr(ThreadLocalWorld, "comms"), reason="torch 2.11 cannot destroy threaded process groups")
 @pytest.mark.parametrize("mesh_shape", [(4,), (2, 2)])
-def test_sharded_muon_is_muon(mesh_shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("is_native", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_sharded_muon_is_muon(
+    mesh_shape: tuple[int, ...], is_native: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also with matrices of fewer rows than devices, and fewer matrices than devices."""
+    monkeypatch.setattr(muon, "has_native_bf16", lambda device: is_native)
+    exchange, sent = muon.all_to_all_single, set()
+
+    def record(received: torch.Tensor, *others: Any) -> None:
+        sent.add(received.dtype)
+        exchange(received, *others)
+
+    monkeypatch.setattr(muon, "all_to_all_single", record)
     torch.manual_seed(0)
     full = [torch.randn(shape) for shape in ((5, 8), (2, 3), (16, 4))]
     gradients = [[torch.randn_like(matrix) for matrix in full] for _ in range(3)]
@@ -111,6 +123,7 @@ def test_sharded_muon_is_muon(mesh_shape: tuple[int, ...]) -> None:
             torch.testing.assert_close(gathered(other), parameter, rtol=0, atol=1e-7)
 
     run_in_threads(on_each_device, 4)
+    assert sent == {dtype}
 
 
 def test_parameters_are_gathered_in_bf16() -> None:

@@ -25,8 +25,8 @@ except ImportError:  # Windows
 
 class Throughput(Callback):
     """Logs between two log points: perf/tokens_per_second over all devices, without validations and checkpoints;
-    perf/mfu, the fraction of the devices' peak, where all weights learn from every token of a window; perf/memory_gb,
-    the peak so far; and the fractions of wall-clock time spent in waiting for data, in validation and in checkpoints
+    perf/mfu, the fraction of the devices' peak, not if weights are frozen or rows are trained on; perf/memory_gb, the
+    peak so far; and the fractions of wall-clock time spent in waiting for data, in validation and in checkpoints
     (time/data, time/validation, time/checkpoint).
 
     Must come after the callbacks that work at the end of a validation.
