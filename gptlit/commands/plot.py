@@ -212,4 +212,4 @@ def summary(run: Run) -> list[str]:
     best = ["", ""] if val is None else [f"{val.values[val.best]:.4f}", f"{val.steps[val.best]:,}"]
     last = "" if train is None else f"{smooth(train.values)[-1]:.4f}"
     tokens, seconds = (max(getattr(curve, key)[-1] for curve in run.curves.values()) for key in ("tokens", "seconds"))
-    return [run.name, *best, last, f"{tokens:,}", f"{seconds / 60:.1f}"]
+    return [run.name, *best, last, f"{tokens:,.0f}", f"{seconds / 60:.1f}"]

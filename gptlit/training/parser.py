@@ -17,6 +17,16 @@ from gptlit.errors import fail, note
 from gptlit.training.lightning_compat import option_strings, use_utf8_configs
 
 
+# What other projects call an option: keys are the last parts of the names.
+SYNONYMS = {
+    "learning_rate": "model.lr",
+    "dropout": "model.config.drop_rate",
+    "n_embd": "model.config.emb_dim",
+    "block_size": "model.config.context_length",
+    "epochs": "trainer.max_epochs",
+}
+
+
 class Parser(LightningArgumentParser):
     """LightningArgumentParser whose errors are one line, without the usage, and say what was probably meant."""
 
@@ -24,7 +34,9 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if match := re.search(r"unrecognized arguments: --([^\s=]+)|does not accept option '(.+)'", message):
             known = [option.removeprefix("--") for option in option_strings(self)]
-            if near := difflib.get_close_matches(match[1] or match[2], known, 1):
+            name = match[1] or match[2]
+            synonym = SYNONYMS.get(name.rpartition(".")[2])
+            if near := [synonym] if synonym in known else difflib.get_close_matches(name, known, 1):
                 message += f": did you mean {'--' * bool(match[1])}{near[0]}?"
         fail(ex if ex is not None and os.environ.get("GPTLIT_TRACEBACK") else message, status=2)
 

@@ -82,7 +82,7 @@ def check_same_model(ours: Mapping[str, Any], checkpoint: dict[str, Any], is_fit
         if value != other:
             raise InputError(
                 f"model.{key} is {value}, but the checkpoint was trained with {other}: set it to that, or start a new "
-                "run with --model.init_from"
+                "run, without --ckpt_path"
             )
     if ours["lora"]["rank"]:
         check_base(theirs, "the checkpoint", ours["init_from"], ours["base_fingerprint"])

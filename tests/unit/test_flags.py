@@ -20,6 +20,7 @@ from gptlit.training.run_config import RunConfig
         (["--model.config.n_layer=4"], "--model.config.n_layer=4: did you mean --model.config.n_layers?"),
         (["--modle.lr=4"], "--modle.lr=4: did you mean --model.lr?"),
         (["--ckptpath", "last"], "--ckptpath last: did you mean --ckpt_path?"),
+        (["--model.learning_rate=1"], "--model.learning_rate=1: did you mean --model.lr?"),
         (["--zzz"], "unrecognized arguments: --zzz\n"),
         (["--config", "nowhere/a.yaml"], "nowhere/a.yaml'\n"),
         (["--config", "a.yaml"], "'data.batchsize': did you mean data.batch_size?"),

@@ -113,7 +113,7 @@ def _quality(metrics: Mapping[str, Any]) -> str:
     """Return the metric that goes with val/loss: a classifier's accuracy, or the perplexity."""
     if "val/accuracy" in metrics:
         return f"accuracy {metrics['val/accuracy']:.4f}"
-    return f"perplexity {metrics['val/perplexity']:.1f}"
+    return f"perplexity {metrics['val/perplexity']:,.1f}"
 
 
 def _summary(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
