@@ -16,7 +16,6 @@ from typing_extensions import override
 from gptlit.errors import fail, note
 from gptlit.training.lightning_compat import option_strings, use_utf8_configs
 
-
 # What other projects call an option: keys are the last parts of the names.
 SYNONYMS = {
     "learning_rate": "model.lr",
