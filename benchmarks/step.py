@@ -28,7 +28,8 @@ def run(
         length: Tokens per window.
         rounds: Measurements of each contender; every other round runs in reverse order.
         nanogpt: Folder of a clone of nanoGPT.
-        litgpt_python: Python of an environment with litgpt, whose pinned requirements conflict with ours.
+        litgpt_python: Python of an environment with litgpt, whose pinned requirements conflict with ours; it needs our
+            dependencies, too.
         out: JSON file for the results; the peer is appended to its name.
     """
     for peer in peers:  # one peer at a time: all of them at once need too much memory for a small machine
