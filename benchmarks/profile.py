@@ -45,7 +45,7 @@ def run(size: str = "124m", batch_size: int = 1, length: int = 1024, out: str = 
     table = Table("part", "ms", "fraction", title=f"a step of {batch_size} x {length} tokens: {1e3 * total:.0f} ms")
     for name, seconds in parts.items():
         table.add_row(name, f"{1e3 * seconds:.0f}", f"{seconds / total:.1%}")
-    table.add_row("all matrix products at peak bf16 throughput", f"{1e3 * peak:.0f}", f"{peak / total:.1%}")
+    table.add_row("all matrix products at peak throughput", f"{1e3 * peak:.0f}", f"{peak / total:.1%}")
     Console().print(table)
     values = {"machine": machine(), "seconds": total, "parts": parts, "at the peak": peak}
     Path(out).write_text(json.dumps(values, indent=1) + "\n")
