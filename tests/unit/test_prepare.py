@@ -273,7 +273,11 @@ def test_ctrl_c_ends_the_workers_too(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gptlit", "prepare", str(source), "--out=out", "--shard_tokens=2000"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
-        [*command, "--num_workers=2"], env=environment, stderr=subprocess.PIPE, start_new_session=True
+        [*command, "--num_workers=2"],
+        env=environment,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in background
     ) as process:
         while not (tmp_path / "out" / "train-00001.bin").exists() and process.poll() is None:
             time.sleep(0.01)
