@@ -30,16 +30,20 @@ class MultiHeadAttention(nn.Module):
 
     @override
     def forward(self, hidden: Tensor, cache: LayerCache | None = None) -> Tensor:
-        B, T, C = hidden.shape  # noqa: N806
-        qkv = self.qkv(hidden).split(C, dim=-1)  # 3 x (B, T, C)
-        query, key, value = (x.view(B, T, self.n_heads, -1).transpose(1, 2) for x in qkv)  # (B, H, T, D) each
+        query, key, value = self.project(hidden, cache)  # (B, H, T, D) each
         if cache is None:
             context = causal_attention(query, key, value, self.drop_rate if self.training else 0.0)  # (B, H, T, D)
         else:
             key, value, mask = cache.extend(key, value)  # (B, H, S, D), (B, H, S, D), (B, 1, T, S)
             context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)  # (B, H, T, D)
-        context = context.transpose(1, 2).reshape(B, T, C)  # (B, H, T, D) -> (B, T, H, D) -> (B, T, C)
+        context = context.transpose(1, 2).reshape(hidden.shape)  # (B, H, T, D) -> (B, T, H, D) -> (B, T, C)
         return self.out_proj(context)  # type: ignore[no-any-return]
+
+    def project(self, hidden: Tensor, cache: LayerCache | None = None) -> tuple[Tensor, ...]:
+        """Return query, key and value (B, H, T, D) of hidden states (B, T, C), which follow the tokens in the cache."""
+        B, T, C = hidden.shape  # noqa: N806
+        qkv = self.qkv(hidden).split(C, dim=-1)  # 3 x (B, T, C)
+        return tuple(x.view(B, T, self.n_heads, -1).transpose(1, 2) for x in qkv)
 
 
 class GELU(nn.Module):

@@ -44,6 +44,11 @@ class LayerCache:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
+    @property
+    def positions(self) -> Tensor:
+        """The positions (B, T) of the tokens that come next."""
+        return self.cache.write_positions
+
     def extend(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Write (B, H, T, D) keys and values; return all (B, H, S, D) and the attention mask (B, 1, T, S)."""
         if self.keys is None or self.values is None:
