@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gptlit.commands.plot import read_run
-from gptlit.errors import InputError, fail, note
+from gptlit.errors import InputError, fail, needs, note
 
 if TYPE_CHECKING:
     import optuna
@@ -82,10 +82,8 @@ def show(study: "optuna.Study", folder: Path) -> None:
 
 def main() -> None:
     args, fit_args = parser().parse_known_args()
-    try:
+    with needs("optuna", "a sweep"):
         import optuna
-    except ImportError as error:
-        raise InputError("a sweep needs optuna: pip install -c constraints.txt -e '.[recipes]'") from error
     if args.trials < 1:
         fail(f"--trials must be a positive integer, got {args.trials}", status=2)
     if not re.fullmatch(r"[\w-]+", args.name):

@@ -43,7 +43,7 @@ def chat(
     quantize: Quantize = None,
     compile: Compile = False,
 ) -> None:
-    """Type a text, let the model continue it, type again; one trained on instructions answers. /help lists commands."""
+    """Let a model continue what you type, or answer it. /help lists the commands in the chat."""
     from gptlit.generation.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p)

@@ -18,7 +18,7 @@ def classify(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Print the likeliest label of each text and its probability, with a tab between them."""
+    """Print the likeliest label of each text. A tab and its probability follow."""
     if bool(text) == bool(file):
         raise InputError("give either --text TEXT or --file FILE")
     texts = list(text or read_lines(user_path(file), "--file", "text"))

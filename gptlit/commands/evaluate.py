@@ -32,7 +32,7 @@ def evaluate(
     precision: Precision = "32",
     quantize: Quantize = None,
 ) -> None:
-    """Measure how well a model predicts a corpus: loss, perplexity, bits per byte, accuracy."""
+    """Measure how well a model predicts a text. Prints loss, perplexity, bits per byte and accuracy."""
     from rich.console import Console
     from rich.progress import track
 

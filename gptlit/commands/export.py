@@ -13,7 +13,7 @@ def export(
     out: Annotated[str, typer.Option(help="The folder to write; it must not exist, or be empty.")],
     to: Annotated[Literal["huggingface", "book"], typer.Option(help="The format.")] = "huggingface",
 ) -> None:
-    """Write a model for other projects: a Hugging Face folder or the book's .pth."""
+    """Write a model for Transformers, or for the book's code (.pth)."""
     from gptlit.checkpoint.export import save_pretrained
     from gptlit.checkpoint.pretrained import build, read_weights
 

@@ -47,7 +47,7 @@ def generate(
     quantize: Quantize = None,
     compile: Compile = False,
 ) -> None:
-    """Continue prompts with a trained model, or answer instructions; text is printed as it is generated.
+    """Continue prompts, or answer instructions, with a trained model. Text is printed as it is generated.
 
     With --json, a .json or .jsonl file of instructions is answered by a line for each row: its keys and model_response.
     """

@@ -22,7 +22,7 @@ from gptlit.errors import InputError, fail, set_up_streams
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 TRAINING = {
-    "fit": "Train, or resume a run with --ckpt_path: the same as `python train.py fit`.",
+    "fit": "Train, or resume a run with --ckpt_path.",
     "validate": "Measure a checkpoint on the validation split.",
     "test": "Measure a checkpoint on the test split.",
 }
@@ -61,10 +61,11 @@ def plan(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Estimate the cost of a run: parameters, memory, steps, tokens, disk; warn about unusual settings.
+    """Estimate the memory, time and disk that a run needs.
 
-    Takes the same --config files and flags as `train.py fit` (`--data.batch_size 256`). Nothing is trained or written,
-    and no GPU is needed; what depends on a corpus that is not prepared is left open (null with --json).
+    Counts parameters, steps and tokens too, and warns about unusual settings. Takes the same --config files and flags
+    as `train.py fit` (`--data.batch_size 256`). Nothing is trained or written, and no GPU is needed; what depends on a
+    corpus that is not prepared is left open (null with --json).
     """
     from gptlit.commands.plan import run
 

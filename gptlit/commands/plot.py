@@ -2,13 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gptlit.errors import InputError, user_path
+from gptlit.errors import InputError, needs, user_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +20,7 @@ def plot(
     run: Annotated[list[str], typer.Argument(help="Folders: runs/<name>/version_<n>, or runs/<name> for its newest.")],
     out: Annotated[str, typer.Option(help="The picture to write: .png, .svg or .pdf.")],
 ) -> None:
-    """Draw the losses of one or several runs by tokens and by time, and print how their settings differ."""
+    """Draw the losses of runs by tokens and by time. Prints how their settings differ."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -51,8 +50,8 @@ def picture_path(out: str) -> Path:
     path = user_path(out)
     if path.suffix not in (".png", ".svg", ".pdf") or not path.parent.is_dir():
         raise InputError(f"--out {out!r} must end in .png, .svg or .pdf, in an existing folder")
-    if find_spec("matplotlib") is None:
-        raise InputError("pictures need matplotlib: pip install -c constraints.txt -e '.[plot]'")
+    with needs("matplotlib", "a picture"):
+        import matplotlib  # noqa: F401
     return path
 
 
