@@ -110,6 +110,8 @@ def test_runs_that_cannot_be_averaged(
 def test_a_missing_package_is_named_before_the_work(
     script: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import torchmetrics  # noqa: F401  # imports matplotlib itself, where it is installed
+
     for package, *args in (
         ("matplotlib", "scaling_law", "--out", "x.png"),
         ("matplotlib", "compare_seeds", "runs/a", "--out", "x.png"),
