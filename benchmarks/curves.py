@@ -17,6 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.contenders import machine, read_curve
+from benchmarks.peers import PADDED_VOCAB_SIZE, tuned_precision
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -31,9 +32,9 @@ def time_to_loss(
 ) -> None:
     """Compare the time of nanoGPT's recipe with the time that the quickstart's needs for the same validation loss.
 
-    Same corpus, model, tokens per step and validation split; both bf16 and compiled. nanoGPT's recipe is that of its
-    small models (fused AdamW, betas 0.9 and 0.99, 100 warmup steps, cosine decay to a tenth), at the better one of two
-    learning rates. Only training steps are timed, without the first one, which compiles.
+    Same corpus, model, tokens per step and validation split; both compiled, in bf16 if it is native. nanoGPT's recipe
+    is that of its small models (fused AdamW, betas 0.9 and 0.99, 100 warmup steps, cosine decay to a tenth), at the
+    better one of two learning rates. Only training steps are timed, without the first one, which compiles.
 
     Args:
         nanogpt: Folder of a clone of nanoGPT.
@@ -96,7 +97,7 @@ def train_gptlit(steps: int, seed: int) -> None:
     from gptlit.training.cli import main
 
     flags = [f"--seed_everything={seed}", f"--trainer.max_steps={steps}", "--run.val_every_n_steps=25"]
-    flags += ["--run.sample_prompt=", "--model.compile=true", "--trainer.precision=bf16-mixed"]
+    flags += ["--run.sample_prompt=", "--model.compile=true", f"--trainer.precision={tuned_precision('cpu')}"]
     flags += ["--trainer.enable_checkpointing=false", "--trainer.callbacks+=benchmarks.curves.Clock"]
     with tempfile.TemporaryDirectory() as folder:
         main(["fit", f"--config={QUICKSTART}", f"--trainer.default_root_dir={folder}", *flags])
@@ -113,8 +114,6 @@ def train_nanogpt(folder: str, steps: int, lr: float, seed: int) -> None:
     keep_freed_memory()
     sys.path.insert(0, folder)
     from model import GPT, GPTConfig  # type: ignore[import-not-found]
-
-    from benchmarks.peers import PADDED_VOCAB_SIZE
 
     datamodule = TokenDataModule("python-docs", batch_size=BATCH, val_fraction=0.05)
     datamodule.context_length = LENGTH
@@ -137,7 +136,7 @@ def train_nanogpt(folder: str, steps: int, lr: float, seed: int) -> None:
         starts = torch.randint(len(ids) - LENGTH, (BATCH,)).tolist()
         inputs = torch.stack([ids[start : start + LENGTH] for start in starts])
         targets = torch.stack([ids[start + 1 : start + 1 + LENGTH] for start in starts])
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             _, loss = compiled(inputs, targets)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -147,13 +146,20 @@ def train_nanogpt(folder: str, steps: int, lr: float, seed: int) -> None:
     print(json.dumps([seconds, mean_loss(model, datamodule.val_dataloader())]), flush=True)
 
 
+def autocast() -> Any:
+    """Return the autocast of a tuned step: bf16 where it is native."""
+    import torch
+
+    return torch.autocast("cpu", torch.bfloat16, enabled=tuned_precision("cpu") == "bf16-mixed")
+
+
 def mean_loss(model: Any, batches: Any) -> float:
     """Return nanoGPT's mean loss per token over all validation windows."""
     import torch
     import torch.nn.functional as F
 
     total, count = 0.0, 0
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), autocast():
         for inputs, targets in batches:
             logits, _ = model(inputs, targets.clamp(min=0))
             total += float(F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum"))
@@ -176,7 +182,9 @@ OPTIMIZED = "from gptlit.training.cli import main; main()"
 
 
 def numerics(steps: int = 200, out: str = "numerics.json") -> None:
-    """Compare the losses with all optimizations (bf16, compiled) and in plain float32, for the same seed and data.
+    """Compare the losses with all optimizations and in plain float32, for the same seed and data.
+
+    The optimizations are the fused loss, torch.compile, and bf16 where it is native.
 
     Args:
         steps: Steps of both runs: 6 layers, width 384, 4 x 256 tokens of Python's documentation, AdamW.
@@ -184,7 +192,7 @@ def numerics(steps: int = 200, out: str = "numerics.json") -> None:
     """
     curves = {}
     plain = ["--trainer.precision=32-true", "--model.compile=false"]
-    optimized = ["--trainer.precision=bf16-mixed", "--model.compile=true"]
+    optimized = [f"--trainer.precision={tuned_precision('cpu')}", "--model.compile=true"]
     for name, script, flags in (("plain", PLAIN, plain), ("optimized", OPTIMIZED, optimized)):
         curves[name] = losses(script, steps, flags)
     both = list(zip(curves["plain"], curves["optimized"], strict=True))
