@@ -63,6 +63,8 @@ def save_pretrained(
     if any(type(block) is not TransformerBlock for block in model.trf_blocks):
         raise InputError("both formats are GPT-2's: they have no place for another block than TransformerBlock")
     folder = Path(folder)
+    if folder.suffix in (".pth", ".safetensors"):
+        raise InputError(f"{folder} is the name of a file: name a folder, the weights get their names there")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty: name a new folder")
     config, weights = merged(model)

@@ -28,7 +28,7 @@ from gptlit.checkpoint.formats import (
 )
 from gptlit.checkpoint.io import SUFFIX, load_plain, read_checkpoint
 from gptlit.checkpoint.runs import find_checkpoint
-from gptlit.config import GPTConfig
+from gptlit.config import PRESETS, GPTConfig
 from gptlit.data.rows import Labels
 from gptlit.data.tokenizer import TOKENIZER_JSON, Tokenizer, huggingface_tokenizer_spec, same_ids
 from gptlit.errors import InputError, needs, note
@@ -198,8 +198,11 @@ def _read_book(weights: dict[str, Any], path: Path, n_heads: int | None) -> Pret
     vocab_size, emb_dim = weights["tok_emb.weight"].shape
     if n_heads is None and emb_dim % 64:
         raise InputError(
-            f"{path} does not say its number of heads, and its emb_dim {emb_dim} is no multiple of 64: give --n_heads"
+            f"{path} does not say its number of heads, and its emb_dim {emb_dim} is no multiple of 64: give n_heads "
+            "(`gptlit import --n_heads`)"
         )
+    if n_heads is None and emb_dim not in {preset.emb_dim for preset in PRESETS.values()}:
+        note(f"{path}: n_heads is taken as {emb_dim // 64}, heads of 64; if not: `gptlit import --n_heads`")
     config = GPTConfig(
         vocab_size=vocab_size,
         context_length=len(weights["pos_emb.weight"]),
@@ -306,7 +309,7 @@ def check_compatible(ours: dict[str, Any], source: PretrainedWeights) -> Pretrai
     for key, value in ours.items():
         theirs = getattr(source.config, key)
         if key not in MAY_DIFFER and value != theirs:
-            remedy = "leave it out, it comes from there"
+            remedy = "leave it out or set it so, the architecture comes from there"
             if key == "vocab_size":
                 remedy = "set data.tokenizer to the one that it was trained with"
             raise InputError(f"model.config.{key} is {value}, but {source.path} has {theirs}: {remedy}")

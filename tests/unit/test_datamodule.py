@@ -269,3 +269,8 @@ def test_a_test_part_is_needed_to_test(text_file: Path) -> None:
     datamodule = TokenDataModule(str(text_file), context_length=16)
     with pytest.raises(InputError, match="a larger data.test_fraction"):
         datamodule.setup("test")
+
+
+def test_without_a_stage_there_must_be_windows_too(text_file: Path) -> None:
+    with pytest.raises(InputError, match="the val part of .* is too short"):
+        TokenDataModule(str(text_file), context_length=500).setup()

@@ -522,9 +522,17 @@ def test_a_repository_is_fetched_in_the_format_it_has(
 
 def test_a_book_without_heads_is_asked_for_them(tmp_path: Path) -> None:
     save_pretrained(random_model(emb_dim=48, n_heads=3), tmp_path / "out", "book")
-    with pytest.raises(InputError, match="emb_dim 48 is no multiple of 64: give --n_heads"):
+    with pytest.raises(InputError, match="emb_dim 48 is no multiple of 64: give n_heads"):
         load_pretrained(tmp_path / "out" / "model.pth")
     assert load_pretrained(tmp_path / "out" / "model.pth", n_heads=3).config.n_heads == 3
+
+
+def test_heads_of_64_are_said_to_be_a_guess(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_pretrained(random_model(emb_dim=128, n_heads=4), tmp_path / "out", "book")
+    assert load_pretrained(tmp_path / "out" / "model.pth").config.n_heads == 2
+    assert "n_heads is taken as 2, heads of 64" in capsys.readouterr().err
+    assert load_pretrained(tmp_path / "out" / "model.pth", n_heads=4).config.n_heads == 4
+    assert "n_heads" not in capsys.readouterr().err
 
 
 def test_other_files_are_named(tmp_path: Path) -> None:
@@ -539,6 +547,8 @@ def test_other_files_are_named(tmp_path: Path) -> None:
 def test_an_export_overwrites_nothing_and_leaves_nothing_half_written(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
+    with pytest.raises(InputError, match="mine.pth is the name of a file"):
+        save_pretrained(random_model(), tmp_path / "mine.pth", "book")
     with pytest.raises(InputError, match="out exists and is not empty"):
         save_pretrained(random_model(), tmp_path / "out")
     with pytest.raises(InputError, match="no format is named 'onnx'"):
