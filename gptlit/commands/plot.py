@@ -115,6 +115,8 @@ def _curves(run: Path) -> Iterator[tuple[str, Curve]]:
 
     scalars = _scalars(run)
     seen = {0: 0.0, **{event.step: event.value for event in scalars.get("train/tokens", [])}}
+    last, end = max(seen), max((events[-1].step for events in scalars.values()), default=0)
+    seen[end] = seen[last] * end / max(1, last)  # the last steps may come after the last log point
     # Each fit of a run has an event file of its own; the time between two fits is not training.
     starts = sorted({float(path.name.split(".")[3]) for path in run.glob("events.out.tfevents.*")})
     times = sorted(event.wall_time for tag in ("train/loss", "val/loss") for event in scalars.get(tag, []))

@@ -115,6 +115,8 @@ class TrainingCLI(LightningCLI):
         root, name, is_fit = Path(config.trainer.default_root_dir), config.run.name, self.subcommand == "fit"
         if config.ckpt_path is None and is_fit and int(os.environ.get("SLURM_RESTART_COUNT") or 0):
             config.ckpt_path = "last"  # SLURM has requeued the job
+        if config.ckpt_path is not None and config.trainer.fast_dev_run and is_fit:
+            raise InputError("trainer.fast_dev_run cannot resume: leave --ckpt_path out")
         path = folder = None
         if config.ckpt_path == "last":
             folder = last_run(root, name, must_exist=not is_fit)
@@ -228,6 +230,8 @@ def resolve_trainer(trainer: Any, is_fit: bool) -> None:
             "trainer.val_check_interval and trainer.check_val_every_n_epoch cannot be set: "
             "use run.val_every_n_steps, in optimizer steps"
         )
+    if trainer.min_epochs is not None:
+        raise InputError("trainer.min_epochs cannot be set: a run is one epoch of Lightning's, use trainer.max_steps")
     if is_fit:
         check_batch_settings(trainer)
     if trainer.precision is None:

@@ -36,6 +36,11 @@ def is_log_step(trainer: pl.Trainer, step: int) -> bool:
     return every > 0 and (step % every == 0 or trainer.should_stop)
 
 
+def is_validation_of_fit(trainer: pl.Trainer) -> bool:
+    """Whether the validation at hand is one of a fit's, and not Lightning's sanity check before it."""
+    return trainer.state.fn == "fit" and not trainer.sanity_checking
+
+
 def uses_distributed_sampler(trainer: pl.Trainer) -> bool:
     """Whether Lightning replaces samplers by its own where there are several devices: the flag has no public form."""
     return bool(trainer._accelerator_connector.use_distributed_sampler)

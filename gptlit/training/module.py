@@ -270,7 +270,8 @@ class GPTModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["tokens"] = self.tokens
         checkpoint["skipped_steps"] = self.guard.total
-        del checkpoint["loops"]  # Lightning's counters, of one device's micro-batches
+        if isinstance(getattr(self.trainer, "datamodule", None), TokenDataModule):  # whose state says where it is
+            del checkpoint["loops"]  # Lightning's counters, of one device's micro-batches
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -94,6 +94,7 @@ def prepare_fit(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     if "current_model_state" in checkpoint and not any(isinstance(c, WeightAveraging) for c in callbacks):
         note("the checkpoint has averaged weights too: the run goes on with the others, without an average")
         checkpoint["state_dict"] = checkpoint["current_model_state"]
-    set_global_step(trainer, checkpoint["global_step"])
+    if "loops" not in checkpoint:
+        set_global_step(trainer, checkpoint["global_step"])
     for timer in (callback for callback in callbacks if isinstance(callback, Timer)):
         checkpoint.get("callbacks", {}).pop(timer.state_key, None)  # trainer.max_time counts from each start

@@ -109,7 +109,7 @@ def test_stopped_anywhere_it_resumes_bit_for_bit(fit: Fit, at: Any, place: tuple
     assert read_checkpoint(stopped)["global_step"] == place[0] + (place[1] >= 0)
     at.clear()
     if place[0] < 7:
-        fit(*DROPOUT, *EVERY, "--ckpt_path=last")
+        fit(*DROPOUT, *EVERY, "--ckpt_path=last", "--trainer.enable_progress_bar=true")
     whole, resumed = Path("runs/t/version_0"), Path("runs/t/version_1")
     same(checkpoint_path(whole, 8), checkpoint_path(resumed, 8))
     assert losses(whole) == losses(resumed)

@@ -189,6 +189,49 @@ def test_fast_dev_run_leaves_nothing_behind(fit: Fit) -> None:
     assert not list(Path("runs").rglob("*.ckpt"))
 
 
+def test_fast_dev_run_names_what_went_wrong(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--trainer.fast_dev_run=3", "--run.max_nonfinite_steps=1", "--model.lr=1e38", "--model.schedule=constant"]
+    with pytest.raises(SystemExit):
+        fit(*flags)
+    assert "the gradient was not finite in 1 steps in a row" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as exit_:
+        fit("--trainer.fast_dev_run=1", "--ckpt_path=last")
+    assert exit_.value.code == 2
+    assert "trainer.fast_dev_run cannot resume" in capsys.readouterr().err
+
+
+def test_the_sanity_check_says_and_keeps_nothing(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    fit("--trainer.num_sanity_val_steps=1", "--trainer.max_steps=2", "--trainer.enable_progress_bar=true")
+    said = capsys.readouterr().err
+    assert "step 0: val/loss" not in said
+    assert "step 2: val/loss" in said
+
+
+def test_the_end_promises_only_checkpoints_that_are_there(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    fit("--trainer.max_steps=90", "--trainer.enable_checkpointing=false", "--trainer.max_time=00:00:00:00")
+    said = capsys.readouterr().err
+    assert "the time of trainer.max_time is over" in said
+    assert "--ckpt_path" not in said
+
+
+def test_a_run_that_branches_off_has_no_best_checkpoint_before_its_own(
+    fit: Fit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit("--trainer.max_steps=3", "--run.val_every_n_steps=100", "--run.keep_best=false")
+    first = checkpoints(RUN)[-1]
+    saved = torch.load(first, weights_only=True)
+    for name, state in saved["callbacks"].items():
+        if "FinalValidation" in name:
+            state["last_step"] = 0  # as after a signal before the validation
+    DurableCheckpointIO().save_checkpoint(saved, first)
+    capsys.readouterr()
+    flags = ["--run.val_every_n_steps=3", "--trainer.max_steps=4", "--model.lr=100", "--model.schedule=constant"]
+    fit(f"--ckpt_path={first}", "--run.name=branch", "--trainer.enable_progress_bar=true", *flags)
+    said = capsys.readouterr()
+    assert "step 3: val/loss" in said.err
+    assert "best " not in said.out
+
+
 def test_muon_resumes_with_its_state_and_its_values(fit: Fit) -> None:
     muon = ("--model.optimizer=muon", "--trainer.max_steps=6", "--run.save_every_n_steps=3")
     fit(*muon, "--run.name=whole")
@@ -299,6 +342,7 @@ WRONG = [
     (["--trainer.max_epochs=0"], 2, r"trainer\.max_epochs 0 trains nothing"),
     (["--trainer.max_steps=-1", "--trainer.max_epochs=-1"], 2, r"a run needs an end"),
     (["--trainer.val_check_interval=5"], 2, r"use run\.val_every_n_steps"),
+    (["--trainer.min_epochs=2"], 2, r"trainer\.min_epochs cannot be set: .* use trainer\.max_steps"),
     (["--run.name=../x"], 2, r"run\.name must be a plain folder name without \$, got '\.\./x'"),
     (["--run.name=$HOME"], 2, r"run\.name must be a plain folder name without \$, got '\$HOME'"),
     (["--run.save_every_n_steps=0"], 2, r"run\.save_every_n_steps must be a positive integer, got 0"),

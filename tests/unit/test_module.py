@@ -115,6 +115,15 @@ def test_gradients_are_zeroed_right_after_the_step() -> None:
     assert seen == [False, True, False, True]
 
 
+def test_a_plain_loader_resumes_in_the_epoch_that_follows(tmp_path: Path) -> None:
+    first = trainer(max_epochs=1, max_steps=-1)
+    first.fit(GPTModule(TINY), batches(5))
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    second = trainer(max_epochs=2, max_steps=-1)
+    second.fit(GPTModule(TINY), batches(5), ckpt_path=tmp_path / "a.ckpt")
+    assert (second.global_step, second.current_epoch) == (10, 2)
+
+
 def test_the_schedule_knows_the_end_of_a_run_in_epochs() -> None:
     module = GPTModule(TINY, lr=1e-2, min_lr=0.0)
     seen: list[float] = []

@@ -98,6 +98,14 @@ def test_a_loss_that_is_nan_is_not_the_best() -> None:
     assert Curve(*map(np.array, ([1, 2, 3], [1, 2, 3], [1, 2, 3], [math.nan, 5.2, 5.4]))).best == 1
 
 
+def test_steps_after_the_last_log_point_have_their_tokens(runs: list[str]) -> None:
+    writer, began = event_file(Path(runs[0]))
+    writer.add_scalar("val/loss", 4.0, 60, walltime=began + 2.5)
+    writer.close()
+    curve = read_run(runs[0]).curves["val"]
+    assert (curve.steps[-1], curve.tokens[-1]) == (60, 60000)
+
+
 def test_the_pause_before_a_resume_is_left_out(runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     last = read_run(runs[0]).curves["train"].seconds[-1]
     resumed = time.time() + 7200

@@ -15,6 +15,7 @@ from gptlit.checkpoint.io import DurableCheckpointIO, delete_partial_files
 from gptlit.checkpoint.runs import best_path, checkpoint_path, checkpoints
 from gptlit.errors import InputError
 from gptlit.model.sharding import local
+from gptlit.training.lightning_compat import is_validation_of_fit
 
 
 class StepCheckpoint(Checkpoint):
@@ -70,7 +71,7 @@ class StepCheckpoint(Checkpoint):
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         loss = float(trainer.callback_metrics.get("val/loss", math.inf))
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and self.keep_best and loss < self.best_loss:
+        if is_validation_of_fit(trainer) and self.keep_best and loss < self.best_loss:
             self.best_loss, self.best_step = loss, trainer.global_step
 
     @override

@@ -14,7 +14,7 @@ from typing_extensions import override
 from gptlit.errors import InputError, note
 from gptlit.training.callbacks.checkpoint import step_checkpoint
 from gptlit.training.estimate import count_parameters, datasheet_peak, flops_per_token
-from gptlit.training.lightning_compat import is_log_step
+from gptlit.training.lightning_compat import is_log_step, is_validation_of_fit
 from gptlit.training.module import GPTModule
 
 try:
@@ -68,7 +68,7 @@ class Throughput(Callback):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if is_validation_of_fit(trainer):
             self._batch_ended = time.perf_counter()
             self._spent["validation"] += self._batch_ended - self._validation_began
 
@@ -126,6 +126,7 @@ class NonFinite(Callback):
         path, datamodule = self.run / "non-finite.json", trainer.datamodule  # type: ignore[attr-defined]
         if trainer.is_global_zero:
             windows = [window for past in range(step - count, step) for window in datamodule.addresses(past)]
+            path.parent.mkdir(parents=True, exist_ok=True)  # trainer.fast_dev_run has none
             path.write_text(json.dumps(windows, indent=1) + "\n")
         raise InputError(
             f"the gradient was not finite in {count} steps in a row, up to step {step}; their windows are in {path}: "

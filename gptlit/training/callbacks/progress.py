@@ -23,7 +23,7 @@ from gptlit.training.callbacks.checkpoint import step_checkpoint
 from gptlit.training.callbacks.validation import SampleText
 from gptlit.training.distributed import FSDP2Strategy
 from gptlit.training.estimate import RunSpec, describe, make_plan, warnings
-from gptlit.training.lightning_compat import is_log_step
+from gptlit.training.lightning_compat import is_log_step, is_validation_of_fit
 from gptlit.training.module import GPTModule
 
 
@@ -43,6 +43,7 @@ class StepProgress(ProgressBar):
             refresh_per_second=4,
             disable=not console.is_terminal,
         )
+        self._task = self._bar.add_task("training", figures="")
         self._enabled = True
 
     @override
@@ -59,8 +60,7 @@ class StepProgress(ProgressBar):
         self._began, self._first_step = time.monotonic(), trainer.global_step
         for line in _summary(trainer, pl_module):
             self.print(line, markup=False)
-        options = {"total": trainer.max_steps, "completed": trainer.global_step, "figures": ""}
-        self._task = self._bar.add_task("training", **options)  # type: ignore[arg-type]
+        self._bar.reset(self._task, total=trainer.max_steps, completed=trainer.global_step)
         if self._enabled:
             self._bar.start()
 
@@ -78,12 +78,12 @@ class StepProgress(ProgressBar):
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if trainer.state.fn == "fit":
+        if is_validation_of_fit(trainer):
             self._bar.update(self._task, description=f"validating {batch_idx + 1}/{sum(trainer.num_val_batches)}")
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn != "fit":
+        if not is_validation_of_fit(trainer):
             return
         self._bar.update(self._task, description="training", figures=_figures(trainer))
         metrics = trainer.callback_metrics
@@ -152,7 +152,8 @@ def print_closing(trainer: pl.Trainer, run: Path) -> None:
     saver = step_checkpoint(trainer)
     if saver is not None and 0 <= saver.best_step < trainer.global_step:
         best = path if (path := best_path(run)).exists() else checkpoint_path(run, saver.best_step)  # without links
-        print(f"best        {saver.best_loss:.4f} at step {saver.best_step}: {best}")
+        if best.is_file():  # not if a run branched off at its best step
+            print(f"best        {saver.best_loss:.4f} at step {saver.best_step}: {best}")
     folder, newest = shell_quote(str(run)), checkpoint_path(run, trainer.global_step)
     if trainer.global_step < trainer.max_steps:
         stops = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
@@ -161,9 +162,8 @@ def print_closing(trainer: pl.Trainer, run: Path) -> None:
         if any(left <= 0 for timer in timers if (left := timer.time_remaining()) is not None):
             reasons.append("the time of trainer.max_time is over")
         why = "".join(f": {reason}" for reason in reasons if reason)
-        note(
-            f"stopped after step {trainer.global_step} of {trainer.max_steps}{why}; continue with --ckpt_path {folder}"
-        )
+        next_ = f"; continue with --ckpt_path {folder}" if newest.is_file() else ""
+        note(f"stopped after step {trainer.global_step} of {trainer.max_steps}{why}{next_}")
     if newest.is_file():
         use, option = ("classify", "text") if "val/accuracy" in metrics else ("generate", "prompt")
         here = os.path.join(os.getcwd(), "")

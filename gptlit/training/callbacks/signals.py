@@ -16,7 +16,7 @@ from typing_extensions import override
 from gptlit.checkpoint.runs import checkpoint_path
 from gptlit.errors import note, shell_quote
 from gptlit.training.callbacks.checkpoint import StepCheckpoint
-from gptlit.training.lightning_compat import disable_signal_handlers
+from gptlit.training.lightning_compat import disable_signal_handlers, is_validation_of_fit
 from gptlit.training.module import GPTModule
 
 
@@ -107,7 +107,7 @@ class GracefulStop(Callback):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:  # before it: the resumed run validates
+        if is_validation_of_fit(trainer):  # before it: the resumed run validates
             number = torch.tensor(int(self.signal or 0), device=pl_module.device)
             number = trainer.strategy.reduce(number, reduce_op="max") if trainer.world_size > 1 else number
             if int(number):
@@ -115,7 +115,7 @@ class GracefulStop(Callback):
 
     @override
     def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if trainer.state.fn == "fit" and trainer.world_size == 1 and self.signal is not None:
+        if is_validation_of_fit(trainer) and trainer.world_size == 1 and self.signal is not None:
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, WeightAveraging):
                     callback.on_validation_epoch_end(trainer, pl_module)  # the model holds the average until then

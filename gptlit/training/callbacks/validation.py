@@ -10,7 +10,7 @@ from typing_extensions import override
 from gptlit.data.templates import find_template
 from gptlit.generation import TEMPERATURE, TOP_K
 from gptlit.generation.generate import generate
-from gptlit.training.lightning_compat import run_validation
+from gptlit.training.lightning_compat import is_validation_of_fit, run_validation
 from gptlit.training.module import GPTModule
 from gptlit.training.tensorboard import log_text
 
@@ -33,14 +33,14 @@ class FinalValidation(Callback):
         self.last_step = state_dict["last_step"]
 
     @override
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         step = trainer.global_step
         if step > 0 and step % self.every_n_steps == 0 and self.last_step < step:
             run_validation(trainer)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if is_validation_of_fit(trainer):
             self.last_step = trainer.global_step
 
     @override
@@ -67,7 +67,7 @@ class SampleText(Callback):
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, GPTModule)
-        if trainer.state.fn != "fit" or trainer.sanity_checking or pl_module.config.n_classes:
+        if not is_validation_of_fit(trainer) or pl_module.config.n_classes:
             return
         # Every rank samples: a sharded model needs them all.
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
