@@ -2,11 +2,13 @@
 
 import csv
 import hashlib
+import io
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 from zipfile import BadZipFile
@@ -79,7 +81,7 @@ def row_kind(path: Path, options: ReadOptions = ReadOptions()) -> RowKind | None
     with path.open("rb") as file:
         head = file.read(HEAD).decode("utf-8-sig", errors="replace").lstrip()
     if not kind:
-        lines = head.splitlines()[:20]
+        lines = [line.rstrip("\r\n") for line in _lines(head)[:20]]
         return "labels" if lines and all(map(LABELLED_LINE.fullmatch, lines)) else None
     try:
         first = json.JSONDecoder().raw_decode(head.removeprefix("[").lstrip())[0] if kind in (".json", ".jsonl") else ""
@@ -104,13 +106,40 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield location, row
         return
     is_csv = path.suffix.lower() == ".csv"  # with a header; otherwise label, tab, text
+    rows = _table(path, "," if is_csv else "\t")
+    header = next(rows, (0, []))[1] if is_csv else ["label", "text"]
+    for number, row in rows:
+        yield f"{path} line {number}", {key.lower(): value for key, value in zip_longest(header, row) if key}
+
+
+def _lines(text: str) -> list[str]:
+    """Return the lines of a table with their ends: LF, CR or both. `str.splitlines` knows others, which texts have."""
+    return list(io.StringIO(text, newline=""))
+
+
+def _table(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield the number of the last line of each row, and its fields; blank lines are no rows.
+
+    Raises:
+        InputError: The file is not UTF-8, or a quote is not closed.
+    """
     try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines(keepends=True)
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8: position {error.start}") from error
-    table = csv.DictReader(lines, None if is_csv else ["label", "text"], delimiter="," if is_csv else "\t")
-    for values in table:
-        yield f"{path} line {table.line_num}", {key.lower(): value for key, value in values.items() if key}
+    lines = [*_lines(text), ""]  # the last one is blank, and so no part of a row, unless a quote is still open
+    table = csv.reader(lines, delimiter=delimiter)  # not strict, which would refuse a field like "Hi" he said
+    limit = csv.field_size_limit()
+    try:
+        csv.field_size_limit(max(limit, len(text)))  # of the whole process: all rows are read before it is set back
+        rows = [(table.line_num, row) for row in table]
+    finally:
+        csv.field_size_limit(limit)
+    if rows[-1][1]:
+        opened = len(lines) - max(1, len(_lines(rows[-1][1][-1])))
+        remedy = "close it, or quote the field and double the quote in it"
+        raise InputError(f"{path} line {opened}: a quote opens a field and is not closed: {remedy}")
+    yield from ((number, row) for number, row in rows if row)
 
 
 def _text(row: Mapping[str, Any], key: str, location: str) -> str:

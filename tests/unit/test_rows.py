@@ -1,5 +1,6 @@
 """Rows of instructions and labelled texts: files, templates, what is learnt, batches."""
 
+import csv
 import json
 import random
 import sys
@@ -11,7 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from gptlit.data.rows import Labels, RowOptions, Rows, label_names, longest_row, prepare_rows, row_kind, split_sizes
+from gptlit.data.rows import (
+    Labels,
+    RowOptions,
+    Rows,
+    label_names,
+    longest_row,
+    prepare_rows,
+    read_rows,
+    row_kind,
+    split_sizes,
+)
 from gptlit.data.splitting import Split
 from gptlit.data.templates import TEMPLATES, find_template
 from gptlit.data.token_files import SPLITS
@@ -203,6 +214,38 @@ def test_a_quoted_field_may_hold_several_lines() -> None:
     assert len(rows) == 2
 
 
+def test_quotes_within_a_text_belong_to_it() -> None:
+    """Neither a quote inside a field nor text after a quoted one is refused; the messages of the book have both."""
+    lines = ['ham\tI said "hi', 'ham\t"Happy day" I know', "", 'spam\t"""Free"" entry"']
+    Path("a.tsv").write_text("\n".join(lines))
+    texts = [row["text"] for _, row in read_rows(Path("a.tsv"))]
+    assert texts == ['I said "hi', "Happy day I know", '"Free" entry']
+
+
+def test_only_line_feeds_and_carriage_returns_end_a_row() -> None:
+    text = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven"
+    content = f"ham\t{text}\r\nspam\t{text}\rham\t{text}\n".encode()
+    for name in ("a.tsv", "messages"):
+        Path(name).write_bytes(content)
+        assert row_kind(Path(name)) == "labels", name
+        assert [row["text"] for _, row in read_rows(Path(name))] == [text] * 3, name
+    Path("a.csv").write_bytes(b"\ntext,label\n" + f'"{text}",ham\n{text},spam'.encode())
+    assert [row["text"] for _, row in read_rows(Path("a.csv"))] == [text] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.tsv", "ham\t{}\nspam\tx\n"), ("a.csv", "label,text\nham,{}\nspam,x\n")]
+)
+def test_a_text_has_any_length(name: str, content: str) -> None:
+    limit = csv.field_size_limit()
+    text = "word " * (limit // 4)
+    Path(name).write_text(content.format(text))
+    rows = read_rows(Path(name))
+    assert next(rows)[1]["text"] == text
+    assert csv.field_size_limit() == limit  # for other readers of the process
+    assert len(list(rows)) == 1
+
+
 def test_balanced_parts_share_no_text() -> None:
     lines = [f"ham\tham {n % 40}" for n in range(80)] + [f"spam\tspam {n % 15}" for n in range(30)]
     Path("a.tsv").write_text("\n".join(lines))
@@ -263,6 +306,14 @@ def test_a_long_text_keeps_its_label() -> None:
         ),
         ("a.json", '{"messages": [{"role": "user"}]}', "a.json line 1, user has no 'content', only 'role'"),
         ("a.tsv", "ham\tx\nspam", "a.tsv line 2: 'text' is empty, a text is needed"),
+        (
+            "a.tsv",
+            "ham\tx\n" * 30 + 'spam\t"Free entry\n' + "spam\ty\n" * 30,
+            "a.tsv line 31: a quote opens a field and is",
+        ),
+        ("a.tsv", 'ham\tx\nspam\t"', "a.tsv line 2: a quote opens a field and is not closed: close it, or quote the"),
+        ("a.csv", 'label,text\n"a\nb",x\n"ham\nc","x\ny', "a.csv line 5: a quote opens a field"),
+        ("a.csv", 'text,"label\n1,one\n', "a.csv line 1: a quote opens a field and is not closed"),
         ("a.csv", "id,text\n1,one\n", "a.csv line 2 has no 'label', only 'id', 'text'"),
         ("a.jsonl", '{"text": "x", "label": ""}', "a.jsonl line 1: 'label' is empty"),
     ],
