@@ -31,7 +31,7 @@ from gptlit.checkpoint.runs import find_checkpoint
 from gptlit.config import PRESETS, GPTConfig
 from gptlit.data.rows import Labels
 from gptlit.data.tokenizer import TOKENIZER_JSON, Tokenizer, huggingface_tokenizer_spec, same_ids
-from gptlit.errors import InputError, needs, note
+from gptlit.errors import InputError, needs, note, user_path
 from gptlit.model.gpt import GPTModel
 from gptlit.model.lora import LoRAConfig, build_model, merged
 from gptlit.model.sharding import gathered, shard_like
@@ -56,7 +56,7 @@ def read_weights(source: str | Path, n_heads: int | None = None) -> PretrainedWe
         InputError: It does not exist, is of an unknown format, damaged or incomplete.
     """
     is_hub = str(source).startswith(HUB)
-    path = _download(str(source).removeprefix(HUB)) if is_hub else Path(source).expanduser()
+    path = _download(str(source).removeprefix(HUB)) if is_hub else user_path(str(source))
     try:
         found = _read(path, n_heads)
     except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -1,11 +1,11 @@
 """`gptlit export`: a checkpoint -> another project's format."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from gptlit.commands.options import Checkpoint
+from gptlit.errors import user_path
 
 
 def export(
@@ -17,6 +17,6 @@ def export(
     from gptlit.checkpoint.export import save_pretrained
     from gptlit.checkpoint.pretrained import build, read_weights
 
-    found = read_weights(checkpoint)
-    save_pretrained(build(found), out, to, found.tokenizer)
-    print(f"{out}: " + ", ".join(sorted(path.name for path in Path(out).iterdir())))
+    folder, found = user_path(out), read_weights(checkpoint)
+    save_pretrained(build(found), folder, to, found.tokenizer)
+    print(f"{folder}: " + ", ".join(sorted(path.name for path in folder.iterdir())))

@@ -1,11 +1,10 @@
 """`gptlit import`: another project's weights -> a checkpoint."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from gptlit.errors import InputError
+from gptlit.errors import InputError, shell_quote, user_path
 
 SOURCES = "A Hugging Face folder, hf:NAME on its hub, the book's .pth, or nanoGPT's ckpt.pt."
 
@@ -25,7 +24,7 @@ def import_weights(
     ] = "",
 ) -> None:
     """Convert another project's weights into a checkpoint."""
-    path = Path(out)
+    path = user_path(out)
     if path.suffix != ".ckpt":
         raise InputError(f"--out {out!r} must end in .ckpt")
     if path.exists():
@@ -43,4 +42,4 @@ def import_weights(
             )
     save_checkpoint(found, path)
     print(f"{path}: {found.config.summary}, vocabulary {found.config.vocab_size:,}")
-    print(f"next: python -m gptlit fit --config finetune --model.init_from {out} --data.source FILE.txt")
+    print(f"next: python -m gptlit fit --config finetune --model.init_from {shell_quote(out)} --data.source FILE.txt")

@@ -15,7 +15,7 @@ from gptlit.checkpoint.pretrained import check_compatible
 from gptlit.config import PRESETS
 from gptlit.data.compatibility import check_division, check_model, micro_batch_size
 from gptlit.errors import InputError, fail
-from gptlit.training.cli import TrainingCLI, command_line
+from gptlit.training.cli import TrainingCLI, command_line, one_line_errors
 from gptlit.training.estimate import RunSpec, describe, gigabytes, make_plan, warnings
 from gptlit.training.measure import measure
 
@@ -56,8 +56,10 @@ def run(args: list[str], with_measure: bool, as_json: bool) -> None:
         as_json: Print one JSON object.
     """
     cli = command_line(PlanCLI, ["fit", *args])
+    with one_line_errors():
+        config = cli.parser.instantiate(cli.config)["fit"]
     try:
-        spec = run_spec(cli.parser.instantiate(cli.config)["fit"], cli.run)
+        spec = run_spec(config, cli.run)
         plan = make_plan(spec)
         if not as_json:
             print("\n".join(describe(spec, plan)), flush=True)

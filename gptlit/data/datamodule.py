@@ -3,7 +3,6 @@
 import math
 import os
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -30,7 +29,7 @@ from gptlit.data.run_sources import RunSources, WeightedSource, as_list, choose_
 from gptlit.data.splitting import Split
 from gptlit.data.tokenizer import load_tokenizer, tokenizer_spec
 from gptlit.data.windows import EvalSampler, TrainSampler
-from gptlit.errors import InputError
+from gptlit.errors import InputError, user_path
 
 Loader = DataLoader[tuple[Tensor, Tensor]]
 
@@ -116,7 +115,7 @@ class TokenDataModule(pl.LightningDataModule):
             RowOptions(template, mask_prompt, balance, label_position),
             self.tokenizer,
             dtype,
-            Path(cache_dir),
+            user_path(cache_dir),
         )
         self.micro_batch_size_used = micro_batch_size or batch_size
         self.start = self.start_step = 0  # windows over all devices, and optimizer steps, before this fit

@@ -4,7 +4,8 @@ import os
 import re
 import signal
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from gptlit.checkpoint.runs import (
 )
 from gptlit.data.compatibility import check_batch_settings, check_division
 from gptlit.data.datamodule import TokenDataModule
-from gptlit.errors import InputError, fail, note, set_up_streams
+from gptlit.errors import InputError, fail, note, set_up_streams, user_path
 from gptlit.training.callbacks.checkpoint import StepCheckpoint
 from gptlit.training.callbacks.monitoring import NonFinite, Throughput
 from gptlit.training.callbacks.progress import StepProgress, print_closing
@@ -121,7 +122,7 @@ class TrainingCLI(LightningCLI):
         if config.ckpt_path == "last":
             folder = last_run(root, name, must_exist=not is_fit)
         elif config.ckpt_path is not None:
-            path, self.checkpoint = find_checkpoint(Path(config.ckpt_path))
+            path, self.checkpoint = find_checkpoint(user_path(str(config.ckpt_path)))
             if is_fit and "optimizer_states" not in self.checkpoint:
                 raise InputError(f"{path} holds weights only, there is no run to resume: use --model.init_from {path}")
             folder = folder_to_continue(path, name)
@@ -155,17 +156,12 @@ class TrainingCLI(LightningCLI):
 
     @override
     def instantiate_classes(self) -> None:
-        """Report values that a class rejects, and missing packages, in one line."""
-        try:
+        with one_line_errors():
             super().instantiate_classes()
             check_supported(self.trainer)
             if self.subcommand == "fit":
                 check_division(self.datamodule.batch_size, self.trainer.num_devices * self.trainer.num_nodes)
             check_devices(self.trainer)
-        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
-            if missing := re.search(r"class_path '([\w.]+)':\s+Requirement '(\S+)' not met", str(error)):
-                fail(f"{missing[1]} needs a package: pip install '{missing[2]}'", status=2)
-            fail(error, status=2)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -219,12 +215,28 @@ class TrainingCLI(LightningCLI):
             print_closing(self.trainer, self.run)
 
 
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Report values that a class rejects, and missing packages, in one line."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
+        if missing := re.search(r"class_path '([\w.]+)':\s+Requirement '(\S+)' not met", str(error)):
+            fail(f"{missing[1]} needs a package: pip install '{missing[2]}'", status=2)
+        fail(error, status=2)
+
+
 def resolve_trainer(trainer: Any, is_fit: bool) -> None:
     """Check the settings that this project makes itself, and choose precision and devices where they are left open.
 
     Under torchrun and SLURM, the launcher determines the numbers of nodes and of devices.
     """
-    trainer.default_root_dir = trainer.default_root_dir or "runs"
+    trainer.default_root_dir = str(user_path(str(trainer.default_root_dir or "runs")))
+    if trainer.barebones:
+        raise InputError(
+            "trainer.barebones cannot be true, it allows no logging: leave it out; a run with trainer.logger and "
+            "trainer.enable_checkpointing false writes no files"
+        )
     if trainer.val_check_interval is not None or trainer.check_val_every_n_epoch != 1:
         raise InputError(
             "trainer.val_check_interval and trainer.check_val_every_n_epoch cannot be set: "

@@ -7,9 +7,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from gptlit.config import GPTConfig
+from gptlit.data.windows import NO_TARGET
 from gptlit.training.estimate import RunSpec, accumulation
 from gptlit.training.module import GPTModule
 
@@ -17,7 +20,7 @@ WARM_UP, MEASURED = 2, 3  # steps
 
 
 def measure(spec: RunSpec) -> float:
-    """Return the seconds of an optimizer step, from a few steps of one micro-batch of random ids on one device."""
+    """Return the seconds of an optimizer step, from a few steps of one random micro-batch on one device."""
     module = GPTModule(
         spec.config,
         optimizer=spec.optimizer,
@@ -25,8 +28,7 @@ def measure(spec: RunSpec) -> float:
         compile=spec.compile,
         activation_checkpointing=spec.activation_checkpointing,
     )
-    ids = torch.randint(spec.config.vocab_size, (spec.micro_batch_size, spec.config.context_length + 1))
-    batch = ids[:, :-1], ids[:, 1:]
+    batch = _random_batch(spec.config, spec.micro_batch_size)
     laps = _Laps()
     trainer = pl.Trainer(
         accelerator=spec.device,
@@ -44,6 +46,16 @@ def measure(spec: RunSpec) -> float:
     starts, steps, ends = (laps.times[hook::3][WARM_UP:] for hook in range(3))
     backward = median(step - start for start, step in zip(starts, steps, strict=True))
     return accumulation(spec) * backward + median(end - step for step, end in zip(steps, ends, strict=True))
+
+
+def _random_batch(config: GPTConfig, rows: int) -> tuple[Tensor, Tensor]:
+    """Return ids and targets, (B, T) each: the next ids, or for a classifier a label at the last token of each row."""
+    ids = torch.randint(config.vocab_size, (rows, config.context_length + 1))
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    if config.n_classes:
+        targets = torch.full_like(inputs, NO_TARGET)
+        targets[:, -1] = torch.randint(config.n_classes, (rows,))
+    return inputs, targets
 
 
 class _Laps(Callback):

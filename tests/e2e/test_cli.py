@@ -302,6 +302,21 @@ def test_weights_are_trained_further_with_their_own_tokenizer(
         trainer.fit(module, TokenDataModule(str(text_file), batch_size=4, tokenizer="other.json"))
 
 
+def test_a_home_that_no_shell_has_expanded_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gptlit import GPTConfig, GPTModel
+    from gptlit.checkpoint.export import save_pretrained
+
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+    tiny = GPTConfig(vocab_size=99, context_length=8, emb_dim=64, n_heads=1, n_layers=1)
+    save_pretrained(GPTModel(tiny), tmp_path / "home/book", "book")
+    main(["import", "~/book/model.pth", "--out=~/a.ckpt"])
+    main(["export", "--checkpoint=~/a.ckpt", "--out=~/back", "--to=book"])
+    assert Path("home/a.ckpt").is_file()
+    assert Path("home/back/model.pth").is_file()
+    assert not Path("~").exists()
+
+
 @pytest.mark.parametrize("tokenizer", ["gpt2", "nowhere.json"])
 def test_a_tokenizer_that_cannot_be_that_of_the_weights(tokenizer: str, capsys: pytest.CaptureFixture[str]) -> None:
     from gptlit import GPTConfig, GPTModel

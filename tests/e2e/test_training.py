@@ -345,6 +345,11 @@ WRONG = [
     (["--trainer.min_epochs=2"], 2, r"trainer\.min_epochs cannot be set: .* use trainer\.max_steps"),
     (["--run.name=../x"], 2, r"run\.name must be a plain folder name without \$, got '\.\./x'"),
     (["--run.name=$HOME"], 2, r"run\.name must be a plain folder name without \$, got '\$HOME'"),
+    (["--trainer.barebones=true"], 2, r"trainer\.barebones cannot be true"),
+    (["--trainer.default_root_dir=~nobody-here/x"], 2, r"the path '~nobody-here/x' cannot be used"),
+    (["--data.cache_dir=~nobody-here/x"], 2, r"the path '~nobody-here/x' cannot be used"),
+    (["--ckpt_path=~nobody-here/x"], 2, r"the path '~nobody-here/x' cannot be used"),
+    (["--model.init_from=~nobody-here/x"], 2, r"the path '~nobody-here/x' cannot be used"),
     (["--run.save_every_n_steps=0"], 2, r"run\.save_every_n_steps must be a positive integer, got 0"),
     (["--ckpt_path=nowhere.ckpt"], 2, r"checkpoint 'nowhere\.ckpt' does not exist"),
     (["--ckpt_path=text.ckpt"], 2, r"text\.ckpt is damaged, truncated or no checkpoint"),
@@ -380,6 +385,18 @@ def test_bad_input_is_one_line(
     assert len(lines) == 1, lines
     assert re.match(r"error: .*" + words, lines[0])
     assert not Path("runs").exists()
+
+
+def test_a_home_that_no_shell_has_expanded_is_one_folder(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Path("home").absolute()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))  # of Windows
+    Path("paths.yaml").write_text("trainer: {default_root_dir: ~/runs}\ndata: {cache_dir: ~/cache}\n")
+    fit("--config=paths.yaml", "--trainer.max_steps=1")
+    fit("--config=paths.yaml", "--trainer.max_steps=2", "--ckpt_path=~/runs/t")
+    assert len(checkpoints(home / RUN)) == len(losses(home / RUN)) == 2
+    assert any((home / "cache").iterdir())
+    assert not Path("~").exists()
 
 
 def test_a_run_without_an_end_is_refused(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from gptlit.config import PRESETS, GPTConfig
 from gptlit.model.gpt import GPTModel
 from gptlit.training.estimate import RunSpec, count_parameters, describe, flops_per_token, make_plan, usual_lr, warnings
 from gptlit.training.lightning_compat import has_native_bf16
+from gptlit.training.measure import measure
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -92,6 +93,11 @@ def test_measure_gives_a_time(text_file: Path, capsys: pytest.CaptureFixture[str
     assert plan["time"]["seconds"] == pytest.approx(400 * plan["time"]["seconds_a_step"])
     assert plan["time"]["tokens_per_second"] == pytest.approx(4 * 16 / plan["time"]["seconds_a_step"])
     assert re.match(r"20\d\d-", plan["time"]["end"])
+
+
+def test_a_classifier_can_be_measured() -> None:
+    config = GPTConfig(vocab_size=61, context_length=8, emb_dim=16, n_heads=2, n_layers=1, n_classes=2)
+    assert measure(RunSpec(config, micro_batch_size=4, batch_size=4)) > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

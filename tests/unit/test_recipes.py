@@ -15,6 +15,7 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from conftest import ROOT
+from gptlit.commands.main import main
 
 
 def write_run(folder: Path, losses: Sequence[float], **settings: Any) -> None:
@@ -209,14 +210,18 @@ def test_wrong_values_of_a_series(
 # --- loggers ---
 
 
-@pytest.mark.parametrize(("logger", "package"), [("WandbLogger", "wandb"), ("MLFlowLogger", "mlflow")])
+@pytest.mark.parametrize(
+    ("logger", "package", "command"),
+    [("WandbLogger", "wandb", "fit"), ("MLFlowLogger", "mlflow", "fit"), ("WandbLogger", "wandb", "plan")],
+)
 def test_a_logger_without_its_package(
-    fit: Callable[..., None], capsys: pytest.CaptureFixture[str], logger: str, package: str
+    fit: Callable[..., None], capsys: pytest.CaptureFixture[str], logger: str, package: str, command: str
 ) -> None:
     if importlib.util.find_spec(package):
         pytest.skip(f"{package} is installed")
+    run = fit if command == "fit" else lambda *flags: main([command, *flags])
     with pytest.raises(SystemExit) as exit_:
-        fit("--trainer.max_steps=1", f"--trainer.logger={logger}")
+        run("--trainer.max_steps=1", "--trainer.precision=32-true", f"--trainer.logger={logger}")
     assert exit_.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: lightning.pytorch.loggers.{logger} needs a package: pip install '{package}>=")
