@@ -21,14 +21,14 @@ from benchmarks.peers import PADDED_VOCAB_SIZE, tuned_precision
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
-WIDTH, HEADS, LAYERS, LENGTH, BATCH = 128, 4, 6, 128, 16  # as in the quickstart
+WIDTH, HEADS, LAYERS, LENGTH, BATCH = 128, 4, 6, 128, 8  # as in the quickstart
 
 
 # --- time to a loss ---------------------------------------------------------------------------------------------------
 
 
 def time_to_loss(
-    nanogpt: str, steps: int = 800, our_steps: int = 500, seeds: int = 3, out: str = "time_to_loss.json"
+    nanogpt: str, steps: int = 1600, our_steps: int = 1000, seeds: int = 3, out: str = "time_to_loss.json"
 ) -> None:
     """Compare the time of nanoGPT's recipe with the time that the quickstart's needs for the same validation loss.
 
@@ -96,7 +96,7 @@ def train_gptlit(steps: int, seed: int) -> None:
     """Train the quickstart, compiled, without text samples and checkpoints."""
     from gptlit.training.cli import main
 
-    flags = [f"--seed_everything={seed}", f"--trainer.max_steps={steps}", "--run.val_every_n_steps=25"]
+    flags = [f"--seed_everything={seed}", f"--trainer.max_steps={steps}", "--run.val_every_n_steps=50"]
     flags += ["--run.sample_prompt=", "--model.compile=true", f"--trainer.precision={tuned_precision('cpu')}"]
     flags += ["--trainer.enable_checkpointing=false", "--trainer.callbacks+=benchmarks.curves.Clock"]
     with tempfile.TemporaryDirectory() as folder:

@@ -264,7 +264,8 @@ def warnings(spec: RunSpec, plan: dict[str, Any]) -> list[str]:
     if (steps := plan["run"]["steps"]) is not None and spec.warmup_steps >= steps:
         found.append(f"the warm-up of {spec.warmup_steps} steps is no shorter than the run of {steps}")
     usual = usual_lr(plan["parameters"]["total"] - plan["parameters"]["tok_emb"] - plan["parameters"]["pos_emb"])
-    if spec.lr > 5 * usual or (spec.lr < usual / 10 and not spec.is_pretrained):
+    most = usual * (10 if spec.optimizer == "muon" else 5)
+    if spec.lr > most or (spec.lr < usual / 10 and not spec.is_pretrained):
         found.append(f"model.lr {spec.lr:g} is far from the usual {usual:.1g} for a model of this size")
     kept, free = plan["checkpoint"]["bytes_kept"], plan["checkpoint"]["free"]
     if kept and kept + plan["checkpoint"]["bytes"] > free:  # the oldest is deleted after the newest is written

@@ -90,7 +90,7 @@ def test_measure_gives_a_time(text_file: Path, capsys: pytest.CaptureFixture[str
     plan = planned(
         capsys, f"--config={ROOT / 'configs/quickstart.yaml'}", *TINY, "--measure", "--data.micro_batch_size=2"
     )
-    assert plan["time"]["seconds"] == pytest.approx(400 * plan["time"]["seconds_a_step"])
+    assert plan["time"]["seconds"] == pytest.approx(800 * plan["time"]["seconds_a_step"])
     assert plan["time"]["tokens_per_second"] == pytest.approx(4 * 16 / plan["time"]["seconds_a_step"])
     assert re.match(r"20\d\d-", plan["time"]["end"])
 
