@@ -121,7 +121,7 @@ def refusals(changes: dict[str, Any], source: str) -> dict[str, str]:
 def test_a_resume_refuses_what_is_fixed_in_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
-        Path(f"{name}.txt").write_text(f"{name} word of a text\n" * 200)
+        Path(f"{name}.txt").write_text("".join(f"{name} word {n} of a text\n" for n in range(200)))
         Path(f"{name}.tsv").write_text("".join(f"{'xy'[n % 2]}\t{name} text number {n}\n" for n in range(60)))
     texts = {"seed": 9, "stride": 3, "val_fraction": 0.2, "test_fraction": 0.2, "separator": "\n", "num_workers": 1}
     texts |= {"val_source": "b.txt", "test_source": "b.txt", "batch_size": 4, "micro_batch_size": 1, "cache_dir": "c"}
