@@ -74,12 +74,12 @@ def test_a_prepared_corpus_is_counted(text_file: Path, capsys: pytest.CaptureFix
     capsys.readouterr()
     flags = [flag for flag in TINY if "run.name" not in flag]
     plan = planned(
-        capsys, f"--config={ROOT / 'configs/quickstart.yaml'}", *flags, "--data.source=tokens", "--trainer.max_steps=50"
+        capsys, f"--config={ROOT / 'configs/quickstart.yaml'}", *flags, "--data.source=tokens", "--trainer.max_steps=70"
     )
     data = plan["data"]
     assert data["train_windows"] == (data["train_tokens"] - 1) // 16
     assert data["steps_per_epoch"] == -(-data["train_windows"] // 4)
-    assert data["epochs"] == pytest.approx(50 * 4 / data["train_windows"])
+    assert data["epochs"] == pytest.approx(70 * 4 / data["train_windows"])
     assert plan["warnings"] == []
     with pytest.raises(SystemExit):
         main(["plan", f"--config={ROOT / 'configs/gpt2-124m.yaml'}", "--data.source=tokens"])
