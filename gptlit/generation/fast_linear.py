@@ -35,11 +35,13 @@ class Int8Linear(nn.Module):
 
     Args:
         linear: The layer to copy.
-        packed: Pack four weights into an int32, which is fastest for a compiled product with a single row; other
+        packed: Pack four weights into 32 bits, which is fastest for a compiled product with a single row; other
             products unpack them first.
     """
 
-    weight: Tensor  # int8 (O, I), or packed: int32 (O, I/4), whose byte k of word j is the weight k * I/4 + j
+    # int8 (O, I), or packed: (O, I/4), whose byte k of word j is the weight k * I/4 + j. The dtype of these words is
+    # float32, which compiled code loads several times as fast as int32 on AVX2; they are no numbers.
+    weight: Tensor
     scale: Tensor  # (O,)
 
     def __init__(self, linear: nn.Linear, packed: bool) -> None:
@@ -50,7 +52,7 @@ class Int8Linear(nn.Module):
         weight = (full / scale[:, None]).round().to(torch.int8)
         if self.packed:
             planes = weight.view(len(weight), 4, -1).transpose(1, 2)  # (O, I/4, 4)
-            weight = planes.contiguous().view(torch.int32)[..., 0]
+            weight = planes.contiguous().view(torch.float32)[..., 0]
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale.to(linear.weight.dtype))
         self.bias = linear.bias
@@ -58,9 +60,9 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         if self.packed and len(rows) == 1:
-            planes = x.reshape(4, -1).float()  # (4, I/4)
+            planes, words = x.reshape(4, -1).float(), self.weight.view(torch.int32)  # (4, I/4), (O, I/4)
             # A left and a right shift sign-extend a byte.
-            parts = [((self.weight << (24 - 8 * k)) >> 24).float() * planes[k] for k in range(4)]
+            parts = [((words << (24 - 8 * k)) >> 24).float() * planes[k] for k in range(4)]
             product = (parts[0] + parts[1] + parts[2] + parts[3]).sum(dim=-1) * self.scale.float()  # (O,)
             return _as_row(product, self.bias, x)
         weight = self.weight
