@@ -39,8 +39,8 @@ class Int8Linear(nn.Module):
             products unpack them first.
     """
 
-    # int8 (O, I), or packed: (O, I/4), whose byte k of word j is the weight k * I/4 + j. The dtype of these words is
-    # float32, which compiled code loads several times as fast as int32 on AVX2; they are no numbers.
+    # int8 (O, I), or packed: words (O, I/4), whose byte k of word j is the weight k * I/4 + j. Words are stored as
+    # float32, which compiled code loads several times as fast as int32 on AVX2: view them as int32, never convert them.
     weight: Tensor
     scale: Tensor  # (O,)
 
