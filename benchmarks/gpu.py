@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +32,6 @@ LIMITS = {  # time limits of the phases, in seconds
     "batches": 200,
     "larger": 150,
     "generation": 90,
-    "transformers": 150,
     "reliability": 200,
 }
 
@@ -135,30 +134,32 @@ def timed(function: Callable[[], Any], device: str, repeats: int = 10) -> float:
 
 
 def gptlit(device: str, batch: int = 16, flags: Sequence[str] = (), size: str = "124m") -> Contender:
-    """Return `train.py fit` as a contender; on a CPU tiny and not compiled."""
+    """Return `train.py fit` as a contender, set up as in configs/gpt2-124m.yaml; on a CPU tiny and not compiled."""
     if device == "cpu":
         flags = ["--model.compile=false", *flags, "--data.micro_batch_size=2"]
         return make("gptlit", "toy", 2, 16, device=device, warm=1, steps=2, flags=flags)
+    flags = [f"--data.micro_batch_size={batch}", "--model.residual_in_fp32=false", *flags]
     return make("gptlit", size, batch, 1024, device=device, warm=8, steps=10, flags=flags)
 
 
-def peer(name: str, device: str, batch: int = 16, folder: str = "") -> Contender:
+def peer(name: str, device: str, batch: int = 16, folder: str = "", size: str = "124m") -> Contender:
     """Return another project's model as a contender; on a CPU tiny and not compiled."""
     if device == "cpu":
         return make(f"{name}, shipped", "toy", 2, 16, device=device, warm=1, steps=2, folder=folder)
-    return make(name, "124m", batch, 1024, device=device, warm=8, steps=10, folder=folder)
+    return make(name, size, batch, 1024, device=device, warm=8, steps=10, folder=folder)
 
 
 def summaries(
     results: dict[str, list[dict[str, float]]], tokens: dict[str, int], device: str, size: str = "124m"
 ) -> Lines:
-    """Yield tokens per second, MFU, memory and the ratio to the first contender's time, for each contender."""
+    """Yield tokens per second, MFU, memory and the ratio to the first contender's time per token."""
     first = next(iter(results.values()))
     for name, runs in results.items():
         rates = sorted(tokens[name] / found["seconds"] for found in runs)
         flops = step_flops(size, 1, 1024) / 1024
         peak = datasheet(device)
-        ratios = [found["seconds"] / base["seconds"] for found, base in zip(runs, first, strict=True)]
+        more = tokens[name] / tokens[next(iter(results))]
+        ratios = [found["seconds"] / base["seconds"] / more for found, base in zip(runs, first, strict=True)]
         yield {
             "contender": name,
             "tokens/s": round(statistics.median(rates)),
@@ -249,8 +250,8 @@ def attention_kernels(device: str) -> Lines:
 
 
 def step(device: str, nanogpt: str | None) -> Lines:
-    """gptlit under its Trainer and nanoGPT; the correctness checks run while they compile."""
-    contenders = {"gptlit": gptlit(device)}
+    """gptlit under its Trainer, nanoGPT and Transformers; the correctness checks run while they compile."""
+    contenders = {"gptlit": gptlit(device), "Transformers": peer("transformers", device)}
     if nanogpt is not None:
         contenders["nanoGPT"] = peer("nanogpt", device, 16, nanogpt)
     checks = subprocess.Popen(
@@ -265,35 +266,31 @@ def step(device: str, nanogpt: str | None) -> Lines:
 
 
 def batches(device: str, nanogpt: str | None) -> Lines:
-    """Larger micro-batches of gptlit and nanoGPT; accumulation as in configs/gpt2-124m.yaml."""
-    many = ["--data.batch_size=512"] if device == "cuda" else ["--data.batch_size=8"]
-    contenders, tokens = {}, {}
-    for batch in (32, 64):
-        flags = [f"--data.micro_batch_size={batch}"]
-        contenders[f"gptlit, {batch} x 1024"] = gptlit(device, batch, flags=flags)
-        tokens[f"gptlit, {batch} x 1024"] = batch * 1024
-        if nanogpt is not None:
-            contenders[f"nanoGPT, {batch} x 1024"] = peer("nanogpt", device, batch, nanogpt)
-            tokens[f"nanoGPT, {batch} x 1024"] = batch * 1024
-    contenders["gptlit, 8 times 64 x 1024"] = gptlit(device, 64, flags=["--data.micro_batch_size=64", *many])
-    tokens["gptlit, 8 times 64 x 1024"] = 64 * 1024
-    yield from compare(contenders, tokens, device)
+    """Larger micro-batches; a float32 residual stream; accumulation as in configs/gpt2-124m.yaml."""
+    eight = ["--data.batch_size=512"] if device == "cuda" else ["--data.batch_size=16"]
+    contenders = {
+        "gptlit, 64 x 1024": gptlit(device, 64),
+        "gptlit, 32 x 1024": gptlit(device, 32),
+        "gptlit, 64 x 1024, float32 residual": gptlit(device, 64, ["--model.residual_in_fp32=true"]),
+        "gptlit, 64 x 1024, accumulated 8 times": gptlit(device, 64, eight),
+    }
+    if nanogpt is not None:
+        contenders["nanoGPT, 64 x 1024"] = peer("nanogpt", device, 64, nanogpt)
+    yield from compare(contenders, windows(contenders), device)
 
 
 def larger(device: str, nanogpt: str | None) -> Lines:
     """The 355M model."""
-    contenders = {
-        f"355M, {batch} x 1024": gptlit(device, batch, [f"--data.micro_batch_size={batch}"], "355m")
-        for batch in (16, 32)
-    }
-    tokens = {name: int(name.split()[1]) * 1024 for name in contenders}
-    yield from compare(contenders, tokens, device, size="355m")
+    contenders = {f"gptlit 355M, {batch} x 1024": gptlit(device, batch, size="355m") for batch in (32, 64)}
+    if nanogpt is not None:
+        contenders["nanoGPT 355M, 32 x 1024"] = peer("nanogpt", device, 32, nanogpt, "355m")
+    yield from compare(contenders, windows(contenders), device, size="355m")
 
 
-def transformers(device: str, nanogpt: str | None) -> Lines:
-    """Transformers' GPT-2, compiled, and gptlit."""
-    contenders = {"gptlit": gptlit(device), "Transformers": peer("transformers", device)}
-    yield from compare(contenders, dict.fromkeys(contenders, 16 * 1024 if device == "cuda" else 2 * 16), device)
+def windows(names: Iterable[str]) -> dict[str, int]:
+    """Return the tokens of "NAME, B x T"."""
+    parts = {name: name.split(", ")[1].split(" x ") for name in names}
+    return {name: int(batch) * int(length) for name, (batch, length) in parts.items()}
 
 
 def kernels(device: str, nanogpt: str | None) -> Lines:
@@ -335,7 +332,6 @@ PHASES = {
     "batches": batches,
     "larger": larger,
     "generation": generation,
-    "transformers": transformers,
     "reliability": reliability,
     "correctness": correctness,
 }

@@ -139,5 +139,5 @@ if __name__ == "__main__":
     from benchmarks.peers import train_gptlit
 
     size, batch, length = ("124m", 16, 1024) if sys.argv[2] == "cuda" else ("toy", 2, 16)
-    more = [] if sys.argv[2] == "cuda" else ["--model.compile=false"]
+    more = ["--model.residual_in_fp32=false"] if sys.argv[2] == "cuda" else ["--model.compile=false"]
     train_gptlit(size, batch, length, "tuned", PROBES[sys.argv[1]](), sys.argv[2], more)

@@ -105,6 +105,7 @@ class GPTModel(nn.Module):
     """
 
     block = TransformerBlock  # assign a subclass to try another one: see examples/modern_block.py
+    residual_in_fp32 = True  # under autocast to bf16; False: the residual stream is bf16 too
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -142,6 +143,10 @@ class GPTModel(nn.Module):
         if cache is not None:
             positions = cache.positions(token_ids.shape[1])  # (B, T)
         hidden = self.drop_emb(self.tok_emb(token_ids) + self.pos_emb(positions))  # (B, T, C)
+        device = hidden.device.type
+        is_bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+        if is_bf16 and not self.residual_in_fp32:
+            hidden = hidden.bfloat16()
         for layer, block in enumerate(self.trf_blocks):
             hidden = block(hidden, cache.layers[layer]) if cache is not None else block(hidden)  # (B, T, C)
         return self.final_norm(hidden)  # type: ignore[no-any-return]

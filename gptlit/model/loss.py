@@ -138,7 +138,7 @@ def padded_head(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def accumulate_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
-    """Return `total + left @ right` (`total` may be None), accumulated in float32: fp16 would overflow.
+    """Return `total + left @ right` (`total` may be None, and is overwritten), in float32: fp16 would overflow.
 
     CUDA kernels accumulate in float32 themselves. Elsewhere the product is rounded to its dtype first, and keeps it if
     it is the only one.
@@ -147,7 +147,7 @@ def accumulate_product(total: Tensor | None, left: Tensor, right: Tensor) -> Ten
     if left.device.type == "cuda" and left.dtype != dtype:
         if total is None:
             return torch.mm(left, right, out_dtype=dtype)
-        return torch.addmm(total, left, right, out_dtype=dtype)
+        return torch.addmm(total, left, right, out_dtype=dtype, out=total)
     product = left @ right
     return product if total is None else total.to(dtype).add_(product)
 

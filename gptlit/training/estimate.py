@@ -52,6 +52,7 @@ class RunSpec:
     devices: int = 1  # over all nodes
     nodes: int = 1
     shards: int = 1  # devices over which parameters, gradients and optimizer state are sharded
+    residual_in_fp32: bool = True
     activation_checkpointing: bool = False
     compile: bool = False
     batch_size: int = 16  # windows in an optimizer step, over all devices
@@ -78,6 +79,7 @@ class RunSpec:
             config=module.config,
             lora=module.lora,
             optimizer=module.optimizer_name,
+            residual_in_fp32=module.residual_in_fp32,
             activation_checkpointing=module.activation_checkpointing,
             compile=module.compile_model,
             batch_size=datamodule.batch_size,

@@ -4,6 +4,7 @@ Each function says why no public API serves. tests/unit/test_lightning_compat.py
 fails when a new release changes it.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -34,6 +35,11 @@ def is_log_step(trainer: pl.Trainer, step: int) -> bool:
     """
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     return every > 0 and (step % every == 0 or trainer.should_stop)
+
+
+def log_numbers(module: pl.LightningModule, values: Mapping[str, float]) -> None:
+    """Log numbers of the host, which `module.log` would copy to the device: that synchronizes with a GPU."""
+    module.log_dict({name: torch.tensor(float(value)) for name, value in values.items()})
 
 
 def is_validation_of_fit(trainer: pl.Trainer) -> bool:

@@ -26,6 +26,7 @@ def measure(spec: RunSpec) -> float:
         optimizer=spec.optimizer,
         lr=spec.lr,
         compile=spec.compile,
+        residual_in_fp32=spec.residual_in_fp32,
         activation_checkpointing=spec.activation_checkpointing,
     )
     batch = _random_batch(spec.config, spec.micro_batch_size)

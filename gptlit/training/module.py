@@ -22,7 +22,7 @@ from gptlit.model.lora import LoRAConfig, build_model, merged_weight
 from gptlit.model.loss import at_labels, chunked_softmax_, linear_cross_entropy, next_token_loss, softmax_
 from gptlit.training.distributed import FSDP2Strategy, sharded_model
 from gptlit.training.gradients import NonFiniteGuard, clip_gradients
-from gptlit.training.lightning_compat import attached_trainer, configure_compiler, is_log_step
+from gptlit.training.lightning_compat import attached_trainer, configure_compiler, is_log_step, log_numbers
 from gptlit.training.optimizer import (
     OPTIMIZERS,
     OptimizerName,
@@ -62,6 +62,8 @@ class GPTModule(pl.LightningModule):
         beta1: AdamW's decay of the gradient's running mean.
         beta2: AdamW's decay of the running mean of its square.
         compile: Compile the blocks with torch.compile (needs a C++ compiler on a CPU). Checkpoints stay the same.
+        residual_in_fp32: Keep the residual stream in float32 under bf16-mixed precision; false: in bf16, which is
+            faster. With FSDP2, which gathers the embedding in bf16, it is bf16 in any case.
         activation_checkpointing: Save only the input of each block and recompute the rest in backward: much less memory
             for a third more time.
         init_from: Load initial weights only, from a checkpoint or a run's folder, a Hugging Face folder or `hf:NAME`,
@@ -90,6 +92,7 @@ class GPTModule(pl.LightningModule):
         beta1: float = 0.9,
         beta2: float = 0.95,
         compile: bool = False,
+        residual_in_fp32: bool = True,
         activation_checkpointing: bool = False,
         init_from: str | None = None,
         trainable: Trainable = "all",
@@ -107,7 +110,9 @@ class GPTModule(pl.LightningModule):
         self.optimizer_name: OptimizerName = optimizer
         self._group_values: Any = {"weight_decay": weight_decay, "decay_all": decay_all, "betas": (beta1, beta2)}
         self.compile_model = compile
-        self._softmax = torch.compile(softmax_, dynamic=False) if compile else chunked_softmax_
+        tuning: Any = {"coordinate_descent_tuning": True}  # of the kernel on a GPU
+        self._softmax = torch.compile(softmax_, dynamic=False, options=tuning) if compile else chunked_softmax_
+        self.residual_in_fp32 = residual_in_fp32
         self.activation_checkpointing = activation_checkpointing
         self.init_from = init_from
         self.guard = NonFiniteGuard()
@@ -136,6 +141,7 @@ class GPTModule(pl.LightningModule):
         if self.init_from is not None:
             _load_weights(self, self.init_from, data)
         freeze(self.model, self.trainable)
+        self.model.residual_in_fp32 = self.residual_in_fp32
         _set_up_blocks(self.model, self.activation_checkpointing, self.compile_model, device)
 
     @override
@@ -203,27 +209,29 @@ class GPTModule(pl.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        self.tokens += self._step_tokens
-        norm = clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self._grad_norm = clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         if self.trainer.precision != "16-mixed":
-            self.guard.check(optimizer, norm)
-        if is_log_step(self.trainer, self.global_step + 1):
-            self.log("train/loss", torch.stack(self._losses).mean(), sync_dist=True)
-            self.log("train/grad_norm", norm)
-            self.log("train/tokens", float(self.tokens))
-            self.log("lr", optimizer.param_groups[0]["lr"])
-            if skipped := self.guard.total:
-                self.log("train/skipped_steps", float(skipped))
-            if self.config.n_classes:
-                self.log("train/accuracy", self._accuracy.compute())
-        if self.config.n_classes:
-            self._accuracy.reset()
-        self._losses, self._step_tokens = [], 0
+            self.guard.check(optimizer, self._grad_norm)
 
     @override
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         optimizer.zero_grad()  # right after the step: Lightning would keep gradients beside the next activations
+        self.tokens += self._step_tokens
+        if is_log_step(self.trainer, self.global_step + 1):
+            self._log_step(optimizer.param_groups[0]["lr"])
+        if self.config.n_classes:
+            self._accuracy.reset()
+        self._losses, self._step_tokens = [], 0
+
+    def _log_step(self, lr: float) -> None:
+        self.log("train/loss", torch.stack(self._losses).mean(), sync_dist=True)
+        self.log("train/grad_norm", self._grad_norm)
+        if self.config.n_classes:
+            self.log("train/accuracy", self._accuracy.compute())
+        log_numbers(self, {"train/tokens": self.tokens, "lr": lr})
+        if skipped := self.guard.total:  # synchronizes
+            log_numbers(self, {"train/skipped_steps": skipped})
 
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -53,6 +53,18 @@ def test_a_module_without_a_trainer_has_none() -> None:
     assert lightning_compat.attached_trainer(module) is fitter
 
 
+def test_numbers_are_logged_without_a_copy_to_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Log(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *_: object) -> None:
+            with monkeypatch.context() as patch:
+                patch.setattr(BoringModel, "device", torch.device("meta"))  # whose numbers cannot be read
+                lightning_compat.log_numbers(module, {"number": 3})
+
+    fitter = trainer(max_steps=1, callbacks=[Log()])
+    fitter.fit(BoringModel())
+    assert fitter.logged_metrics["number"] == 3
+
+
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_log_steps_are_lightnings(accumulation: int) -> None:
     seen = []

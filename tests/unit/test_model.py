@@ -160,6 +160,27 @@ def test_the_compiled_gelu_is_torchs(dtype: torch.dtype, bound: float) -> None:
     assert torch.allclose(ours.double(), to_values.double(), atol=5 * bound, rtol=bound)
 
 
+@pytest.mark.parametrize("residual_in_fp32", [True, False])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
+def test_only_under_bf16_the_residual_stream_can_be_bf16(residual_in_fp32: bool, autocast: torch.dtype | None) -> None:
+    torch.manual_seed(0)
+    config = GPTConfig(61, 8, 16, 2, n_layers=2, drop_rate=0, init="gpt2", tie_weights=True)
+    model = GPTModel(config)
+    model.residual_in_fp32 = residual_in_fp32
+    seen = []
+    for block in model.trf_blocks:
+        block.register_forward_hook(lambda _, inputs, output: seen.extend([inputs[0].dtype, output.dtype]))
+    ids = torch.randint(61, (2, 8))
+    exact = model.hidden(ids)
+    assert {*seen} == {torch.float32}
+    seen.clear()
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        rounded = model.hidden(ids)
+    is_bf16 = autocast == torch.bfloat16 and not residual_in_fp32
+    assert {*seen} == {torch.bfloat16 if is_bf16 else torch.float32}
+    assert (rounded - exact).norm() < 1e-2 * exact.norm()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it is a setting for CPUs")
 def test_a_compiled_block_saves_few_activations_for_backward() -> None:

@@ -14,7 +14,7 @@ from typing_extensions import override
 from gptlit.errors import InputError, note
 from gptlit.training.callbacks.checkpoint import step_checkpoint
 from gptlit.training.estimate import count_parameters, datasheet_peak, flops_per_token
-from gptlit.training.lightning_compat import is_log_step, is_validation_of_fit
+from gptlit.training.lightning_compat import is_log_step, is_validation_of_fit, log_numbers
 from gptlit.training.module import GPTModule
 
 try:
@@ -84,11 +84,10 @@ class Throughput(Callback):
         wall = time.perf_counter() - self._began
         self._spent["checkpoint"] += self._saving()
         rate = (pl_module.tokens - self._tokens) / (wall - self._spent["validation"] - self._spent["checkpoint"])
-        pl_module.log("perf/tokens_per_second", rate)
+        found = {"perf/tokens_per_second": rate, "perf/memory_gb": memory_peak(trainer.strategy.root_device) / 1e9}
         if self.peak is not None and self._learns_all:
-            pl_module.log("perf/mfu", rate * self._flops_per_token / (self.peak * trainer.world_size))
-        pl_module.log("perf/memory_gb", memory_peak(trainer.strategy.root_device) / 1e9)
-        pl_module.log_dict({f"time/{part}": seconds / wall for part, seconds in self._spent.items()})
+            found["perf/mfu"] = rate * self._flops_per_token / (self.peak * trainer.world_size)
+        log_numbers(pl_module, found | {f"time/{part}": seconds / wall for part, seconds in self._spent.items()})
 
 
 def memory_peak(device: torch.device) -> int:
