@@ -48,7 +48,7 @@ def time_to_loss(
     runs = []
     table = Table("seed", "nanoGPT's last loss", "its seconds", "seconds to the same loss", "ratio", "last loss")
     for seed in track(range(seeds), "seeds"):
-        *_, (theirs, target) = train("nanogpt", folder=nanogpt, steps=steps, lr=lr, seed=seed)
+        theirs, target = (train("nanogpt", folder=nanogpt, steps=steps, lr=lr, seed=seed) if seed else rates[lr])[-1]
         points = train("gptlit", steps=our_steps, seed=seed)
         ours = next((seconds for seconds, loss in points if loss <= target), math.inf)
         runs.append({"loss": target, "nanogpt": theirs, "gptlit": ours, "ratio": ours / theirs, "points": points})

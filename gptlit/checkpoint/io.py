@@ -149,12 +149,6 @@ def _write(checkpoint: dict[str, Any], path: Path, then: Callable[[], None] | No
         ) from error
 
 
-def delete_partial_files(folder: Path) -> None:
-    """Delete the partial files of a killed process from a folder of checkpoints."""
-    for path in folder.glob(".*.partial"):
-        path.unlink(missing_ok=True)
-
-
 def load_plain(path: Path) -> dict[str, Any]:
     """Load a file written by `torch.save`, memory-mapped on the CPU, without executing anything in it.
 

@@ -32,6 +32,12 @@ def atomic_file(path: Path, opener: Callable[[Path, str], Any] = open) -> Iterat
             temporary.unlink()
 
 
+def delete_partial_files(folder: Path) -> None:
+    """Delete what a killed process left half-written in a folder."""
+    for path in folder.glob(".*.partial"):
+        path.unlink(missing_ok=True)
+
+
 def _sync_folder(folder: Path) -> None:
     """fsync a folder, which makes renames in it durable."""
     if os.name != "nt":  # no such call; renames are journalled

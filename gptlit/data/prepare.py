@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+from gptlit.data.atomic import delete_partial_files
 from gptlit.data.shard_writer import PROGRESS, FolderWriter
 from gptlit.data.sources import Corpus
 from gptlit.data.splitting import Piece, Split, SplitReader
@@ -79,6 +80,7 @@ def prepare(
         _refuse_foreign(folder)
         with _locked(folder, wait):
             if not _is_done(folder, settings, overwrite):
+                delete_partial_files(folder)
                 reader = SplitReader(corpora, split, skip_bad)
                 writer = FolderWriter(folder, tokenizer, settings)
                 _write(reader, writer, num_workers)

@@ -11,8 +11,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 from typing_extensions import override
 
-from gptlit.checkpoint.io import DurableCheckpointIO, delete_partial_files
+from gptlit.checkpoint.io import DurableCheckpointIO
 from gptlit.checkpoint.runs import best_path, checkpoint_path, checkpoints
+from gptlit.data.atomic import delete_partial_files
 from gptlit.errors import InputError
 from gptlit.model.sharding import local
 from gptlit.training.lightning_compat import is_validation_of_fit
@@ -62,7 +63,7 @@ class StepCheckpoint(Checkpoint):
         self._saved_step = trainer.global_step
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._folder.mkdir(parents=True, exist_ok=True)
-            delete_partial_files(self._folder)  # what a killed process left half-written
+            delete_partial_files(self._folder)
 
     @property
     def _folder(self) -> Path:
