@@ -4,29 +4,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gptlit.checkpoint.export import save_pretrained
-    from gptlit.checkpoint.pretrained import load_pretrained
-    from gptlit.config import GPT_CONFIG_124M, PRESETS, GPTConfig
-    from gptlit.data.datamodule import TokenDataModule
-    from gptlit.data.tokenizer import load_tokenizer
-    from gptlit.generation.generate import generate
-    from gptlit.model.gpt import GPTModel
-    from gptlit.training.module import GPTModule
+    from gptlit.checkpoint.export import save_pretrained as save_pretrained
+    from gptlit.checkpoint.pretrained import load_pretrained as load_pretrained
+    from gptlit.config import GPT_CONFIG_124M as GPT_CONFIG_124M
+    from gptlit.config import PRESETS as PRESETS
+    from gptlit.config import GPTConfig as GPTConfig
+    from gptlit.data.datamodule import TokenDataModule as TokenDataModule
+    from gptlit.data.tokenizer import load_tokenizer as load_tokenizer
+    from gptlit.generation.generate import generate as generate
+    from gptlit.model.gpt import GPTModel as GPTModel
+    from gptlit.training.module import GPTModule as GPTModule
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "GPT_CONFIG_124M",
-    "PRESETS",
-    "GPTConfig",
-    "GPTModel",
-    "GPTModule",
-    "TokenDataModule",
-    "generate",
-    "load_pretrained",
-    "load_tokenizer",
-    "save_pretrained",
-]
 
 # Imported on first use: `import gptlit` imports neither torch nor lightning.
 _MODULES = {
@@ -41,6 +30,7 @@ _MODULES = {
     "load_tokenizer": "gptlit.data.tokenizer",
     "save_pretrained": "gptlit.checkpoint.export",
 }
+__all__ = [*_MODULES]
 
 
 def __getattr__(name: str) -> Any:

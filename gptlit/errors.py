@@ -49,9 +49,14 @@ def shell_quote(*words: str) -> str:
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
+def local_rank() -> int:
+    """Return the number of this process on its node, as torchrun, Lightning or SLURM counts."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+
+
 def note(message: str) -> None:
     """Print to stderr, on local rank 0 only."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if local_rank() == 0:
         print(message, file=sys.stderr)
 
 
@@ -59,7 +64,7 @@ def fail(error: object, status: int = 1) -> NoReturn:
     """Print one line and exit with `status`. GPTLIT_TRACEBACK=1 in the environment shows the traceback."""
     if isinstance(error, BaseException) and os.environ.get("GPTLIT_TRACEBACK"):
         raise error
-    if int(os.environ.get("LOCAL_RANK", 0)) > 0:
+    if local_rank() > 0:
         time.sleep(2)  # local rank 0 prints the same, and ends this process
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     raise SystemExit(status)

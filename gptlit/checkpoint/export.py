@@ -65,6 +65,8 @@ def save_pretrained(
     folder = Path(folder)
     if folder.suffix in (".pth", ".safetensors"):
         raise InputError(f"{folder} is the name of a file: name a folder, the weights get their names there")
+    if not folder.name:
+        raise InputError(f"{folder} is the current folder: name a new one")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} exists and is not empty: name a new folder")
     config, weights = merged(model)

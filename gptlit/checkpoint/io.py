@@ -158,8 +158,10 @@ def load_plain(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise InputError(f"checkpoint {str(path)!r} does not exist")
     try:
-        _check_crc(path)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        is_zip = zipfile.is_zipfile(path)  # torch wrote another format before 1.6
+        if is_zip:
+            _check_crc(path)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} is damaged, or holds more than tensors and plain values: it is not opened") from error
     except Exception as error:  # damaged bytes raise a dozen types
@@ -190,11 +192,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def check_finite(weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    """Check that no weight is NaN or Inf.
-
-    Raises:
-        InputError: A tensor has NaN or Inf; it is named.
-    """
+    """Check that no weight is NaN or Inf."""
     for name, value in weights.items():
         if value.is_floating_point() and value.numel() and not all(map(torch.isfinite, value.aminmax())):
             raise InputError(f"{path} has NaN or Inf in {name!r}: take another checkpoint, or fetch the file again")

@@ -112,11 +112,7 @@ def _merge_adapters(
 
 
 def check_base(adapters: dict[str, Any], path: str | Path, base: str | Path, fingerprint: str) -> None:
-    """Check that adapters at `path`, with these hyper-parameters, are for `base`.
-
-    Raises:
-        InputError: They are for another one.
-    """
+    """Check that adapters at `path`, with these hyper-parameters, are for `base`."""
     theirs = adapters["base_fingerprint"]
     if theirs != fingerprint:
         raise InputError(
@@ -283,11 +279,7 @@ def cut_vocabulary(source: PretrainedWeights, n_vocab: int) -> PretrainedWeights
 
 
 def check_tokenizer(source: PretrainedWeights, tokenizer: Tokenizer) -> None:
-    """Check that the data have the tokenizer that the weights were trained with, if it is known.
-
-    Raises:
-        InputError: They have another one.
-    """
+    """Check that the data have the tokenizer that the weights were trained with, if it is known."""
     theirs = source.load_tokenizer()
     is_known = source.tokenizer is not None and theirs.n_vocab <= source.config.vocab_size
     if is_known and not same_ids(theirs, tokenizer):

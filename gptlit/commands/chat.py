@@ -18,7 +18,6 @@ from gptlit.commands.options import (
     TopP,
     load_for_generation,
 )
-from gptlit.errors import InputError
 from gptlit.generation import TEMPERATURE, TOP_K
 
 if TYPE_CHECKING:
@@ -56,10 +55,6 @@ def chat(
         except EOFError:
             print()
             return
-        except RuntimeError as error:
-            if "lost sys.std" not in str(error):
-                raise
-            raise InputError(f"chat reads standard input and writes standard output ({error})") from error
 
 
 @dataclass

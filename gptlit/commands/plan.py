@@ -16,6 +16,7 @@ from gptlit.config import PRESETS
 from gptlit.data.compatibility import check_division, check_model, micro_batch_size
 from gptlit.errors import InputError, fail
 from gptlit.training.cli import TrainingCLI, command_line, one_line_errors
+from gptlit.training.distributed import FSDP2Strategy
 from gptlit.training.estimate import RunSpec, describe, gigabytes, make_plan, warnings
 from gptlit.training.measure import measure
 
@@ -100,7 +101,7 @@ def run_spec(config: Any, run: Path) -> RunSpec:
         device=device,
         devices=devices,
         nodes=int(trainer.num_nodes),
-        shards={"fsdp2": devices, "hsdp": devices // int(trainer.num_nodes)}.get(str(trainer.strategy), 1),
+        shards=count_shards(trainer.strategy, devices, devices // int(trainer.num_nodes)),
         micro_batch_size=micro_batch_size(data.batch_size, devices, data.micro_batch_size),
         steps=None if trainer.max_steps == -1 else trainer.max_steps,
         epochs=None if trainer.max_epochs in (None, -1) else trainer.max_epochs,
@@ -129,7 +130,16 @@ def count_devices(devices: Any, device: str) -> int:
     """Return the number of devices per node; 1 for "auto" without a GPU."""
     if devices in ("auto", -1, "-1"):
         return max(1, torch.cuda.device_count()) if device == "cuda" else 1
+    if isinstance(devices, str) and "," in devices:  # indices
+        devices = [index for index in devices.split(",") if index.strip()]
     return len(devices) if isinstance(devices, list) else int(devices)
+
+
+def count_shards(strategy: Any, devices: int, devices_per_node: int) -> int:
+    """Return over how many devices a strategy, or one of its names, shards parameters."""
+    if isinstance(strategy, FSDP2Strategy):
+        return getattr(strategy, "shard_size", devices) or devices_per_node
+    return {"fsdp2": devices, "hsdp": devices_per_node}.get(str(strategy), 1)
 
 
 def time_of(spec: RunSpec, plan: dict[str, Any], done: int) -> dict[str, Any]:

@@ -18,11 +18,7 @@ def micro_batch_size(batch_size: int, devices: int, limit: int | None) -> int:
 
 
 def check_division(batch_size: int, devices: int) -> None:
-    """Check that every device gets the same number of windows.
-
-    Raises:
-        InputError: The batch size is not divisible by the number of devices.
-    """
+    """Check that every device gets the same number of windows."""
     if batch_size % devices:
         raise InputError(
             f"data.batch_size {batch_size} is that of all devices together, and not divisible by {devices} of them: "
@@ -31,11 +27,7 @@ def check_division(batch_size: int, devices: int) -> None:
 
 
 def check_batch_settings(settings: Any) -> None:
-    """Check what a Trainer, or its configuration, would decide about batches, and that a run has an end.
-
-    Raises:
-        InputError: A setting contradicts the data module; the remedy is named.
-    """
+    """Check what a Trainer, or its configuration, would decide about batches, and that a run has an end."""
     for key in ("max_steps", "max_epochs"):
         if getattr(settings, key) == 0 and not settings.fast_dev_run:
             raise InputError(f"trainer.{key} 0 trains nothing: set it to a positive number")
@@ -53,11 +45,7 @@ def check_batch_settings(settings: Any) -> None:
 
 
 def check_model(config: GPTConfig, context_length: int | None, tokenizer: Tokenizer) -> None:
-    """Check that a model can read the data.
-
-    Raises:
-        InputError: It contradicts `data.context_length` or the tokenizer.
-    """
+    """Check that a model can read the data."""
     if context_length not in (None, config.context_length):
         raise InputError(
             f"data.context_length {context_length} contradicts model.config.context_length "
@@ -71,11 +59,7 @@ def check_model(config: GPTConfig, context_length: int | None, tokenizer: Tokeni
 
 
 def check_classes(config: GPTConfig, labels: Sequence[str], source: object) -> None:
-    """Check that a model can have one class for each label of the data.
-
-    Raises:
-        InputError: It cannot.
-    """
+    """Check that a model can have one class for each label of the data."""
     has = f"data.source {source!r} has {len(labels) or 'no'} labels"
     if config.n_classes not in (0, len(labels)):
         raise InputError(f"model.config.n_classes is {config.n_classes}, but {has}")
@@ -93,9 +77,6 @@ def check_position(
         current: What the order of windows depends on, by key of the state.
         names: Now and then, of what has a digest: the corpus and the tokenizer.
         allowed: What may differ.
-
-    Raises:
-        InputError: Something else differs.
     """
     for key, ours in current.items():
         name, theirs = key.removesuffix("_sha256"), state.get(key, ours)

@@ -83,6 +83,8 @@ def _download(source: str | tuple[str, str, str], path: Path) -> Path:
     try:
         with urlopen(source, timeout=TIMEOUT) as response, partial.open("wb") as file:
             shutil.copyfileobj(response, file)
+            file.flush()
+            os.fsync(file.fileno())
     except (OSError, HTTPException) as error:
         raise InputError(
             f"{source} cannot be downloaded ({type(error).__name__}: {error}): give the same command again, or put the "
@@ -113,9 +115,8 @@ def download_from_hub(repo_id: str, path: str, **options: Any) -> Path:
 
 
 def _verify(path: Path, sha256: str) -> None:
-    with path.open("rb+") as file:
+    with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
     if found != sha256:
         path.unlink()
         raise InputError(

@@ -51,11 +51,7 @@ class RowOptions:
         find_template(self.template)
 
     def check(self, kind: RowKind | None, source: object) -> None:
-        """Check that the data have a use for what is set.
-
-        Raises:
-            InputError: They have none.
-        """
+        """Check that the data have a use for what is set."""
         used = {"instructions": ("template", "mask_prompt"), "labels": ("balance", "label_position"), None: ()}[kind]
         for option in fields(self):
             if (value := getattr(self, option.name)) != option.default and option.name not in used:

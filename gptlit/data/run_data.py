@@ -45,11 +45,7 @@ class RunData:
         return Rows(shards, self.context_length, tokenizer.eot_token, self.labels, self.pin_memory)
 
     def check(self, stage: str | None) -> None:
-        """Check that each split that a stage (None: fit) needs has a window or row, and each source one to train on.
-
-        Raises:
-            InputError: One has none; the remedies are named.
-        """
+        """Check that each split that a stage (None: fit) needs has a window or row, and each source one to train on."""
         has_val = self.sources.split.val_fraction > 0 or self.sources.held_out["val"] is not None
         needed = {"fit": ["train"] + ["val"] * has_val, "validate": ["val"], "test": ["test"]}
         for name in needed.get(stage or "fit", []):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
@@ -126,6 +127,17 @@ class Encoding(tiktoken.Encoding):
                 raise
             middle = len(text) // 2
             return np.concatenate([self.encode_to_numpy(text[:middle]), self.encode_to_numpy(text[middle:])])
+
+    def decode(self, tokens: Sequence[int], errors: str = "replace") -> str:
+        """Return the text of ids."""
+        return b"".join(map(self.decode_single_token_bytes, tokens)).decode(errors=errors)
+
+    def decode_single_token_bytes(self, token: int) -> bytes:
+        """Return the bytes of one id; none of an id that the encoding leaves undefined, as cl100k_base's do."""
+        try:
+            return super().decode_single_token_bytes(token)
+        except KeyError:
+            return b""
 
 
 def without_surrogates(text: str) -> str:
@@ -267,8 +279,8 @@ def huggingface_tokenizer_spec(folder: Path, vocab_size: int) -> str | None:
 
 def _is_gpt2(content: str, vocab_size: int) -> bool:
     """Whether a `tokenizer.json` has GPT-2's vocabulary and merges, and no other token among the first `vocab_size`."""
-    words = _vocab_json(load_tokenizer("gpt2"))
     try:
+        words = _vocab_json(load_tokenizer("gpt2"))  # an InputError, if its files are not here
         settings = json.loads(content)
         merges = [merge.split() if isinstance(merge, str) else merge for merge in settings["model"]["merges"]]
         others = [token for token in settings.get("added_tokens") or [] if token["content"] not in words]

@@ -50,7 +50,8 @@ def stream(
         if longest + step > context_length:
             logits = _forward(model, rows)
         elif cache is None:
-            cache = KVCache(model, len(rows), min(context_length, longest + max_new_tokens))
+            size = 1 << (longest + max_new_tokens - 1).bit_length()  # a step is compiled for each size
+            cache = KVCache(model, len(rows), min(context_length, size))
             logits = _forward(model, rows, cache)
         else:
             decode = decode or _decoder(model, cache, cuda_graph)

@@ -215,7 +215,7 @@ class HSDPStrategy(FSDP2Strategy):
 
     def __init__(self, shard_size: int | None = None, **options: Any) -> None:
         super().__init__(**options)
-        self._shard_size = shard_size
+        self.shard_size = shard_size
 
     @override
     def mesh_shape(self) -> tuple[int, ...]:
@@ -225,7 +225,7 @@ class HSDPStrategy(FSDP2Strategy):
             InputError: The devices are not two or more such groups.
         """
         (devices,) = super().mesh_shape()
-        size = self.num_processes if self._shard_size is None else self._shard_size
+        size = self.num_processes if self.shard_size is None else self.shard_size
         if not 1 < size < devices or devices % size:
             raise InputError(
                 f"trainer.strategy hsdp cannot split {devices} devices into two or more groups of {size} (shard_size, "

@@ -31,11 +31,7 @@ def launched() -> tuple[int, int] | None:
 
 
 def check_devices(trainer: pl.Trainer) -> None:
-    """Check, before a process is started for each device, that the machine can run them and they can connect.
-
-    Raises:
-        InputError: There are far more devices than CPU cores, or MASTER_PORT cannot be used.
-    """
+    """Check, before a process is started for each device, that the machine can run them and they can connect."""
     limit = max(8, os.cpu_count() or 1)
     if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > limit:
         raise InputError(f"trainer.devices {trainer.num_devices} would start as many processes: use at most {limit}")

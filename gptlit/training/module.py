@@ -28,7 +28,6 @@ from gptlit.training.optimizer import (
     OptimizerName,
     Schedule,
     ScheduleName,
-    build_optimizer,
     update_param_groups,
 )
 from gptlit.training.resume import check_same_model, prepare_fit
@@ -237,9 +236,9 @@ class GPTModule(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         trainer = attached_trainer(self)
         fused = trainer is None or trainer.precision != "16-mixed"  # it would unscale fp16 gradients after clipping
-        return build_optimizer(
-            self.model, self.optimizer_name, lr=self.schedule.peak, fused=fused, **self._group_values
-        )
+        optimizer = OPTIMIZERS[self.optimizer_name].build(self.model, self.schedule.peak, fused)
+        update_param_groups(optimizer, **self._group_values)
+        return optimizer
 
     @override
     def on_validation_epoch_start(self) -> None:

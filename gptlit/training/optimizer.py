@@ -23,36 +23,17 @@ class OptimizerEntry:
     other_state: int  # the same for all other parameters
 
 
-def build_optimizer(
-    model: GPTModel,
-    name: OptimizerName,
-    *,
-    lr: float,
-    weight_decay: float,
-    decay_all: bool,
-    betas: tuple[float, float],
-    fused: bool = True,
-) -> Optimizer:
-    """Build the optimizer of a GPTModel.
-
-    Args:
-        model: The model; a tied head counts once.
-        name: A key of `OPTIMIZERS`.
-        lr: Learning rate.
-        weight_decay: Weight decay of matrices.
-        decay_all: Apply weight decay to biases and norms too.
-        betas: Betas of AdamW.
-        fused: Use AdamW's fused kernel.
-    """
-    optimizer = OPTIMIZERS[name].build(model, lr, fused)
-    update_param_groups(optimizer, weight_decay=weight_decay, decay_all=decay_all, betas=betas)
-    return optimizer
-
-
 def update_param_groups(
     optimizer: Optimizer, *, weight_decay: float, decay_all: bool, betas: tuple[float, float]
 ) -> None:
-    """Set the hyper-parameters of `build_optimizer`: after a resume the configuration's hold, not the checkpoint's."""
+    """Set hyper-parameters of the groups, also after a resume: the configuration's hold, not the checkpoint's.
+
+    Args:
+        optimizer: One of `OPTIMIZERS`.
+        weight_decay: Weight decay of matrices.
+        decay_all: Apply weight decay to biases and norms too.
+        betas: Betas of AdamW.
+    """
     *matrices, vectors = optimizer.param_groups
     for group in matrices:
         group["weight_decay"] = weight_decay

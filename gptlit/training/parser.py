@@ -50,7 +50,7 @@ def expand_recipes(args: list[str]) -> list[str]:
 
     def found(value: str) -> str:
         path = recipes / f"{value}.yaml"
-        return str(path) if Path(value).name == value and path.is_file() and not Path(value).exists() else value
+        return str(path) if Path(value).name == value and path.is_file() and not Path(value).is_file() else value
 
     pairs = pairwise(["", *args])
     args = [found(value) if option in ("-c", "--config") else value for option, value in pairs]

@@ -26,11 +26,7 @@ REFUSED_CALLBACKS: dict[type[Callback], str] = {
 
 
 def check_supported(trainer: pl.Trainer) -> None:
-    """Check for values and callbacks that Lightning accepts but that would train wrongly or not at all.
-
-    Raises:
-        InputError: One of them does not work here.
-    """
+    """Check for values and callbacks that Lightning accepts but that would train wrongly or not at all."""
     if trainer.world_size > 1 and uses_distributed_sampler(trainer):
         raise InputError("trainer.use_distributed_sampler must be false: the data module's samplers shard by rank")
     for key in ("accumulate_grad_batches", "log_every_n_steps"):

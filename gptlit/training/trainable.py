@@ -43,11 +43,7 @@ def freeze(model: GPTModel, trainable: Trainable) -> None:
 
 
 def check_lora(lora: LoRAConfig, config: GPTConfig, init_from: str | None) -> None:
-    """Check that there are weights to adapt, with layers for these adapters.
-
-    Raises:
-        ValueError: There are none.
-    """
+    """Check that there are weights to adapt, with layers for these adapters."""
     if lora.rank and init_from is None:
         raise ValueError(f"model.lora.rank is {lora.rank}, but there are no weights to adapt: set model.init_from")
     if lora.rank:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gptlit.checkpoint.io import DurableCheckpointIO, read_checkpoint
+from gptlit.checkpoint.io import DurableCheckpointIO, load_plain, read_checkpoint
 from gptlit.checkpoint.runs import (
     checkpoint_path,
     checkpoints,
@@ -62,6 +62,8 @@ def test_files_that_are_no_checkpoint_are_named(tmp_path: Path) -> None:
         archive.writestr("hello.txt", "hello")
     with pytest.raises(InputError, match=r"z\.ckpt is damaged, truncated or no checkpoint"):
         read_checkpoint(tmp_path / "z.ckpt")
+    torch.save({"weights": 1}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
+    assert load_plain(tmp_path / "old.ckpt") == {"weights": 1}
     torch.save({"weights": 1}, tmp_path / "k.ckpt")
     with pytest.raises(InputError, match=r"k\.ckpt is a checkpoint of another kind"):
         read_checkpoint(tmp_path / "k.ckpt")

@@ -9,7 +9,7 @@ from conftest import one_parser
 from gptlit.commands.main import main as command
 from gptlit.errors import InputError, user_path
 from gptlit.training.cli import main
-from gptlit.training.parser import Parser
+from gptlit.training.parser import Parser, expand_recipes
 from gptlit.training.run_config import RunConfig
 
 
@@ -73,6 +73,9 @@ def test_gptlit_fit_takes_a_recipe_by_name(
 
 def test_a_file_comes_before_a_recipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     one_parser(monkeypatch, "fit")
+    Path("quickstart").mkdir()  # no file
+    assert expand_recipes(["--config", "quickstart"])[1].endswith("quickstart.yaml")
+    Path("quickstart").rmdir()
     Path("quickstart").write_text("run: {name: mine}")
     with pytest.raises(SystemExit):
         main(["fit", "--config", "quickstart", "--print_config"])

@@ -1,6 +1,8 @@
 """Sampling: probs against their definition, the loop around them, and the cache against no cache."""
 
 import copy
+import importlib
+from dataclasses import replace
 
 import pytest
 import tiktoken
@@ -13,6 +15,9 @@ from gptlit.generation.fast_linear import Int8Linear, for_generation
 from gptlit.generation.generate import complete, generate, stream
 from gptlit.generation.sampling import Sampling
 from gptlit.model.gpt import GPTModel
+from gptlit.model.kv_cache import KVCache
+
+generate_module = importlib.import_module("gptlit.generation.generate")  # the package has a function of that name
 
 LOGITS = torch.tensor([[4.51, 0.89, -1.9, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79]])
 CONFIG = GPTConfig(vocab_size=31, context_length=8, emb_dim=16, n_heads=2, n_layers=2, drop_rate=0.5)
@@ -192,6 +197,20 @@ def test_packed_and_plain_8_bits_are_the_same_numbers(rows: int) -> None:
 def test_an_unknown_quantization_is_named(model: GPTModel) -> None:
     with pytest.raises(InputError, match="quantize 'int3' is unknown"):
         for_generation(model, "int3")
+
+
+def test_the_cache_has_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chat asks for another one each time, and a compiled step is compiled for each."""
+    model, sizes = GPTModel(replace(CONFIG, context_length=50)).eval(), set()
+
+    def cache(model: GPTModel, rows: int, size: int) -> KVCache:
+        sizes.add(size)
+        return KVCache(model, rows, size)
+
+    monkeypatch.setattr(generate_module, "KVCache", cache)
+    for length in range(1, 49):
+        list(stream(model, [[1] * length], 2))
+    assert sizes == {4, 8, 16, 32, 50}
 
 
 def test_compiling_without_a_compiler_is_named(model: GPTModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,18 @@ def test_parameters_of_every_config_are_exact(file: Path, capsys: pytest.Capture
     assert not list(Path().iterdir())  # nothing was written
 
 
+def test_devices_and_shards_are_counted_in_each_of_their_forms(capsys: pytest.CaptureFixture[str]) -> None:
+    def weights(*flags: str) -> int:
+        plan = planned(capsys, f"--config={ROOT / 'configs/gpt2-124m.yaml'}", *(f"--trainer.{flag}" for flag in flags))
+        return int(plan["memory"]["weights"])
+
+    two = weights("devices=2", "strategy=fsdp2")
+    assert weights("devices=0,1", "strategy=fsdp2") == two < weights("devices=2")
+    assert weights("devices=2", "num_nodes=2", "strategy=hsdp") == two
+    by_class = ("strategy=gptlit.training.distributed.HSDPStrategy", "strategy.shard_size=2")
+    assert weights("devices=4", *by_class) == two
+
+
 def test_adapters_alone_have_gradients_and_optimizer_state(capsys: pytest.CaptureFixture[str]) -> None:
     plan = planned(capsys, f"--config={ROOT / 'configs/finetune.yaml'}", "--model.lora.rank=16")
     trained = 12 * (6 * 768 + 2 * 768 + 2 * (768 + 3072)) * 16 + (768 + 50257) * 16

@@ -27,7 +27,7 @@ from gptlit.model.sharding import gathered, local, shard_like
 from gptlit.training import muon
 from gptlit.training.distributed import HSDPStrategy, gradient_norm, sharded_model
 from gptlit.training.muon import MuonAdamW, assign_owners
-from gptlit.training.optimizer import build_optimizer
+from gptlit.training.optimizer import OPTIMIZERS, update_param_groups
 
 
 @pytest.mark.parametrize("init", ["torch", "gpt2"])
@@ -73,8 +73,8 @@ def test_sharded_muon_communicates_twice_a_step() -> None:
         model = sharded_model(
             GPTConfig(61, 8, 16, 2, n_layers=2), LoRAConfig(), init_device_mesh("cpu", (4,)), torch.device("cpu")
         )
-        arguments: Any = {"lr": 0.1, "weight_decay": 0.1, "decay_all": False, "betas": (0.9, 0.95), "fused": True}
-        optimizer = build_optimizer(model, "muon", **arguments)
+        optimizer = OPTIMIZERS["muon"].build(model, 0.1, True)
+        update_param_groups(optimizer, weight_decay=0.1, decay_all=False, betas=(0.9, 0.95))
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         with CommDebugMode() as communication:

