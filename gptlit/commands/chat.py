@@ -18,6 +18,7 @@ from gptlit.commands.options import (
     TopP,
     load_for_generation,
 )
+from gptlit.errors import InputError
 from gptlit.generation import TEMPERATURE, TOP_K
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ def chat(
         except EOFError:
             print()
             return
+        except RuntimeError as error:
+            if "lost sys.std" not in str(error):
+                raise
+            raise InputError(f"chat reads standard input and writes standard output ({error})") from error
 
 
 @dataclass
