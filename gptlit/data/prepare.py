@@ -80,7 +80,6 @@ def prepare(
         _refuse_foreign(folder)
         with _locked(folder, wait):
             if not _is_done(folder, settings, overwrite):
-                delete_partial_files(folder)
                 reader = SplitReader(corpora, split, skip_bad)
                 writer = FolderWriter(folder, tokenizer, settings)
                 _write(reader, writer, num_workers)
@@ -137,7 +136,10 @@ def _one_line_if_disk_is_full(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(folder: Path, wait: bool) -> Iterator[None]:
-    """Keep other processes out. The lock ends with this process, however it ends."""
+    """Keep other processes out, and delete what one that was killed left half-written.
+
+    The lock ends with this process, however it ends.
+    """
     lock = FileLock(folder / LOCK)
     try:
         acquired = lock.acquire(timeout=0)
@@ -148,6 +150,7 @@ def _locked(folder: Path, wait: bool) -> Iterator[None]:
         note(f"waiting for another process that prepares {folder}")
         acquired = lock.acquire()
     with acquired:
+        delete_partial_files(folder)
         yield
 
 
