@@ -38,7 +38,7 @@ STOP = stop() { echo "error: $$*" >&2; exit 1; }
 .venv/train.ok: .venv/python.ok pyproject.toml constraints.txt
 	$(STOP); echo "installing gptlit and its dependencies into .venv (once; takes a few minutes)"; \
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch \
-		&& $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline]' \
+		&& $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[offline,plot]' \
 		|| stop "the installation failed (see above): check the network and the free disk space, then run make again"
 	touch $@
 

@@ -21,6 +21,7 @@ PARTS = {  # an operation belongs to the first part whose pattern matches its na
     "gradient norm": r"linalg_vector_norm",
     "softmax of the loss": r"cpp_fused.*copy__.*logsumexp",
     "GELU, fused with the following norm": r"cpp_fused.*(sigmoid|gelu)",
+    "attention in torch's kernel": r"flash_attention",
     "attention: masks, softmax, sums": r"cpp_fused.*(masked_fill|exp_|_mul_slice_sub)",
     "norms, residual connections, casts of weights": r"cpp_fused",
     "gradients: accumulation, scaling, zeroing": r"aten::(add_|mul_|fill_|zero_)",

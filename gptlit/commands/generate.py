@@ -26,6 +26,7 @@ from gptlit.generation import TEMPERATURE
 if TYPE_CHECKING:
     from gptlit.data.templates import Template
     from gptlit.data.tokenizer import Tokenizer
+    from gptlit.generation.generate import Completion
 
 Entry = str | dict[str, Any]  # a prompt, or a row of a file of instructions
 
@@ -41,7 +42,10 @@ def generate(
     template: TemplateName = None,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends a continuation; may be repeated.")] = None,
     num_samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same texts.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Continuations in a batch.")] = 8,
+    seed: Annotated[
+        int | None, typer.Option(help="The same seed gives the same texts, in batches of the same size.")
+    ] = None,
     json: Json = False,
     precision: Precision = "32",
     quantize: Quantize = None,
@@ -68,16 +72,19 @@ def generate(
             print(text, end="", flush=True)
 
     show(0, rows[0] if isinstance(rows[0], str) else "")
-    results = complete(model, tokenizer, rows, max_new_tokens, sampling, stop=stop or (), seed=seed, on_text=show)
-    for number, (entry, result) in enumerate(zip(entries, results, strict=True), 1):
-        if json and isinstance(entry, dict):
-            print_json({**entry, "model_response": result.text.strip()})
-        elif json:
-            print_json(asdict(result))
-        elif is_streamed:
-            print()
-        else:
-            print(f"--- {number} of {len(results)} ---\n{result.prompt}{result.text}")
+    for first in range(0, len(rows), batch_size):
+        batch, batch_seed = rows[first : first + batch_size], None if seed is None else seed + first
+        results = complete(model, tokenizer, batch, max_new_tokens, sampling, stop or (), batch_seed, show)
+        for number, result in enumerate(results, first):
+            if json:
+                _print_json(entries[number], result)
+            else:
+                title = f"--- {number + 1} of {len(rows)} ---\n{result.prompt}{result.text}"
+                print("" if is_streamed else title, flush=True)
+
+
+def _print_json(entry: Entry, result: "Completion") -> None:
+    print_json({**entry, "model_response": result.text.strip()} if isinstance(entry, dict) else asdict(result))
 
 
 def _prompt(entry: Entry, template: "Template | None", tokenizer: "Tokenizer") -> str | list[int]:

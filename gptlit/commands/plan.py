@@ -13,7 +13,9 @@ from typing_extensions import override
 from gptlit.checkpoint.formats import PretrainedWeights
 from gptlit.checkpoint.pretrained import check_compatible
 from gptlit.config import PRESETS
-from gptlit.data.compatibility import check_division, check_model, micro_batch_size
+from gptlit.data.compatibility import check_classes, check_division, check_model, micro_batch_size
+from gptlit.data.parsers import ReadOptions
+from gptlit.data.run_sources import has_labels
 from gptlit.errors import InputError, fail
 from gptlit.training.cli import TrainingCLI, command_line, one_line_errors
 from gptlit.training.distributed import FSDP2Strategy
@@ -33,7 +35,8 @@ class PlanCLI(TrainingCLI):
         name = str(config.model.init_from).removeprefix("hf:").removeprefix("openai-community/")
         if not str(config.model.init_from).startswith("hf:") or name not in HUB_NAMES:
             return super()._resolve_architecture(config)
-        preset = replace(PRESETS[HUB_NAMES[name]], qkv_bias=True, tie_weights=True)  # without a download
+        classifies = has_labels(config.data.source, ReadOptions(config.data.text_key, config.data.separator))
+        preset = replace(PRESETS[HUB_NAMES[name]], qkv_bias=True, tie_weights=not classifies)  # without a download
         given = self._given("model", "config")
         check_compatible(given, PretrainedWeights(Path(config.model.init_from), preset, {}))
         for key, value in (asdict(preset) | given).items():
@@ -94,6 +97,8 @@ def run_spec(config: Any, run: Path) -> RunSpec:
     data.context_length = config.model.config.context_length
     if data.sources.is_prepared():
         data.load("fit")
+        check_classes(config.model.config, data.labels, data.source)
+        config.model.config = replace(config.model.config, n_classes=len(data.labels))
     return RunSpec.of(
         config.model,
         data,

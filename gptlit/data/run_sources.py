@@ -1,5 +1,6 @@
 """The sources of a run: texts, rows or tokens, which become tokens on disk."""
 
+import glob
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -97,7 +98,8 @@ class RunSources:
 
     def _is_prepared(self, path: str, split: Split) -> bool:
         folder = user_path(path)
-        if holds_tokens(folder) or not (path == PYTHON_DOCS or folder.exists()):
+        is_here = path == PYTHON_DOCS or folder.exists() or any(glob.iglob(str(folder), recursive=True))
+        if holds_tokens(folder) or not is_here:
             return holds_tokens(folder)
         if self.kind is not None:
             return rows_path(folder, self.kind, self.cache_dir, self.tokenizer, self._row_options(split)).is_file()

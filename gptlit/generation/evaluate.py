@@ -82,7 +82,7 @@ def _windows(
     """Yield windows with their numbers of new ids, and count documents, tokens and bytes."""
     for text in documents:
         ids = [tokenizer.eot_token, *tokenizer.encode_ordinary(text)]
-        score.documents += 1
+        score.documents += len(ids) > 1
         score.tokens += len(ids) - 1
         score.text_bytes += len(text.encode())
         done = 1  # ids already predicted

@@ -1,4 +1,5 @@
-"""Causal attention: torch's kernels, and one of our own for compiled models on a CPU, where it is faster.
+"""Causal attention: torch's kernels, and one of our own in bf16 for compiled models on a CPU, where it is faster
+(not with AMX, which torch's kernel uses).
 
 The latter computes one block of queries after the other against the keys up to its end, which skips most of the masked
 scores, and recomputes the probabilities in backward instead of saving them. Source: Dao et al. 2022, "FlashAttention".
@@ -11,12 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 128  # queries
+HAS_AMX = bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, drop_rate: float = 0.0) -> Tensor:
     """Return softmax(query @ key.T / sqrt(D)) @ value with a causal mask: (B, H, T, D)."""
-    is_compiled_here = torch.compiler.is_compiling() and query.device.type == "cpu" and query.dtype == torch.bfloat16
-    if is_compiled_here and not drop_rate:
+    is_bf16_here = query.device.type == "cpu" and query.dtype == torch.bfloat16 and not HAS_AMX
+    if torch.compiler.is_compiling() and is_bf16_here and not drop_rate:
         heads = (x.flatten(0, 1).contiguous() for x in (query, key, value))  # (B * H, T, D) each
         return BlockedAttention.apply(*heads).view(query.shape)  # type: ignore[no-any-return,no-untyped-call]
     return F.scaled_dot_product_attention(query, key, value, dropout_p=drop_rate, is_causal=True)

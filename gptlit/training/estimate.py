@@ -16,6 +16,7 @@ from gptlit.model.lora import LoRAConfig, build_model
 from gptlit.model.loss import ROWS
 from gptlit.training.module import GPTModule
 from gptlit.training.optimizer import OPTIMIZERS, OptimizerName
+from gptlit.training.trainable import Trainable, freeze
 
 CHINCHILLA = 20  # tokens a parameter. Source: Hoffmann et al. 2022, "Training Compute-Optimal Large Language Models"
 PROGRAM = 0.7e9  # bytes of main memory that Python, torch and Lightning take
@@ -68,6 +69,7 @@ class RunSpec:
     saves: int | None = 3  # checkpoints that are kept; None for all
     folder: Path = Path("runs")  # where checkpoints go
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    trainable: Trainable = "all"
 
     @classmethod
     def of(
@@ -78,6 +80,7 @@ class RunSpec:
         return cls(
             config=module.config,
             lora=module.lora,
+            trainable=module.trainable,
             optimizer=module.optimizer_name,
             residual_in_fp32=module.residual_in_fp32,
             activation_checkpointing=module.activation_checkpointing,
@@ -97,8 +100,7 @@ class RunSpec:
 def make_plan(spec: RunSpec) -> dict[str, Any]:
     """Return the estimates as nested values: bytes, tokens, steps, seconds; None for what is not known."""
     parameters = count_parameters(spec.config)
-    trained = trainable_parameters(spec)
-    size = bytes_per_param(spec.precision) * trained + optimizer_bytes(spec, trained)
+    size = bytes_per_param(spec.precision) * trainable_parameters(spec)[1] + optimizer_bytes(spec)
     return {
         "parameters": parameters,
         "memory": memory(spec, parameters["total"]),
@@ -157,11 +159,13 @@ def count_parameters(config: GPTConfig) -> dict[str, int]:
     return {**{name: count for name, count in parts.items() if name != "drop_emb"}, "total": sum(parts.values())}
 
 
-def trainable_parameters(spec: RunSpec) -> int:
-    """Return the number of parameters that have a gradient."""
+def trainable_parameters(spec: RunSpec) -> tuple[int, int]:
+    """Return the numbers of parameters that have a gradient: in the blocks' matrices, and in all."""
     with torch.device("meta"):
         model = build_model(spec.config, spec.lora)
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    freeze(model, spec.trainable)
+    in_blocks = sum(p.numel() for p in model.trf_blocks.parameters() if p.requires_grad and p.dim() >= 2)
+    return in_blocks, sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def flops_per_token(config: GPTConfig, parameters: dict[str, int]) -> int:
@@ -188,10 +192,10 @@ def bytes_per_param(precision: str) -> int:
     return {"64-true": 8, "bf16-true": 2, "16-true": 2}.get(precision, 4)
 
 
-def optimizer_bytes(spec: RunSpec, trained: int) -> int:
-    """Return the bytes of the optimizer state of so many trained parameters."""
+def optimizer_bytes(spec: RunSpec) -> int:
+    """Return the bytes of the optimizer state."""
     entry = OPTIMIZERS[spec.optimizer]
-    in_blocks = 0 if spec.lora.rank else 12 * spec.config.n_layers * spec.config.emb_dim**2
+    in_blocks, trained = trainable_parameters(spec)
     values = entry.block_matrix_state * in_blocks + entry.other_state * (trained - in_blocks)
     return bytes_per_param(spec.precision) * values
 
@@ -216,13 +220,14 @@ def memory(spec: RunSpec, total: int) -> dict[str, int | None]:
             saved += layers * config.n_heads * config.context_length * (2 * size + 1) // width
     activations = tokens * width * (4 * layers + 2 * per_block if spec.activation_checkpointing else saved)
     casts = 2 * 12 * width**2 * layers if "mixed" in spec.precision and not spec.compile else 0
-    rows, trained = min(tokens, ROWS.get(spec.device, 1024)), trainable_parameters(spec)
+    rows, trained = min(tokens, ROWS.get(spec.device, 1024)), trainable_parameters(spec)[1]
+    logits = config.n_classes or vocabulary
     parts: dict[str, int] = {
         "weights": bytes_per_param(spec.precision) * total // n,
         "gradients": bytes_per_param(spec.precision) * trained // (n if accumulation(spec) == 1 else 1),
-        "optimizer": optimizer_bytes(spec, trained) // n,
+        "optimizer": optimizer_bytes(spec) // n,
         "activations": activations + casts,
-        "logits": (6 if size == 2 else 4) * vocabulary * width + size * vocabulary * rows,
+        "logits": (6 if size == 2 else 4) * logits * width + size * logits * rows,
         "program": int(PROGRAM + COMPILER * spec.compile) if spec.device == "cpu" else 0,
     }
     if config.tie_weights or spec.lora.rank:  # the embedding's own, before it is added; or of the merged head
@@ -281,11 +286,14 @@ def describe(spec: RunSpec, plan: dict[str, Any]) -> list[str]:
     parameters, memory = plan["parameters"], plan["memory"]
     step, run, data, saved = plan["step"], plan["run"], plan["data"], plan["checkpoint"]
     where = f"{spec.devices} x {spec.device}"
-    adapters = f" and {trainable_parameters(spec):,} of adapters" if spec.lora.rank else ""
+    trained = trainable_parameters(spec)[1]
+    part = f" and {trained:,} of adapters" if spec.lora.rank else ""
+    if trained < parameters["total"] and not part:
+        part = f", {trained:,} of them trained"
     parts = [f"{name} {gigabytes(n)}" for name, n in memory.items() if n and name not in ("total", "available")]
     have = "" if memory["available"] is None else f" of {gigabytes(memory['available'])}"
     lines = [
-        f"model   {parameters['total']:,} parameters{adapters}: {spec.config.summary}; {spec.precision} on {where}",
+        f"model   {parameters['total']:,} parameters{part}: {spec.config.summary}; {spec.precision} on {where}",
         f"memory  {gigabytes(memory['total'])}{have} on each device, about: {', '.join(parts)}",
         f"step    {step['windows']} windows = {step['tokens']:,} tokens: {step['micro_batch_size']} at once on {where}"
         + f", accumulated over {step['accumulation']} micro-batches" * (step["accumulation"] > 1),

@@ -131,11 +131,11 @@ def add_summary(writer: SummaryWriter, summary: Any) -> None:
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Whether a device is known to multiply bf16 natively: `torch.cpu` has no public query, and MPS none at all."""
+    """Whether a device is known to multiply bf16 natively. Of MPS torch does not know."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    is_native: bool = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device.type == "cpu" and is_native
+    can = torch.cpu.get_capabilities()
+    return device.type == "cpu" and bool(can.get("avx512_bf16") or can.get("amx_bf16"))
 
 
 def configure_compiler(device: torch.device) -> None:

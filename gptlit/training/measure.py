@@ -28,7 +28,9 @@ def measure(spec: RunSpec) -> float:
         compile=spec.compile,
         residual_in_fp32=spec.residual_in_fp32,
         activation_checkpointing=spec.activation_checkpointing,
+        trainable=spec.trainable,
     )
+    module.lora = spec.lora  # not an argument: adapters would need `init_from`
     batch = _random_batch(spec.config, spec.micro_batch_size)
     laps = _Laps()
     trainer = pl.Trainer(

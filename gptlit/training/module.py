@@ -52,7 +52,8 @@ class GPTModule(pl.LightningModule):
         optimizer: "adamw", or "muon" for the matrices inside the blocks and AdamW for the rest.
         lr: Learning rate at the end of the warm-up.
         schedule: "cosine" approaches `min_lr` at the last step, "constant" stays at `lr`, "wsd" (warm-up, stable,
-            decay) stays there but for a linear decay towards `min_lr` over the last fifth of the steps.
+            decay) stays there but for a linear decay towards `min_lr` over the last fifth of the steps after the
+            warm-up.
         initial_lr: Learning rate of the first step of a warm-up.
         min_lr: Learning rate that "cosine" and "wsd" approach.
         warmup_steps: Optimizer steps from `initial_lr` to `lr`.
@@ -64,7 +65,7 @@ class GPTModule(pl.LightningModule):
         residual_in_fp32: Keep the residual stream in float32 under bf16-mixed precision; false: in bf16, which is
             faster. With FSDP2, which gathers the embedding in bf16, it is bf16 in any case.
         activation_checkpointing: Save only the input of each block and recompute the rest in backward: much less memory
-            for a third more time.
+            for 20 to 30% more time.
         init_from: Load initial weights only, from a checkpoint or a run's folder, a Hugging Face folder or `hf:NAME`,
             the book's `.pth`, nanoGPT's `ckpt.pt`. A classifier keeps a head for the labels of the data only.
         trainable: What is trained; the rest is frozen: "all", "head", "last_block" (the last block, the final norm and

@@ -153,6 +153,22 @@ def test_several_prompts_and_samples_as_json(run: Path, capsys: pytest.CaptureFi
     assert "--- 4 of 4 ---\nA longer prompt" in capsys.readouterr().out
 
 
+def test_batches_of_prompts_differ_by_nothing_but_their_random_numbers(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("prompts.txt").write_text("The model\nA longer prompt about trees\nThe model\n")
+    flags = ["--prompts_file=prompts.txt", "--max_new_tokens=6", "--json"]
+    capsys.readouterr()
+
+    def generated(*more: str) -> list[str]:
+        main(["generate", f"--checkpoint={run}", *flags, *more])
+        return [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+
+    assert generated("--temperature=0", "--batch_size=1") == generated("--temperature=0")
+    first, _, last = generated("--seed=1", "--batch_size=1")
+    assert first != last
+
+
 TEXTS = [
     "# Title",
     "~",

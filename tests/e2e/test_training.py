@@ -448,8 +448,7 @@ def test_the_traceback_of_an_error_can_be_had(fit: Fit, monkeypatch: pytest.Monk
 def test_the_precision_that_was_picked_is_said(
     fit: Fit, native: bool, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": native})
     fit("--trainer.max_steps=1", "--trainer.precision=null")
     assert words in capsys.readouterr().err
 

@@ -1,9 +1,12 @@
 """Blocked attention against its definition."""
 
+from typing import Any
+
 import pytest
 import torch
 
-from gptlit.model.attention import BlockedAttention
+from gptlit.model import attention
+from gptlit.model.attention import BlockedAttention, causal_attention
 
 
 @pytest.mark.parametrize("length", [1, 5, 128, 129, 300])
@@ -23,3 +26,20 @@ def test_output_and_gradients_are_those_of_the_definition(length: int, dtype: to
         assert ours is not None
         assert theirs is not None
         assert float((ours.double() - theirs).detach().norm()) <= bound * (float(theirs.detach().norm()) + 0.5)
+
+
+@pytest.mark.parametrize("has_amx", [True, False])
+def test_torch_s_kernel_is_used_where_it_is_faster(has_amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "HAS_AMX", has_amx)
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph.code)
+        return graph
+
+    torch.compiler.reset()
+    compiled = torch.compile(causal_attention, backend=backend)
+    for dtype in (torch.bfloat16, torch.float32):
+        compiled(*(torch.randn(1, 2, 8, 4, dtype=dtype) for _ in range(3)))
+    in_bf16, in_float32 = ("scaled_dot_product_attention" in code for code in graphs)
+    assert (in_bf16, in_float32) == (has_amx, True)

@@ -169,10 +169,15 @@ def test_a_summary_goes_to_the_writers_own_file(tmp_path: Path) -> None:
     assert "_hparams_/experiment" in events.summary_metadata
 
 
-def test_torch_has_the_queries_and_settings() -> None:
-    natively = torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported()
-    assert lightning_compat.has_native_bf16(torch.device("cpu")) is any(natively)
+@pytest.mark.parametrize("instructions", ["avx512_bf16", "amx_bf16", "avx512_f"])
+def test_two_sets_of_instructions_multiply_bf16(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert torch.cpu.get_capabilities()["architecture"]  # the names of x86's are in torch's documentation
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {instructions: True})
+    assert lightning_compat.has_native_bf16(torch.device("cpu")) is instructions.endswith("bf16")
     assert not lightning_compat.has_native_bf16(torch.device("mps"))
+
+
+def test_torch_has_the_settings() -> None:
     with torch._dynamo.config.patch(optimize_ddp=True):
         before = torch._functorch.config.cse, torch._functorch.config.ban_recompute_materialized_backward
         try:

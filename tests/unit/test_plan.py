@@ -13,7 +13,9 @@ import torch
 from conftest import ROOT, TINY, run_script
 from gptlit.commands.main import main
 from gptlit.config import PRESETS, GPTConfig
+from gptlit.data.datamodule import TokenDataModule
 from gptlit.model.gpt import GPTModel
+from gptlit.model.lora import LoRAConfig
 from gptlit.training.estimate import RunSpec, count_parameters, describe, flops_per_token, make_plan, usual_lr, warnings
 from gptlit.training.lightning_compat import has_native_bf16
 from gptlit.training.measure import measure
@@ -58,6 +60,27 @@ def test_adapters_alone_have_gradients_and_optimizer_state(capsys: pytest.Captur
     assert plan["checkpoint"]["bytes"] == 3 * 4 * trained
     assert plan["memory"]["optimizer"] == 2 * 4 * trained
     assert plan["parameters"]["total"] == 124_439_808  # the adapters not counted
+
+
+def test_what_is_frozen_has_neither_gradients_nor_optimizer_state(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("texts.tsv").write_text("".join(f"{'spam' if n % 2 else 'ham'}\tword {n}\n" for n in range(40)))
+    flags = [f"--config={ROOT / 'configs/classify.yaml'}", "--data.source=texts.tsv", "--model.init_from=hf:gpt2"]
+    main(["plan", *flags])  # the labels are not known yet
+    assert "no corpus yet" in capsys.readouterr().out
+    TokenDataModule("texts.tsv", val_fraction=0.1, test_fraction=0.2, balance=True, context_length=1024).load("fit")
+    plan = planned(capsys, *flags, "--model.trainable=last_block", "--model.optimizer=muon")
+    head, norm, matrices, vectors = 2 * 768 + 2, 2 * 768, 12 * 768**2, 13 * 768
+    assert plan["parameters"]["out_head"] == head
+    assert plan["memory"]["optimizer"] == 4 * (matrices + 2 * (vectors + norm + head))
+    main(["plan", *flags, "--model.trainable=head"])
+    assert f"{head:,} of them trained: 12 layers" in capsys.readouterr().out
+
+
+def test_a_glob_that_is_prepared_is_counted(text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [f"--config={ROOT / 'configs/quickstart.yaml'}", *TINY, f"--data.source={text_file.parent}/*.txt"]
+    assert planned(capsys, *flags)["data"]["train_tokens"] is None
+    TokenDataModule(f"{text_file.parent}/*.txt", val_fraction=0.1, context_length=16).load("fit")
+    assert planned(capsys, *flags)["data"]["train_tokens"] > 1000
 
 
 def test_a_missing_corpus_leaves_values_open(capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,9 +130,10 @@ def test_measure_gives_a_time(text_file: Path, capsys: pytest.CaptureFixture[str
     assert re.match(r"20\d\d-", plan["time"]["end"])
 
 
-def test_a_classifier_can_be_measured() -> None:
+@pytest.mark.parametrize("part", [{}, {"trainable": "head"}, {"lora": LoRAConfig(rank=2)}], ids=str)
+def test_a_classifier_can_be_measured(part: dict[str, Any]) -> None:
     config = GPTConfig(vocab_size=61, context_length=8, emb_dim=16, n_heads=2, n_layers=1, n_classes=2)
-    assert measure(RunSpec(config, micro_batch_size=4, batch_size=4)) > 0
+    assert measure(RunSpec(config, micro_batch_size=4, batch_size=4, **part)) > 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
