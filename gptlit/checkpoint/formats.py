@@ -50,11 +50,6 @@ class PretrainedWeights:
             digest.update(value.contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    @property
-    def tokenizer_name(self) -> str | None:
-        """Name or path of the tokenizer; None if it is unknown, or only its content is stored."""
-        return None if (self.tokenizer or "{").startswith("{") else self.tokenizer
-
 
 PREFIX = "model."  # the GPTModel in the state dict of a GPTModule
 DATA_STATE = "TokenDataModule"  # the data module's state in a checkpoint: Lightning names it after the class

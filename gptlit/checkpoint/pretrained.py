@@ -30,7 +30,7 @@ from gptlit.checkpoint.io import SUFFIX, load_plain, read_checkpoint
 from gptlit.checkpoint.runs import find_checkpoint
 from gptlit.config import PRESETS, GPTConfig
 from gptlit.data.rows import Labels
-from gptlit.data.tokenizer import TOKENIZER_JSON, Tokenizer, huggingface_tokenizer_spec, same_ids
+from gptlit.data.tokenizer import Tokenizer, huggingface_tokenizer_spec, same_ids
 from gptlit.errors import InputError, needs, note, user_path
 from gptlit.model.gpt import GPTModel
 from gptlit.model.lora import LoRAConfig, build_model, merged
@@ -284,8 +284,8 @@ def check_tokenizer(source: PretrainedWeights, tokenizer: Tokenizer) -> None:
     is_known = source.tokenizer is not None and theirs.n_vocab <= source.config.vocab_size
     if is_known and not same_ids(theirs, tokenizer):
         raise InputError(
-            f"{source.path} was trained with the tokenizer {theirs.name!r}, the data have {tokenizer.name!r}: set "
-            f"data.tokenizer to {source.tokenizer_name or 'the ' + TOKENIZER_JSON + ' of then'}"
+            f"{source.path} was trained with the tokenizer {theirs.name!r}, the data have {tokenizer.name!r}: leave "
+            "data.tokenizer out, and prepare data that are tokens again with that tokenizer"
         )
 
 

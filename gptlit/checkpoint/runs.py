@@ -119,24 +119,38 @@ def find_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
     raise InputError(f"no checkpoint in {path}: a run keeps them in version_<n>/checkpoints")
 
 
-def last_run(root: Path, name: str, must_exist: bool = False) -> Path | None:
+def last_run(root: Path, name: str, must_exist: bool = False, is_requeued: bool = False) -> Path | None:
     """Return the newest run of a name that has a checkpoint; None if there is none.
+
+    Args:
+        root: Folder of the runs.
+        name: Their name.
+        must_exist: Whether there has to be one.
+        is_requeued: Only the newest run of all will do: an older one is not the one that was interrupted.
 
     Raises:
         InputError: There is none, and `must_exist`.
     """
-    found = [run for run in run_folders(root, name) if checkpoints(run)]
+    runs = run_folders(root, name)
+    found = [run for run in (runs[-1:] if is_requeued else runs) if checkpoints(run)]
     if found:
         return found[-1]
     if must_exist:
         raise InputError(f"--ckpt_path last: there is no checkpoint in {root / name}: fit a model first")
-    note(f"--ckpt_path last: there is no run in {root / name} yet: starting a new one")
+    note(f"--ckpt_path last: there is no run to resume in {root / name} yet: starting a new one")
     return None
 
 
-def folder_to_continue(path: Path, name: str) -> Path | None:
-    """Return the run to resume in: that of the checkpoint if it has this name and no newer one; None: a new run."""
+def folder_to_continue(path: Path, name: str, is_newest: bool) -> Path | None:
+    """Return the run to resume in: that of the checkpoint if it has this name and no newer one; None: a new run.
+
+    Args:
+        path: The checkpoint.
+        name: Of the run.
+        is_newest: The checkpoint is known to be the newest one that loads.
+    """
     run = path.resolve().parent.parent
-    if path.parent.name == "checkpoints" and run.parent.name == name and checkpoints(run)[-1:] == [path.resolve()]:
+    is_newest = is_newest or checkpoints(run)[-1:] == [path.resolve()]
+    if path.parent.name == "checkpoints" and run.parent.name == name and is_newest:
         return path.parent.parent
     return None

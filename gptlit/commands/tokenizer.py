@@ -41,4 +41,6 @@ def tokenizer(
     bpe.train_from_iterator(texts, trainer)
     write_json(path, json.loads(bpe.to_str()))
     print(f"{path}: {bpe.get_vocab_size():,} ids")
-    print(f"\nnext: python -m gptlit prepare {shell_quote(*source)} --tokenizer {shell_quote(out)} --out data/own")
+    options = ["--text_key", text_key] * (text_key != "text") + ["--separator", separator] * bool(separator)
+    command = shell_quote(*source, *options, "--tokenizer", out, "--out", "data/own")
+    print(f"\nnext: python -m gptlit prepare {command}")

@@ -8,6 +8,7 @@ from gptlit.data.tokenizer import Tokenizer
 from gptlit.errors import InputError
 
 Identity = Literal["corpus", "tokenizer", "seed", "stride", "weights"]
+KEYS: dict[str, Any] = {"tokenizer_sha256": "tokenizer", "held_out": "corpus"}  # of the state, if another word
 SETTINGS = {"seed": "data.seed", "stride": "data.stride", "weights": "list of weights"}
 
 
@@ -79,7 +80,7 @@ def check_position(
         allowed: What may differ.
     """
     for key, ours in current.items():
-        name, theirs = key.removesuffix("_sha256"), state.get(key, ours)
+        name, theirs = KEYS.get(key, key), state.get(key, ours)
         if theirs not in (ours, "") and name not in allowed:
             if name in names:
                 ours, theirs = ours[:12], f"{theirs[:12]} ({names[name]})"

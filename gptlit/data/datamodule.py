@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
@@ -156,12 +155,16 @@ class TokenDataModule(pl.LightningDataModule):
         if length is None:
             raise InputError("data.context_length is needed where there is no model to take it from")
         if not hasattr(self, "run_data") or self.run_data.context_length != length:  # rank 0 has prepared it
-            pin = self.num_workers == 0 and torch.cuda.is_available()  # with workers, the loader pins
-            self.run_data = RunData(self.sources, length, self.stride, self.seed, pin)
+            pin_memory = self._pin_memory and self.num_workers == 0  # with workers, the loader pins
+            self.run_data = RunData(self.sources, length, self.stride, self.seed, pin_memory)
             self.labels = self.run_data.labels.names
         if config is not None:
             check_classes(config, self.labels, self.source)
         self.run_data.check(stage)
+
+    @property
+    def _pin_memory(self) -> bool:
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
 
     @property
     def _attached_trainer(self) -> pl.Trainer:
@@ -206,7 +209,7 @@ class TokenDataModule(pl.LightningDataModule):
             start=self.start,
             steps=max(0, self.max_steps - self.start_step),
         )
-        return make_loader(self.run_data.splits["train"], sampler, self.num_workers)
+        return make_loader(self.run_data.splits["train"], sampler, self.num_workers, self._pin_memory)
 
     @override
     def val_dataloader(self) -> Any:
@@ -221,7 +224,7 @@ class TokenDataModule(pl.LightningDataModule):
         size = self.micro_batch_size or max(1, self.batch_size // world_size)
         windows = self.run_data.splits[name]
         sampler = EvalSampler(len(windows), micro_batch_size=size, rank=rank, world_size=world_size)
-        return make_loader(windows, sampler, self.num_workers)
+        return make_loader(windows, sampler, self.num_workers, self._pin_memory)
 
     def _position_after(self, step: int) -> int:
         """Return the position of the next window after `step` optimizer steps, over all devices."""

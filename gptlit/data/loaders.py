@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 Pairs = tuple[Tensor, Tensor]
 
 
-def make_loader(dataset: Dataset[Pairs], sampler: Sampler[np.ndarray], num_workers: int) -> DataLoader[Pairs]:
+def make_loader(
+    dataset: Dataset[Pairs], sampler: Sampler[np.ndarray], num_workers: int, pin_memory: bool = False
+) -> DataLoader[Pairs]:
     """Return a loader of the batches that a sampler yields."""
     return DataLoader(
         dataset,
@@ -21,7 +23,7 @@ def make_loader(dataset: Dataset[Pairs], sampler: Sampler[np.ndarray], num_worke
         num_workers=num_workers,
         worker_init_fn=ignore_signals,
         persistent_workers=num_workers > 0,
-        pin_memory=num_workers > 0 and torch.cuda.is_available(),
+        pin_memory=pin_memory and num_workers > 0,
         generator=torch.Generator(),  # the global generator belongs to dropout
     )
 

@@ -178,7 +178,8 @@ def _parquet(name: str, key: str, file: BinaryIO) -> Iterator[Document]:
                 is_text = isinstance(text, str)
                 yield text if is_text else UnreadableDocument(f"{name} row {row}: {key!r} is {type(text).__name__}")
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        yield UnreadableDocument(f"{name} is damaged after row {row} ({error}): fetch it again, or leave the rest out")
+        reason = f"{name} is damaged after row {row} ({error}): fetch it again, or leave the rest out"
+        yield UnreadableDocument(reason, ends_file=True)
 
 
 def _text(name: str, separator: str, file: io.BufferedReader) -> Iterator[Document]:

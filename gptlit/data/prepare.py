@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,10 +29,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from gptlit.data.atomic import delete_partial_files
-from gptlit.data.shard_writer import PROGRESS, FolderWriter
+from gptlit.data.shard_writer import FolderWriter
 from gptlit.data.sources import Corpus
 from gptlit.data.splitting import Piece, Split, SplitReader
-from gptlit.data.token_files import FORMAT, MANIFEST, SPLITS, VERIFY_LIMIT, TokenData, open_prepared
+from gptlit.data.token_files import FORMAT, MANIFEST, PROGRESS, SPLITS, VERIFY_LIMIT, TokenData, open_prepared
 from gptlit.data.tokenizer import TOKENIZER_JSON, HuggingFaceTokenizer, Tokenizer, fingerprint
 from gptlit.errors import InputError, note
 
@@ -39,6 +40,7 @@ LOCK = ".lock"
 SHARD_TOKENS = 100_000_000
 BATCH_CHARACTERS = 2**20  # encoded at once
 BATCH_PIECES = 2**13
+MOST_WORKERS = 61  # Windows allows no more
 SMALL_CORPUS = 2**25  # bytes that are encoded in this process: starting workers takes longer
 LINE_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 OUR_FILES = re.compile(r"manifest\.json|progress\.json|tokenizer\.json|(train|val|test)-\d{5,}\.bin")
@@ -194,7 +196,7 @@ def _write(reader: SplitReader, writer: FolderWriter, num_workers: int | None) -
     """Write all shards that are not complete, then the manifest."""
     if num_workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        num_workers = 0 if reader.size < SMALL_CORPUS else cores
+        num_workers = 0 if reader.size < SMALL_CORPUS else min(cores, MOST_WORKERS)
     pieces = (piece for piece in reader.read() if writer.needs(piece))
     encoded = _encode_in_order(_batches(pieces), writer.tokenizer, num_workers)
     try:
@@ -264,6 +266,11 @@ def _encode_in_order(
                 yield batch, future.result()
         for batch, future in pending:
             yield batch, future.result()
+    except BrokenProcessPool as error:
+        raise InputError(
+            "a process that encodes was killed, perhaps for want of memory: give the same command again with fewer "
+            f"--num_workers than {num_workers}, it resumes after the last complete shard"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -272,7 +272,7 @@ def prepare_rows(
 def _join(rows: Sequence[Row], dtype: str) -> RowFile:
     ids, is_target, labels = zip(*rows, strict=True) if rows else ((), (), ())
     return RowFile(
-        np.concatenate([np.empty(0), *ids]).astype(dtype),
+        np.concatenate([np.empty(0, dtype), *ids], dtype=dtype, casting="unsafe"),
         np.concatenate([np.empty(0, dtype=bool), *is_target]),
         np.cumsum([0, *map(len, ids)]),
         np.array(labels, dtype=str),

@@ -30,8 +30,11 @@ class RunData:
         position = sources.rows.label_position
         row_length = None if sources.kind is None or position is None else min(context_length, longest_row(train))
         self.labels = Labels(label_names(train), position, row_length)
+        if sources.kind == "labels" and not self.labels.names:
+            raise InputError(self._too_short("train", repr(sources.divided[0].path)))
         self.splits = {name: self._windows(self.on_disk, name) for name in SPLITS}
-        counts = [len(self._windows(data, "train")) for data in each]
+        trained_on = [self._windows(data, "train") for data in each] if len(each) > 1 else [self.splits["train"]]
+        counts = [len(windows) for windows in trained_on]
         self.mixture = WeightedMixture(counts, [source.weight for source in sources.divided], seed)
         for name, rows in self.splits.items():
             if isinstance(rows, Rows) and rows.cut:
@@ -74,6 +77,7 @@ class RunData:
         return {
             "tokenizer_sha256": fingerprint(self.sources.tokenizer),
             "corpus": self.on_disk.fingerprint,
+            "held_out": self.on_disk.held_out,
             "seed": self.seed,
             "stride": self.splits["train"].stride,
             "weights": [source.weight for source in self.sources.divided],

@@ -114,7 +114,8 @@ class RunSources:
             if path is not None:
                 other = self._tokenize(path, Split(0.0))
                 shards = [shard for split in SPLITS for shard in other.shards(split)]
-                data = replace(data, splits={**data.splits, name: shards})
+                held_out = data.held_out + name + other.fingerprint
+                data = replace(data, splits={**data.splits, name: shards}, held_out=held_out)
         return each, data
 
     def _tokenize(self, path: str, split: Split) -> TokenData:

@@ -11,11 +11,9 @@ import numpy as np
 
 from gptlit.data.atomic import atomic_file
 from gptlit.data.splitting import Piece
-from gptlit.data.token_files import MANIFEST, SPLITS
+from gptlit.data.token_files import MANIFEST, PROGRESS, SPLITS
 from gptlit.data.tokenizer import TOKENIZER_JSON, HuggingFaceTokenizer, Tokenizer, tokenizer_spec
 from gptlit.errors import InputError
-
-PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True)

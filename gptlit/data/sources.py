@@ -25,6 +25,7 @@ from gptlit.data.parsers import (
     without_ending,
 )
 from gptlit.data.python_docs import python_docs
+from gptlit.data.token_files import holds_tokens
 from gptlit.errors import InputError, needs, user_path
 
 PYTHON_DOCS = "python-docs"
@@ -127,6 +128,8 @@ def _files(source: str) -> list[Path]:
     if path.is_file():
         paths = [path]
     elif path.is_dir():
+        if holds_tokens(path):
+            raise InputError(f"{source!r} holds tokens, not text: name the text that they were made of")
         paths = sorted(p for p in path.rglob("*") if file_kind(p.name)[0] in KINDS and p.is_file())
         if not paths:
             raise InputError(
@@ -174,7 +177,8 @@ def _hub_corpus(source: str, options: ReadOptions) -> Corpus:
         raise InputError(f"{source!r} is no data set: write hf:OWNER/NAME or hf:OWNER/NAME/PATH")
     root = f"datasets/{owner}/{name}/"
     kind = file_kind(path)[0]
-    entries = _list_hub(source, root + (path if kind in FORMATS else f"{path}/**".lstrip("/")))
+    patterns = [path] if kind in FORMATS else [f"{path}/**".lstrip("/"), *([path] if path else [])]
+    entries = _list_hub(source, [root + pattern for pattern in patterns])
     if not path:  # one text in several formats, some of it held out
         entries = [entry for entry in entries if not HELD_OUT.search(entry["name"].removeprefix(root))]
         found = {file_kind(entry["name"])[0] for entry in entries}
@@ -196,12 +200,13 @@ def _hub_corpus(source: str, options: ReadOptions) -> Corpus:
     return Corpus(_folder_name(name), [part(entry) for entry in entries])
 
 
-def _list_hub(source: str, pattern: str) -> list[dict[str, Any]]:
-    """Return the files on the Hub that match a glob."""
+def _list_hub(source: str, patterns: list[str]) -> list[dict[str, Any]]:
+    """Return the files on the Hub that match one of several globs."""
     with needs("huggingface-hub", repr(source), "huggingface-hub pyarrow"):
         from huggingface_hub import HfFileSystem
     try:
-        found: Any = HfFileSystem().glob(pattern, detail=True)
+        system: Any = HfFileSystem()
+        found = {name: entry for pattern in patterns for name, entry in system.glob(pattern, detail=True).items()}
     except Exception as error:  # whatever the client raises: no such data set, no network, no permission
         raise InputError(f"{source!r} cannot be listed ({type(error).__name__}: {error})") from error
     return [entry for _, entry in sorted(found.items()) if entry["type"] == "file"]

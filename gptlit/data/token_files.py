@@ -23,6 +23,7 @@ from gptlit.errors import InputError
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+PROGRESS = "progress.json"  # is there until the manifest is
 SPLITS = ("train", "val", "test")
 AGAIN = "delete the folder and prepare it again"
 VERIFY_LIMIT = 2**31  # bytes: shards up to this total are hashed again each time a run starts
@@ -62,6 +63,7 @@ class TokenData:
     splits: dict[str, list[Shard]]  # in order
     fingerprint: str  # hexadecimal digest that changes when the tokens do
     manifest: dict[str, Any] = field(default_factory=dict)  # empty for files of other projects
+    held_out: str = ""  # fingerprints of the sources that are validation and test splits in full
 
     def shards(self, split: str) -> list[Shard]:
         """The shards of a split, in order."""
@@ -172,7 +174,13 @@ def open_foreign(folder: Path, dtype: str = "uint16") -> TokenData:
 
 
 def holds_tokens(folder: Path) -> bool:
-    """Return whether a folder holds token files, prepared here or by another project; otherwise it holds texts."""
+    """Return whether a folder holds token files, prepared here or by another project; otherwise it holds texts.
+
+    Raises:
+        InputError: `prepare` has not finished it.
+    """
+    if (folder / PROGRESS).is_file() and not (folder / MANIFEST).is_file():
+        raise InputError(f"{folder} is not complete: wait for `gptlit prepare`, or give its command again to resume it")
     return any(_token_files(folder).values())
 
 

@@ -15,6 +15,7 @@ import tiktoken
 import tiktoken.registry
 from tiktoken_ext import openai_public
 
+from gptlit.data.atomic import atomic_file
 from gptlit.errors import InputError, needs, user_path
 
 VOCAB_BPE_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # of OpenAI's, pinned by tiktoken
@@ -76,6 +77,15 @@ def load_tokenizer(spec: str = "gpt2") -> Tokenizer:
 def tokenizer_spec(tokenizer: Tokenizer) -> str:
     """Return an argument with which `load_tokenizer` returns the same tokenizer, on any machine."""
     return tokenizer.content if isinstance(tokenizer, HuggingFaceTokenizer) else tokenizer.name
+
+
+def store_tokenizer(content: str, folder: Path) -> Path:
+    """Write the content of a `tokenizer.json` into a folder, under a name of its own; return the path."""
+    path = folder / f"tokenizer-{hashlib.sha256(content.encode()).hexdigest()[:12]}.json"
+    if not path.is_file():
+        with atomic_file(path) as file:
+            file.write(content.encode())
+    return path
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:

@@ -29,6 +29,7 @@ from gptlit.checkpoint.runs import (
 )
 from gptlit.data.compatibility import check_batch_settings, check_division
 from gptlit.data.datamodule import TokenDataModule
+from gptlit.data.tokenizer import store_tokenizer
 from gptlit.errors import InputError, fail, note, set_up_streams, user_path
 from gptlit.training.callbacks.checkpoint import StepCheckpoint
 from gptlit.training.callbacks.monitoring import NonFinite, Throughput
@@ -114,18 +115,20 @@ class TrainingCLI(LightningCLI):
     def _resolve_run(self, config: Any) -> None:
         """Choose the checkpoint to resume and the run folder, which is locked before its newest one is looked for."""
         root, name, is_fit = Path(config.trainer.default_root_dir), config.run.name, self.subcommand == "fit"
-        if config.ckpt_path is None and is_fit and int(os.environ.get("SLURM_RESTART_COUNT") or 0):
-            config.ckpt_path = "last"  # SLURM has requeued the job
+        is_requeued = config.ckpt_path is None and is_fit and int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
+        if is_requeued:
+            config.ckpt_path = "last"
         if config.ckpt_path is not None and config.trainer.fast_dev_run and is_fit:
             raise InputError("trainer.fast_dev_run cannot resume: leave --ckpt_path out")
         path = folder = None
         if config.ckpt_path == "last":
-            folder = last_run(root, name, must_exist=not is_fit)
+            folder = last_run(root, name, not is_fit, is_requeued)
         elif config.ckpt_path is not None:
-            path, self.checkpoint = find_checkpoint(user_path(str(config.ckpt_path)))
+            given = user_path(str(config.ckpt_path))
+            path, self.checkpoint = find_checkpoint(given)
             if is_fit and "optimizer_states" not in self.checkpoint:
                 raise InputError(f"{path} holds weights only, there is no run to resume: use --model.init_from {path}")
-            folder = folder_to_continue(path, name)
+            folder = folder_to_continue(path, name, is_newest=given.is_dir())
         elif not is_fit and config.model.init_from is None:
             note("there is neither --ckpt_path nor --model.init_from: untrained weights are measured")
         self.run, self._is_new = folder or new_run_folder(root, name), folder is None
@@ -142,6 +145,8 @@ class TrainingCLI(LightningCLI):
 
     def _resolve_architecture(self, config: Any) -> None:
         complete_architecture(config, self._given("model"), self.checkpoint)
+        if self._writes(config) and str(config.data.tokenizer).startswith("{"):
+            config.data.tokenizer = str(store_tokenizer(config.data.tokenizer, user_path(config.data.cache_dir)))
 
     def _given(self, *keys: str) -> dict[str, Any]:
         """Return what files and flags set under a key, without defaults."""

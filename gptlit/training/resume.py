@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Timer, WeightAveraging
 
+from gptlit.checkpoint.formats import DATA_STATE
 from gptlit.checkpoint.pretrained import check_base, check_compatible, check_tokenizer, read_weights
 from gptlit.config import GPTConfig
 from gptlit.data.parsers import ReadOptions
@@ -22,8 +23,9 @@ from gptlit.training.lightning_compat import set_global_step
 
 
 def complete_architecture(config: Any, given: dict[str, Any], checkpoint: dict[str, Any] | None) -> None:
-    """Fill in what `model.config` leaves open, from a checkpoint, weights or the tokenizer, and `model.lora` from a
-    checkpoint. Given values that contradict their source are rejected here, by the module or the data.
+    """Fill in what is left open: `model.config` and `data.tokenizer` from a checkpoint or weights, `vocab_size` from
+    the tokenizer, `model.lora` from a checkpoint. Given values that contradict their source are rejected here, by the
+    module or the data.
 
     Args:
         config: The parsed configuration of a command; changed in place.
@@ -33,6 +35,7 @@ def complete_architecture(config: Any, given: dict[str, Any], checkpoint: dict[s
     architecture, lora = given.get("config") or {}, given.get("lora") or {}
     if checkpoint is not None:
         found = checkpoint["hyper_parameters"]["config"]
+        _choose_tokenizer(config, checkpoint.get(DATA_STATE, {}).get("tokenizer"))
         lora = {**checkpoint["hyper_parameters"].get("lora", {}), **lora}
     elif config.model.init_from is not None:
         found = _of_pretrained(config, architecture)
@@ -45,11 +48,9 @@ def complete_architecture(config: Any, given: dict[str, Any], checkpoint: dict[s
 
 
 def _of_pretrained(config: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the architecture of `model.init_from`, and set the tokenizer it was trained with if none is given."""
+    """Return the architecture of `model.init_from`, and set its tokenizer if none is given."""
     source = read_weights(config.model.init_from)
-    name = choose_tokenizer_spec(config.data.source, config.data.tokenizer, source.tokenizer_name or "gpt2")
-    if name == source.tokenizer_name:
-        config.data.tokenizer = name
+    name = _choose_tokenizer(config, source.tokenizer)
     check_tokenizer(source, load_tokenizer(name))
     rows = source.config.vocab_size
     source = check_compatible({"vocab_size": load_tokenizer(name).n_vocab, **given}, source)
@@ -63,6 +64,14 @@ def _of_pretrained(config: Any, given: dict[str, Any]) -> dict[str, Any]:
         what = "cut" if length < theirs else "extended with untrained rows"
         note(f"the table of positions is {what}: from {theirs} to {length} tokens")
     return found
+
+
+def _choose_tokenizer(config: Any, theirs: str | None) -> str:
+    """Return the argument of `load_tokenizer` for the data, and set it where only `theirs` says so."""
+    name = choose_tokenizer_spec(config.data.source, config.data.tokenizer, theirs or "gpt2")
+    if name == theirs:
+        config.data.tokenizer = name
+    return name
 
 
 def check_same_model(ours: Mapping[str, Any], checkpoint: dict[str, Any], is_fit: bool) -> None:

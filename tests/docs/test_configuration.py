@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import docstring_parser
 import pytest
+import torch
 import yaml
 
 from gptlit.config import GPTConfig
@@ -95,7 +96,8 @@ def refusals(changes: dict[str, Any], source: str) -> dict[str, str]:
 
     def resumed(state: dict[str, Any] | None, options: dict[str, Any]) -> dict[str, Any]:
         datamodule = TokenDataModule(**{"source": source, "context_length": 8, "test_fraction": 0.1, **options})
-        datamodule.trainer = SimpleNamespace(global_step=1, state=SimpleNamespace(fn="fit"))  # type: ignore[assignment]
+        state_, strategy = SimpleNamespace(fn="fit"), SimpleNamespace(root_device=torch.device("cpu"))
+        datamodule.trainer = SimpleNamespace(global_step=1, state=state_, strategy=strategy)  # type: ignore[assignment]
         datamodule.setup()
         datamodule.max_steps = 9
         datamodule._start_at = lambda *_: None  # type: ignore[method-assign]

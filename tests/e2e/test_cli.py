@@ -286,6 +286,8 @@ def test_import_train_export_and_transformers_writes(
 def test_weights_are_trained_further_with_their_own_tokenizer(
     tmp_path: Path, text_file: Path, tokenizer_json: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    import yaml
+
     from conftest import TINY
     from gptlit import GPTConfig, GPTModel, GPTModule, TokenDataModule
     from gptlit.checkpoint.export import save_pretrained
@@ -301,6 +303,12 @@ def test_weights_are_trained_further_with_their_own_tokenizer(
     assert f"the vocabulary is cut: from {rows} to {rows - 1} ids" in capsys.readouterr().err
     found = read_weights("runs/t")
     assert (found.tokenizer, found.config.vocab_size) == (tokenizer_json.read_text(), rows - 1)
+    own = ["fit", *TINY, f"--data.source={text_file}", "--trainer.max_steps=1", "--run.name=u"]
+    train([*own, "--model.init_from=runs/t"])  # the tokenizer is in the checkpoint
+    train([*own, "--trainer.max_steps=2", "--ckpt_path=last"])
+    stored = yaml.safe_load(Path("runs/u/version_0/config.yaml").read_text())["data"]["tokenizer"]
+    assert Path(stored).read_text() == found.tokenizer
+    assert read_weights("runs/u").tokenizer == found.tokenizer
     main(["generate", "--checkpoint=the weights", "--prompt=a", "--max_new_tokens=3"])
     main(["import", "the weights", "--out=a.ckpt"])
     settings = json.loads(tokenizer_json.read_text())

@@ -312,6 +312,21 @@ def test_slurms_signal_puts_the_job_into_the_queue_again(
     fit("--trainer.max_steps=4")  # the same command: it goes on by itself
     assert "resuming from runs/t/version_0/checkpoints/step-00000003.ckpt" in capsys.readouterr().err
     assert not Path("runs/t/version_1").exists()
+    Path("runs/t/version_1").mkdir()  # of a job that was requeued before its first checkpoint
+    fit("--trainer.max_steps=1")
+    assert newest_step("runs/t/version_0") == 4
+    assert newest_step("runs/t/version_2") == 1
+    at[(0, 0)] = stop(signal.SIGUSR1)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    with pytest.raises(SystemExit) as exit_:
+        fit("--trainer.max_steps=4")
+    assert exit_.value.code == 128 + signal.SIGUSR1
+    assert "the job is not requeued, as scontrol cannot be run here" in capsys.readouterr().err
+
+
+def newest_step(run: str) -> int:
+    return int(read_checkpoint(checkpoints(Path(run))[-1])["global_step"])
 
 
 # --- what is not finite
@@ -481,10 +496,12 @@ def test_a_damaged_newest_checkpoint_is_skipped_but_not_when_it_is_named(
     with pytest.raises(SystemExit):
         fit("--trainer.max_steps=6", f"--ckpt_path={path}")
     assert f"error: {path}" in capsys.readouterr().err.replace(str(Path.cwd()) + "/", "")
-    fit("--trainer.max_steps=6", "--ckpt_path=last")
+    resumed = "last" if damage == "flip" else "runs/t/version_0"
+    fit("--trainer.max_steps=6", f"--ckpt_path={resumed}")
     said = capsys.readouterr().err
     assert "skipped: " in said
     assert "resuming from runs/t/version_0/checkpoints/step-00000002.ckpt" in said
+    assert newest_step("runs/t/version_0") == 6
 
 
 def test_a_resume_reads_its_checkpoint_once(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:

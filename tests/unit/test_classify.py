@@ -228,6 +228,13 @@ def labelled(fit: Fit) -> Fit:
     return run
 
 
+def test_no_text_to_train_on_is_one_line(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("one.tsv").write_text("ham\tthe model\n")
+    with pytest.raises(SystemExit):
+        fit("--data.source=one.tsv", "--trainer.max_steps=1")
+    assert "the train part of 'one.tsv' has no row with a target: use more rows" in capsys.readouterr().err
+
+
 def test_a_classifier_is_trained_tested_and_used(labelled: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -302,6 +302,7 @@ def test_a_damaged_parquet_file_keeps_what_came_before(tmp_path: Path) -> None:
     found = list(open_corpus("a.parquet").files[0].read())
     assert isinstance(found[-1], UnreadableDocument)
     assert "a.parquet is damaged after row" in found[-1].reason
+    assert found[-1].ends_file
     assert 200 < len(found) <= 501
 
 
@@ -378,6 +379,8 @@ def test_a_data_set_of_the_hub_gives_what_is_for_training(hub: Path) -> None:
 def test_a_path_in_a_data_set_gives_what_it_names(hub: Path) -> None:
     assert list(open_corpus("hf:someone/stories/data/validation-*.parquet").documents()) == ["held out"]
     assert list(open_corpus("hf:someone/stories/data/train-00001-of-00002.parquet").documents()) == ["three"]
+    assert list(open_corpus("hf:someone/stories/data/train-*").documents()) == ["one", "two", "three"]
+    assert list(open_corpus("hf:someone/stories/data").documents()) == ["one", "two", "three", "held out"]
     (hub / "data" / "c4-train.00000.json.gz").write_bytes(gzip.compress(jsonl(["four"])))
     assert list(open_corpus("hf:someone/stories/data/c4-*.json.gz").documents()) == ["four"]
 
@@ -402,3 +405,9 @@ def test_a_hub_out_of_reach_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(huggingface_hub, "HfFileSystem", Closed)
     with pytest.raises(InputError, match=r"'hf:a/b' cannot be listed \(ConnectionError: no route\)"):
         open_corpus("hf:a/b")
+
+
+def test_a_folder_of_tokens_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "train.bin").write_bytes(b"ab")
+    with pytest.raises(InputError, match="holds tokens, not text: name the text that they were made of"):
+        open_corpus(str(tmp_path))

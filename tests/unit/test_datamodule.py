@@ -11,6 +11,7 @@ import torch
 
 from gptlit import GPTConfig, GPTModule, TokenDataModule
 from gptlit.data import token_files as tokens
+from gptlit.data.compatibility import check_position
 from gptlit.data.prepare import prepare
 from gptlit.data.run_sources import WeightedSource
 from gptlit.data.sources import open_corpus
@@ -274,3 +275,29 @@ def test_a_test_part_is_needed_to_test(text_file: Path) -> None:
 def test_without_a_stage_there_must_be_windows_too(text_file: Path) -> None:
     with pytest.raises(InputError, match="the val part of .* is too short"):
         TokenDataModule(str(text_file), context_length=500).setup()
+
+
+def test_another_text_to_validate_on_is_another_corpus(text: str) -> None:
+    for name in "abc":
+        Path(f"{name}.txt").write_text(f"{name} {text}")
+    told_apart = set()
+    for val in "bc":
+        data = TokenDataModule("a.txt", context_length=8, val_source=f"{val}.txt")
+        data.setup()
+        told_apart.add(data.run_data.identity["held_out"])
+    assert len(told_apart) == 2
+    then = {**data.run_data.identity, "held_out": "another"}
+    with pytest.raises(InputError, match=r"the corpus is .* set data.resume_despite to \[corpus\]"):
+        check_position({**then, "windows": 0}, data.run_data.identity, {"corpus": "a.txt"}, [])
+    check_position({**then, "windows": 0}, data.run_data.identity, {"corpus": "a.txt"}, ["corpus"])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_cpu_beside_a_gpu_pins_nothing(text: str, num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    Path("a.txt").write_text(text)
+    data = TokenDataModule("a.txt", context_length=8, num_workers=num_workers)
+    data.trainer = pl.Trainer(accelerator="cpu", devices=1, max_steps=1, logger=False, enable_checkpointing=False)
+    data.setup()
+    assert not data.run_data.pin_memory
+    assert not data.train_dataloader().pin_memory

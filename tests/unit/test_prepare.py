@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,13 @@ from filelock import FileLock
 
 from conftest import ROOT, run_script
 from gptlit.data import prepare as module
+from gptlit.data.datamodule import TokenDataModule
 from gptlit.data.parsers import UnreadableDocument
 from gptlit.data.prepare import LOCK, prepare, prepare_cached
-from gptlit.data.shard_writer import PROGRESS, FolderWriter
+from gptlit.data.shard_writer import FolderWriter
 from gptlit.data.sources import Corpus, SourceFile, open_corpus
 from gptlit.data.splitting import Split
-from gptlit.data.token_files import MANIFEST, TokenData, open_prepared
+from gptlit.data.token_files import MANIFEST, PROGRESS, TokenData, open_prepared
 from gptlit.data.tokenizer import load_tokenizer
 from gptlit.errors import InputError
 
@@ -492,8 +492,24 @@ def test_a_worker_that_dies_is_an_error_and_not_a_hang(tmp_path: Path) -> None:
             os._exit(3)
 
     source = write_jsonl(tmp_path / "a.jsonl", 100)
-    with pytest.raises(BrokenProcessPool, match="terminated abruptly"):
+    with pytest.raises(InputError, match="was killed, perhaps for want of memory: .* fewer --num_workers than 1"):
         prepare(open_corpus(str(source)), tmp_path / "out", Deadly(), Split(0.1), num_workers=1)  # type: ignore[arg-type]
+
+
+def test_what_is_not_complete_is_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FolderWriter, "finish", stop)
+    source, out = write_jsonl(tmp_path / "a.jsonl", 300), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        prepare(open_corpus(str(source)), out, GPT2, Split(0.1), shard_tokens=500)
+    assert list(out.glob("train-*.bin"))
+    with pytest.raises(InputError, match="out is not complete: wait for `gptlit prepare`, or give its command again"):
+        TokenDataModule(str(out), context_length=8).setup()
+    monkeypatch.undo()
+    prepare(open_corpus(str(source)), out, GPT2, Split(0.1), shard_tokens=500)
+    TokenDataModule(str(out), context_length=8).setup()
 
 
 # --- damage after the preparation

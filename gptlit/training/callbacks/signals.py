@@ -131,7 +131,10 @@ class GracefulStop(Callback):
             next_ = f"continue with --ckpt_path {shell_quote(str(self.checkpoint.run))}"
         note(f"stopped by {number.name} after step {trainer.global_step}; {next_}")
         if number.name == "SIGUSR1" and trainer.is_global_zero and (job := os.environ.get("SLURM_JOB_ID")):
-            subprocess.run(["scontrol", "requeue", job], check=False)
+            try:
+                subprocess.run(["scontrol", "requeue", job], check=False)
+            except OSError as error:
+                note(f"the job is not requeued, as scontrol cannot be run here ({error})")
         environment = getattr(trainer.strategy, "cluster_environment", None)
         is_child = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
         raise SystemExit(0 if is_child else 128 + number)  # Lightning kills the parent of a child that fails
