@@ -121,7 +121,7 @@ NANOGPT = Format(openai_names, ignored=r".*\.attn\.bias")
 BOOK = Format(book_names, ignored=r".*\.att\.mask")
 
 
-def plain_names(theirs: dict[str, Any]) -> dict[str, Any]:
+def strip_wrapper_prefixes(theirs: dict[str, Any]) -> dict[str, Any]:
     """Remove the prefixes that compiling and wrapping a model add to parameter names."""
     return {re.sub(WRAPPERS, "", str(name)): value for name, value in theirs.items()}
 

@@ -36,8 +36,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
     def __init__(self, asynchronous: bool = False) -> None:
         super().__init__()
         self.asynchronous = asynchronous
-        self.then: Callable[[], None] | None = None  # called once, after the next write is durable
-        self.opened: dict[Path, dict[str, Any]] = {}  # checkpoints that were read before the Trainer asks for them
+        self.preloaded: dict[Path, dict[str, Any]] = {}  # checkpoints that were read before the Trainer asks for them
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
@@ -45,18 +44,20 @@ class DurableCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Write atomically; an asynchronous write returns once the checkpoint is copied.
 
+        Args:
+            storage_options: A function to call once the checkpoint is on disk.
+
         Raises:
             InputError: This or the write before it failed.
         """
         self.wait()
-        then, self.then = self.then, None
         if self.asynchronous:
             copy = snapshot(checkpoint)
             if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
                 torch.cuda.synchronize()  # copies to pinned memory are asynchronous
-            self._writing = self._thread.submit(_write, copy, Path(path), then)
+            self._writing = self._thread.submit(_write, copy, Path(path), storage_options)
         else:
-            _write(checkpoint, Path(path), then)
+            _write(checkpoint, Path(path), storage_options)
 
     def check(self) -> None:
         """Raise the error of a finished write; do not wait for one in progress."""
@@ -84,7 +85,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
     @override
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         # Never executes anything, whatever `weights_only` says.
-        checkpoint = self.opened.pop(Path(path), None) or read_checkpoint(Path(path))
+        checkpoint = self.preloaded.pop(Path(path), None) or read_checkpoint(Path(path))
         check_finite(checkpoint["state_dict"], Path(path))
         checkpoint.setdefault("pytorch-lightning_version", version("lightning"))  # missing in imported weights
         return checkpoint
@@ -134,12 +135,12 @@ class _SyncedFile(FileIO):
         self._unsynced = 0
 
 
-def _write(checkpoint: dict[str, Any], path: Path, then: Callable[[], None] | None) -> None:
+def _write(checkpoint: dict[str, Any], path: Path, on_saved: Callable[[], None] | None) -> None:
     try:
         with atomic_file(path, _SyncedFile) as file:
             torch.save(checkpoint, file)
-        if then is not None:
-            then()
+        if on_saved is not None:
+            on_saved()
     except (OSError, RuntimeError) as error:  # torch's writer turns the first into the second
         cause = error.__context__ or error
         free = shutil.disk_usage(path.parent).free / 1e6

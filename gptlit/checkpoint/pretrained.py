@@ -24,7 +24,7 @@ from gptlit.checkpoint.formats import (
     PretrainedWeights,
     from_format,
     openai_names,
-    plain_names,
+    strip_wrapper_prefixes,
 )
 from gptlit.checkpoint.io import SUFFIX, load_plain, read_checkpoint
 from gptlit.checkpoint.runs import find_checkpoint
@@ -79,11 +79,11 @@ def _read(path: Path, n_heads: int | None) -> PretrainedWeights:
         return _read_own(read_checkpoint(path), path)
     if "model_args" in content:
         return _read_nanogpt(content, path)
-    return _read_book(plain_names(content.get("model_state_dict", content)), path, n_heads)
+    return _read_book(strip_wrapper_prefixes(content.get("model_state_dict", content)), path, n_heads)
 
 
 def _read_own(checkpoint: dict[str, Any], path: Path) -> PretrainedWeights:
-    found = plain_names(checkpoint["state_dict"])
+    found = strip_wrapper_prefixes(checkpoint["state_dict"])
     weights = {name.removeprefix(PREFIX): value for name, value in found.items() if name.startswith(PREFIX)}
     data = checkpoint.get(DATA_STATE, {})
     labels = Labels(**data["labels"]) if "labels" in data else None
@@ -106,7 +106,7 @@ def _merge_adapters(
     check_base(adapters, path, base.path, base.fingerprint)
     with torch.device("meta"):
         model = build_model(config, LoRAConfig(**adapters["lora"]))
-    base = fit_head(base, config.n_classes, names)
+    base = adapt_head(base, config.n_classes, names)
     model.load_state_dict({**check_compatible(asdict(config), base).state, **weights}, assign=True)
     return merged(model)
 
@@ -136,7 +136,7 @@ def _read_huggingface(folder: Path) -> PretrainedWeights:
     tokenizer = huggingface_tokenizer_spec(folder, config.vocab_size) or values["gptlit"].get("tokenizer")
     weights: dict[str, Tensor] = {}
     for file in _weight_files(folder):
-        for name, value in plain_names(_load_file(file)).items():
+        for name, value in strip_wrapper_prefixes(_load_file(file)).items():
             weights[name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"] = value
     if not qkv_bias:  # exported from a model without them, as zeros
         weights = {name: value for name, value in weights.items() if not name.endswith("attn.c_attn.bias")}
@@ -179,7 +179,7 @@ def _read_nanogpt(content: dict[str, Any], path: Path) -> PretrainedWeights:
     args = {"dropout": 0.0, "bias": True, **content["model_args"]}
     given = {ours: args[theirs] for ours, theirs in NANOGPT_KEYS.items()}
     config = GPTConfig(**given, tie_weights=True, init="gpt2")
-    weights = plain_names(content["model"])
+    weights = strip_wrapper_prefixes(content["model"])
     if not config.qkv_bias:  # nanoGPT then has no biases at all; the others are zeros here
         with torch.device("meta"):
             shapes = {openai_names(name)[0]: value.shape for name, value in GPTModel(config).state_dict().items()}
@@ -260,7 +260,7 @@ def load_model_and_tokenizer(
         )
     if rows > tokenizer.n_vocab:
         note(f"{source.path}: the ids from {tokenizer.n_vocab} to {rows - 1} are not in the tokenizer and are dropped")
-    return build(cut_vocabulary(source, tokenizer.n_vocab)), tokenizer
+    return build(truncate_vocabulary(source, tokenizer.n_vocab)), tokenizer
 
 
 def fits_vocabulary(source: PretrainedWeights, n_vocab: int) -> bool:
@@ -271,7 +271,7 @@ def fits_vocabulary(source: PretrainedWeights, n_vocab: int) -> bool:
     return source.load_tokenizer().n_vocab == n_vocab
 
 
-def cut_vocabulary(source: PretrainedWeights, n_vocab: int) -> PretrainedWeights:
+def truncate_vocabulary(source: PretrainedWeights, n_vocab: int) -> PretrainedWeights:
     """Drop the rows of embedding and head beyond `n_vocab`."""
     rows = {"tok_emb.weight", "out_head.weight" if not source.config.n_classes else ""}
     state = {name: value[:n_vocab] if name in rows else value for name, value in source.state.items()}
@@ -297,7 +297,7 @@ def check_compatible(ours: dict[str, Any], source: PretrainedWeights) -> Pretrai
     """
     n_vocab = ours.get("vocab_size", source.config.vocab_size)
     if fits_vocabulary(source, n_vocab):
-        source = cut_vocabulary(source, n_vocab)
+        source = truncate_vocabulary(source, n_vocab)
     for key, value in ours.items():
         theirs = getattr(source.config, key)
         if key not in MAY_DIFFER and value != theirs:
@@ -308,7 +308,7 @@ def check_compatible(ours: dict[str, Any], source: PretrainedWeights) -> Pretrai
     return source
 
 
-def fit_head(source: PretrainedWeights, n_classes: int, names: Sequence[str]) -> PretrainedWeights:
+def adapt_head(source: PretrainedWeights, n_classes: int, names: Sequence[str]) -> PretrainedWeights:
     """Drop the head of weights for a model with `n_classes`, unless it has the same labels; no `names`: as many."""
     theirs = source.classes.names
     if not n_classes or (source.config.n_classes == n_classes and theirs == list(names or theirs)):
@@ -322,7 +322,7 @@ def fit_head(source: PretrainedWeights, n_classes: int, names: Sequence[str]) ->
 def copy_weights(model: GPTModel, source: PretrainedWeights) -> None:
     """Copy weights into a model of the same architecture; position embeddings are cut, or keep their additional rows.
 
-    A head that `fit_head` has dropped stays as it is in the model.
+    A head that `adapt_head` has dropped stays as it is in the model.
 
     Raises:
         InputError: The architectures differ.

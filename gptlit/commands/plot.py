@@ -133,8 +133,6 @@ def _scalars(folder: Path) -> dict[str, list[Any]]:
     """Return the points of each scalar; TensorBoard's reader leaves out what a resume has purged."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    if not _has_events(folder):
-        return {}
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
     return {tag: events.Scalars(tag) for tag in events.Tags()["scalars"]}

@@ -88,8 +88,3 @@ def check_position(
                 f"the {SETTINGS.get(name, name)} is {ours}, but the checkpoint was trained with {theirs}: resume with "
                 f"that, start a new run with --model.init_from, or set data.resume_despite to [{name}]"
             )
-    if any(first >= state["windows"] for first, _ in state.get("passed_over", [])):  # once written by rewinding
-        raise InputError(
-            "the checkpoint leaves out windows that are still to come (passed_over), which is not supported: resume "
-            "from another checkpoint, or start a new run with --model.init_from"
-        )

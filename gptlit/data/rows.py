@@ -184,7 +184,7 @@ class RowFile:
     """The rows of a file, one after another, in the order in which they are divided."""
 
     ids: np.ndarray  # (tokens,)
-    is_target: np.ndarray  # bool (tokens,): which ids of instructions are learnt; (0,) for labelled texts
+    is_target: np.ndarray  # bool (tokens,): which ids of instructions are in the loss; (0,) for labelled texts
     ends: np.ndarray  # int64 (N + 1,): row n has the ids from ends[n] to ends[n + 1]
     labels: np.ndarray  # str (N,): "" for instructions
 
@@ -209,8 +209,8 @@ def _instructions(path: Path, tokenizer: Tokenizer, options: RowOptions) -> Iter
     template = find_template(options.template)
     for location, row in read_rows(path):
         ids, is_answer = template.encode(tokenizer, conversation(row, location))
-        learns_all = "messages" not in row and not options.mask_prompt
-        yield np.array(ids), np.array(is_answer) | learns_all, ""
+        is_all_target = "messages" not in row and not options.mask_prompt
+        yield np.array(ids), np.array(is_answer) | is_all_target, ""
 
 
 def _labelled(path: Path, tokenizer: Tokenizer, options: RowOptions) -> Iterator[Row]:
@@ -323,7 +323,7 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
     """All rows of a list of shards. An array of indices (B,) gives inputs and targets, int64 (B, T) each.
 
     T is the length of the longest of them. Inputs are padded with the end-of-text token; a target of -100 is ignored by
-    the loss: padding, what is not learnt, the index -1. The targets of instructions are one to the right; of a labelled
+    the loss: padding, masked parts, the index -1. The targets of instructions are one to the right; of a labelled
     text only one target is not -100, its label. Rows longer than `context_length` are cut; one without a target after
     that is left out.
 
@@ -404,6 +404,6 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
         pair = torch.empty((2, len(rows), length), dtype=torch.int64, pin_memory=self.pin_memory)
         inputs, targets = pair.numpy()
         inputs[:], targets[:] = self.eot_token, NO_TARGET
-        for row, (ids, learnt) in enumerate(rows):
-            inputs[row, : len(ids)], targets[row, : len(ids)] = ids, learnt
+        for row, (ids, row_targets) in enumerate(rows):
+            inputs[row, : len(ids)], targets[row, : len(ids)] = ids, row_targets
         return pair[0], pair[1]

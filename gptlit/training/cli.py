@@ -179,7 +179,7 @@ class TrainingCLI(LightningCLI):
         io = DurableCheckpointIO(asynchronous=on_gpu if run.async_save is None else run.async_save)
         resumed_step = None
         if self.checkpoint is not None:
-            resumed_step, io.opened[Path(config.ckpt_path)] = self.checkpoint.get("global_step"), self.checkpoint
+            resumed_step, io.preloaded[Path(config.ckpt_path)] = self.checkpoint.get("global_step"), self.checkpoint
             self.checkpoint = None  # a file that is open keeps its space on disk
         self.trainer_defaults["callbacks"] = run_callbacks(config, self.run, io)
         if config.trainer.logger is not False:

@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 from typing_extensions import override
 
-from gptlit.checkpoint.pretrained import HUB, check_tokenizer, copy_weights, fit_head, read_weights
+from gptlit.checkpoint.pretrained import HUB, adapt_head, check_tokenizer, copy_weights, read_weights
 from gptlit.config import GPTConfig
 from gptlit.data.datamodule import TokenDataModule
 from gptlit.data.windows import NO_TARGET
@@ -303,7 +303,7 @@ def _load_weights(module: GPTModule, path: str, data: Any) -> None:
     source = read_weights(path)
     if (tokenizer := getattr(data, "tokenizer", None)) is not None:
         check_tokenizer(source, tokenizer)
-    base = fit_head(source, module.config.n_classes, getattr(data, "labels", []))
+    base = adapt_head(source, module.config.n_classes, getattr(data, "labels", []))
     copy_weights(module.model, base)
     if module.lora.rank:
         exclude_base(module, module.model, base)

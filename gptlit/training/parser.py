@@ -3,7 +3,6 @@
 import difflib
 import os
 import re
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,7 +12,7 @@ from jsonargparse import get_loader, set_dumper, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
-from gptlit.errors import fail, note
+from gptlit.errors import fail
 from gptlit.training.lightning_compat import option_strings, use_utf8_configs
 
 # What other projects call an option: keys are the last parts of the names.
@@ -76,14 +75,7 @@ _load_any = get_loader("yaml")
 
 def _load(text: str) -> Any:
     yaml.load(text, _UniqueKeys)
-    value = _load_any(text)
-    run = value.get("run") if isinstance(value, dict) else None
-    if isinstance(run, dict) and run.pop("on_nonfinite", None):
-        _note_once("run.on_nonfinite has no effect any more: non-finite steps are skipped, see run.max_nonfinite_steps")
-    return value
-
-
-_note_once = cache(note)
+    return _load_any(text)
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]

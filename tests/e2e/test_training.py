@@ -125,7 +125,7 @@ def test_an_earlier_checkpoint_branches_off_into_a_new_run(fit: Fit) -> None:
 
 def test_last_without_a_run_says_so_and_starts(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     fit("--trainer.max_steps=1", "--ckpt_path=last")
-    assert "there is no run in runs/t yet: starting a new one" in capsys.readouterr().err
+    assert "there is no run to resume in runs/t yet: starting a new one" in capsys.readouterr().err
     assert checkpoints(RUN)
 
 
@@ -475,22 +475,8 @@ def test_no_process_is_started_for_what_cannot_run(
     assert not Path("runs").exists()
 
 
-def test_configurations_and_checkpoints_of_earlier_versions(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
-    """The name of the run looks like a number; on_nonfinite is a removed setting, passed_over a removed state."""
+def test_a_run_whose_name_looks_like_a_number_resumes_from_its_own_configuration(fit: Fit) -> None:
     fit("--trainer.max_steps=1", "--run.name=3e-4")
     run = Path("runs/3e-4/version_0")
-    old = (run / "config.yaml").read_text().replace("run:\n", "run:\n  on_nonfinite: go_back\n")
-    Path("old.yaml").write_text(old)
-    arguments = ["fit", "--config=old.yaml", "--ckpt_path=last", "--trainer.max_steps=2"]
-    checkpoint = read_checkpoint(checkpoints(run)[-1])
-    for passed_over in ([[400, 4]], [[0, 4]]):
-        checkpoint["TokenDataModule"]["passed_over"] = passed_over
-        DurableCheckpointIO().save_checkpoint(checkpoint, checkpoints(run)[-1])
-        if passed_over == [[400, 4]]:  # still to come
-            with pytest.raises(SystemExit):
-                main(arguments)
-            err = capsys.readouterr().err
-            assert "error: the checkpoint leaves out windows that are still to come" in err
-            assert "run.on_nonfinite has no effect any more" in err
-    main(arguments)
+    main(["fit", f"--config={run / 'config.yaml'}", "--ckpt_path=last", "--trainer.max_steps=2"])
     assert list(losses(run)) == [1, 2]

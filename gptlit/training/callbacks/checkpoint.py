@@ -109,8 +109,8 @@ class StepCheckpoint(Checkpoint):
                 f"{wrong or 'a weight on another device'} is not finite at step {step}: it is not saved, the "
                 "checkpoint before it is good"
             )
-        self.io.then = partial(self._link_and_prune, checkpoint_path(self.run, step), self.best_step)
-        trainer.save_checkpoint(checkpoint_path(self.run, step))
+        path = checkpoint_path(self.run, step)
+        trainer.save_checkpoint(path, storage_options=partial(self._link_and_prune, path, self.best_step))
         self.seconds += time.perf_counter() - began
         self._saved_step = step
 

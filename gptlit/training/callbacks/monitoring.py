@@ -37,7 +37,6 @@ class Throughput(Callback):
 
     def __init__(self, peak: float | None = None) -> None:
         self.peak = peak
-        self._spent = dict.fromkeys(("data", "validation", "checkpoint"), 0.0)  # seconds since the last log point
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -53,7 +52,7 @@ class Throughput(Callback):
 
     def _mark(self, pl_module: GPTModule) -> None:
         self._began, self._tokens = time.perf_counter(), pl_module.tokens
-        self._spent = {"data": 0.0, "validation": 0.0, "checkpoint": -self._saving()}
+        self._spent = {"data": 0.0, "validation": 0.0, "checkpoint": -self._saving()}  # seconds
 
     def _saving(self) -> float:
         return 0.0 if self._saver is None else self._saver.seconds

@@ -24,8 +24,8 @@ class GracefulStop(Callback):
     """SIGTERM, SIGINT, SIGHUP and SLURM's SIGUSR1 save and end a fit between two steps; a second one exits immediately.
 
     The signal handler only sets a flag. With several devices the signalled process chooses the step to stop before, and
-    the others read it from the process group's store (see `_agreed`). The exit status is 128 + the signal. A SIGHUP
-    that is ignored when the fit begins (`nohup`) stays ignored.
+    the others read it from the process group's store (see `_agree_on_step`). The exit status is 128 + the signal. A
+    SIGHUP that is ignored when the fit begins (`nohup`) stays ignored.
 
     Args:
         checkpoint: Saves the checkpoint; None saves nothing.
@@ -79,13 +79,13 @@ class GracefulStop(Callback):
         if not pl_module.is_between_steps:
             return
         if trainer.world_size > 1:
-            stop, number = self._agreed(trainer)
+            stop, number = self._agree_on_step(trainer)
             if trainer.global_step == stop:
                 self._stop(trainer, number)
         elif self.signal is not None:
             self._stop(trainer, self.signal)
 
-    def _agreed(self, trainer: pl.Trainer) -> tuple[int, signal.Signals]:
+    def _agree_on_step(self, trainer: pl.Trainer) -> tuple[int, signal.Signals]:
         """Return the step before which all ranks stop, and the signal; step -1 without one.
 
         Hosts are not synchronized: they may run ahead of their devices. Each publishes its step first and looks for a
