@@ -390,6 +390,11 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Length of each row in tokens, int64 (N,)."""
+        return np.array([len(inputs) for inputs, _ in self._rows], dtype=np.int64)
+
     def address(self, index: int) -> tuple[int, int]:
         """Return (shard, number among the stored rows) of a row."""
         return self._places[index]

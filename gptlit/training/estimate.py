@@ -11,6 +11,7 @@ import torch
 
 from gptlit.config import GPTConfig
 from gptlit.data.datamodule import TokenDataModule
+from gptlit.data.rows import Rows
 from gptlit.model.gpt import GPTModel
 from gptlit.model.lora import LoRAConfig, build_model
 from gptlit.model.loss import ROWS
@@ -63,7 +64,8 @@ class RunSpec:
     lr: float = 6e-4  # the peak
     warmup_steps: int = 0
     is_pretrained: bool = False
-    windows: int | None = None  # to train on
+    windows: int | None = None  # to train on, or rows
+    row_lengths: tuple[int, float] | None = None  # longest and mean, in tokens; None: windows of context_length
     val_windows: int | None = None  # 0 for no validation
     train_tokens: int | None = None
     saves: int | None = 3  # checkpoints that are kept; None for all
@@ -71,12 +73,23 @@ class RunSpec:
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     trainable: Trainable = "all"
 
+    @property
+    def length(self) -> int:
+        """Tokens in a window, or in the longest row."""
+        return self.config.context_length if self.row_lengths is None else self.row_lengths[0]
+
+    @property
+    def noun(self) -> str:
+        """What a batch consists of."""
+        return "windows" if self.row_lengths is None else "rows"
+
     @classmethod
     def of(
         cls, module: GPTModule, datamodule: TokenDataModule, *, keep_last: int, keep_best: bool, **of_trainer: Any
     ) -> "RunSpec":
         """Describe a run: `of_trainer` are the fields that depend on the Trainer."""
         is_loaded = hasattr(datamodule, "run_data")
+        train = datamodule.run_data.splits["train"] if is_loaded else None
         return cls(
             config=module.config,
             lora=module.lora,
@@ -89,7 +102,8 @@ class RunSpec:
             lr=module.schedule.peak,
             warmup_steps=module.schedule.warmup_steps,
             is_pretrained=module.init_from is not None,
-            windows=len(datamodule.run_data.splits["train"]) if is_loaded else None,
+            windows=None if train is None else len(train),
+            row_lengths=(int(train.lengths.max()), float(train.lengths.mean())) if isinstance(train, Rows) else None,
             val_windows=len(datamodule.run_data.splits["val"]) if is_loaded else None,
             train_tokens=datamodule.run_data.on_disk.tokens("train") if is_loaded else None,
             saves=None if keep_last == -1 else keep_last + (keep_best and keep_last > 0),
@@ -123,7 +137,7 @@ def _steps(spec: RunSpec, parameters: dict[str, int]) -> dict[str, dict[str, Any
             limit = math.ceil(spec.epochs * spec.windows / spec.batch_size)
             steps = limit if steps is None else min(steps, limit)
         epochs = None if steps is None or not spec.windows else steps * spec.batch_size / spec.windows
-    per_step = spec.batch_size * spec.config.context_length
+    per_step = round(spec.batch_size * (spec.length if spec.row_lengths is None else spec.row_lengths[1]))
     if steps is not None:
         tokens = steps * per_step
     return {
@@ -209,7 +223,7 @@ def memory(spec: RunSpec, total: int) -> dict[str, int | None]:
     """
     config = spec.config
     width, layers, vocabulary = config.emb_dim, config.n_layers, config.vocab_size
-    tokens = spec.micro_batch_size * config.context_length
+    tokens = spec.micro_batch_size * spec.length
     size = {"64": 8, "32": 4}.get(spec.precision.split("-")[0], 2)
     per_block = (SAVED_COMPILED.get(spec.device, SAVED) if spec.compile else SAVED)[size]
     n = spec.shards
@@ -217,7 +231,7 @@ def memory(spec: RunSpec, total: int) -> dict[str, int | None]:
     if config.drop_rate:
         saved += 2 * layers  # masks behind attention and feed-forward
         if spec.device == "cpu":  # with dropout torch's attention saves its probabilities
-            saved += layers * config.n_heads * config.context_length * (2 * size + 1) // width
+            saved += layers * config.n_heads * spec.length * (2 * size + 1) // width
     activations = tokens * width * (4 * layers + 2 * per_block if spec.activation_checkpointing else saved)
     casts = 2 * 12 * width**2 * layers if "mixed" in spec.precision and not spec.compile else 0
     rows, trained = min(tokens, ROWS.get(spec.device, 1024)), trainable_parameters(spec)[1]
@@ -267,7 +281,9 @@ def warnings(spec: RunSpec, plan: dict[str, Any]) -> list[str]:
             f"{spec.micro_batch_size}), or set model.activation_checkpointing"
         )
     if spec.val_windows is not None and 0 < spec.val_windows < 20:
-        found.append(f"val/loss comes from {spec.val_windows} windows only: a larger data.val_fraction is less noisy")
+        found.append(
+            f"val/loss comes from {spec.val_windows} {spec.noun} only: a larger data.val_fraction is less noisy"
+        )
     if (steps := plan["run"]["steps"]) is not None and spec.warmup_steps >= steps:
         found.append(f"the warm-up of {spec.warmup_steps} steps is no shorter than the run of {steps}")
     usual = usual_lr(plan["parameters"]["total"] - plan["parameters"]["tok_emb"] - plan["parameters"]["pos_emb"])
@@ -295,14 +311,15 @@ def describe(spec: RunSpec, plan: dict[str, Any]) -> list[str]:
     lines = [
         f"model   {parameters['total']:,} parameters{part}: {spec.config.summary}; {spec.precision} on {where}",
         f"memory  {gigabytes(memory['total'])}{have} on each device, about: {', '.join(parts)}",
-        f"step    {step['windows']} windows = {step['tokens']:,} tokens: {step['micro_batch_size']} at once on {where}"
+        f"step    {step['windows']} {spec.noun} = {step['tokens']:,} tokens: "
+        + f"{step['micro_batch_size']} at once on {where}"
         + f", accumulated over {step['accumulation']} micro-batches" * (step["accumulation"] > 1),
     ]
     if data["train_windows"] is None:
         lines.append("data    no corpus yet: `fit` or `gptlit prepare` makes it; windows and epochs are known then")
     else:
         lines.append(
-            f"data    {data['train_tokens']:,} tokens, {data['train_windows']:,} windows, "
+            f"data    {data['train_tokens']:,} tokens, {data['train_windows']:,} {spec.noun}, "
             f"{data['val_windows']:,} to validate; an epoch is {data['steps_per_epoch']:,} steps"
         )
     if run["steps"] is not None:

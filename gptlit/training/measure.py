@@ -31,7 +31,7 @@ def measure(spec: RunSpec) -> float:
         trainable=spec.trainable,
     )
     module.lora = spec.lora  # not an argument: adapters would need `init_from`
-    batch = _random_batch(spec.config, spec.micro_batch_size)
+    batch = _random_batch(spec.config, spec.micro_batch_size, spec.length)
     laps = _Laps()
     trainer = pl.Trainer(
         accelerator=spec.device,
@@ -51,9 +51,9 @@ def measure(spec: RunSpec) -> float:
     return accumulation(spec) * backward + median(end - step for step, end in zip(steps, ends, strict=True))
 
 
-def _random_batch(config: GPTConfig, rows: int) -> tuple[Tensor, Tensor]:
+def _random_batch(config: GPTConfig, rows: int, length: int) -> tuple[Tensor, Tensor]:
     """Return ids and targets, (B, T) each: the next ids, or for a classifier a label at the last token of each row."""
-    ids = torch.randint(config.vocab_size, (rows, config.context_length + 1))
+    ids = torch.randint(config.vocab_size, (rows, length + 1))
     inputs, targets = ids[:, :-1], ids[:, 1:]
     if config.n_classes:
         targets = torch.full_like(inputs, NO_TARGET)

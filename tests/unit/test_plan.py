@@ -73,7 +73,11 @@ def test_what_is_frozen_has_neither_gradients_nor_optimizer_state(capsys: pytest
     assert plan["parameters"]["out_head"] == head
     assert plan["memory"]["optimizer"] == 4 * (matrices + 2 * (vectors + norm + head))
     main(["plan", *flags, "--model.trainable=head"])
-    assert f"{head:,} of them trained: 12 layers" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{head:,} of them trained: 12 layers" in out
+    assert "step    8 rows = 16 tokens" in out  # two each
+    assert "28 rows, 4 to validate" in out
+    assert plan["memory"]["activations"] < 20e6  # with rows of 1,024 tokens, 6e9
 
 
 def test_a_glob_that_is_prepared_is_counted(text_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
