@@ -66,7 +66,7 @@ def _gptlit(prompts: Any, new_tokens: int, dtype: Any, quantize: str | None, sha
     def once() -> dict[str, float]:
         began = time.perf_counter()
         steps = stream(model, rows, new_tokens + 1, cuda_graph=prompts.is_cuda)
-        next(steps)
+        next(steps).tolist()  # waits for the device
         first = time.perf_counter()
         count = sum(1 for _ in steps)
         return {"first": first - began, "steady": count * len(rows) / (time.perf_counter() - first)}

@@ -139,14 +139,14 @@ def gptlit(device: str, batch: int = 16, flags: Sequence[str] = (), size: str = 
         flags = ["--model.compile=false", *flags, "--data.micro_batch_size=2"]
         return make("gptlit", "toy", 2, 16, device=device, warm=1, steps=2, flags=flags)
     flags = [f"--data.micro_batch_size={batch}", "--model.residual_in_fp32=false", *flags]
-    return make("gptlit", size, batch, 1024, device=device, warm=8, steps=10, flags=flags)
+    return make("gptlit", size, batch, 1024, device=device, warm=8, steps=8, flags=flags)
 
 
 def peer(name: str, device: str, batch: int = 16, folder: str = "", size: str = "124m") -> Contender:
     """Return another project's model as a contender; on a CPU tiny and not compiled."""
     if device == "cpu":
         return make(f"{name}, shipped", "toy", 2, 16, device=device, warm=1, steps=2, folder=folder)
-    return make(name, size, batch, 1024, device=device, warm=8, steps=10, folder=folder)
+    return make(name, size, batch, 1024, device=device, warm=8, steps=8, folder=folder)
 
 
 def summaries(
@@ -259,7 +259,7 @@ def step(device: str, nanogpt: str | None) -> Lines:
     )
     tokens = dict.fromkeys(contenders, 16 * 1024 if device == "cuda" else 2 * 16)
     for line in compare(contenders, tokens, device):
-        if "ready after" in line and line["contender"] == list(contenders)[-1]:
+        if line.get("contender") == list(contenders)[-1]:  # ready, or failed
             checks.wait()
         yield line
     checks.wait()

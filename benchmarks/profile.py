@@ -94,4 +94,4 @@ def contender(size: str, batch_size: int, length: int) -> None:
     keep_freed_memory()
     config.cpp.enable_kernel_profile = True
     config.cpp.descriptive_names = "original_aten"
-    train_gptlit(size, batch_size, length, True, StepProfiler(warm=8))
+    train_gptlit(size, batch_size, length, "tuned", StepProfiler(warm=8))

@@ -85,6 +85,12 @@ def _as_row(product: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     return product.to(x.dtype).view(*x.shape[:-1], -1)
 
 
+def check_compiler(device: torch.device) -> None:
+    """Check that torch.compile finds the C++ compiler that it needs on a CPU."""
+    if device.type == "cpu" and not any(map(shutil.which, os.environ.get("CXX", "g++ clang++ cl").split())):
+        raise InputError("compile needs a C++ compiler: install g++ or clang, or leave it out")
+
+
 def for_generation(model: GPTModel, quantize: str | None = None, compile: bool = False) -> GPTModel:
     """Optimize a model for generating one row, in place.
 
@@ -104,8 +110,8 @@ def for_generation(model: GPTModel, quantize: str | None = None, compile: bool =
     compile = compile and device == "cpu"
     if quantize and compile:
         model.float()  # bf16 activations would only be converted back and forth
-    if compile and not any(map(shutil.which, os.environ.get("CXX", "g++ clang++ cl").split())):
-        raise InputError("compile needs a C++ compiler: install g++ or clang, or leave it out")
+    if compile:
+        check_compiler(model.pos_emb.weight.device)
     if quantize or compile:
         for module in list(model.modules()):
             for name, child in module.named_children():

@@ -54,6 +54,8 @@ from gptlit.training.run_config import RunConfig, SaveRunConfig
 from gptlit.training.supported import check_supported
 from gptlit.training.tensorboard import StepLogger
 
+PRECISIONS = {"64": "64-true", "32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed"}  # Lightning's short names
+
 
 class TrainingCLI(LightningCLI):
     """fit, validate and test of a GPTModule on a TokenDataModule."""
@@ -189,7 +191,8 @@ class TrainingCLI(LightningCLI):
             kwargs["logger"] = [*ours, *(logger for logger in others if logger not in (None, True))]
         self.save_config_kwargs = {"run": self.run}
         kwargs["val_check_interval"], kwargs["check_val_every_n_epoch"] = run.val_every_n_steps, None
-        kwargs["plugins"] = [*(config.trainer.plugins or []), io]
+        plugins = config.trainer.plugins or []
+        kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), io]
         return super().instantiate_trainer(**kwargs)
 
     @override
@@ -255,6 +258,7 @@ def resolve_trainer(trainer: Any, is_fit: bool) -> None:
         trainer.precision, why = best_precision(trainer.accelerator)
         if is_fit:
             note(f"trainer.precision {trainer.precision}: {why}")
+    trainer.precision = PRECISIONS.get(str(trainer.precision), trainer.precision)
     if (numbers := launched()) is not None:
         trainer.num_nodes, trainer.devices = numbers
 
@@ -313,6 +317,8 @@ def command_line(cli: type[TrainingCLI], args: list[str] | None) -> TrainingCLI:
             fail(error)
         if isinstance(error, DistError) or re.search("onnection (closed|reset) by peer", str(error)):  # gloo's own
             fail("the connection to another process of the run is lost: start it again with --ckpt_path last")
+        if isinstance(error, torch.OutOfMemoryError):
+            fail(f"lower data.micro_batch_size, or set model.activation_checkpointing: {error}")
         raise
     except SystemExit as error:
         if isinstance(error.__context__, KeyboardInterrupt):

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ COMPILER = 0.25e9  # and torch.compile
 # Dense bf16 TFLOPS, by a part of the device's name. Source: NVIDIA's datasheets.
 DATASHEET_PEAKS = {
     "B200": 2250,
+    "GB200": 2500,
     "GH200": 989,
     "H200": 989,
     "H100": 989,
@@ -190,7 +192,7 @@ def flops_per_token(config: GPTConfig, parameters: dict[str, int]) -> int:
 
 def datasheet_peak(device_name: str, precision: str) -> float | None:
     """Return the peak FLOPS of a GPU's datasheet in 16-bit precision; None if unknown."""
-    known = [name for name in DATASHEET_PEAKS if name in device_name]
+    known = [name for name in DATASHEET_PEAKS if re.search(rf"\b{name}\b", device_name)]
     if not known or not precision.startswith(("bf16", "16")):
         return None
     return DATASHEET_PEAKS[max(known, key=len)] * 1e12

@@ -17,6 +17,7 @@ from gptlit.checkpoint.pretrained import HUB, adapt_head, check_tokenizer, copy_
 from gptlit.config import GPTConfig
 from gptlit.data.datamodule import TokenDataModule
 from gptlit.data.windows import NO_TARGET
+from gptlit.generation.fast_linear import check_compiler
 from gptlit.model.gpt import GPTModel, TransformerBlock
 from gptlit.model.lora import LoRAConfig, build_model, merged_weight
 from gptlit.model.loss import at_labels, chunked_softmax_, linear_cross_entropy, next_token_loss, softmax_
@@ -30,7 +31,7 @@ from gptlit.training.optimizer import (
     ScheduleName,
     update_param_groups,
 )
-from gptlit.training.resume import check_same_model, prepare_fit
+from gptlit.training.resume import check_same_model, prepare_fit, uses_fused_adamw
 from gptlit.training.supported import check_supported
 from gptlit.training.tensorboard import log_confusion
 from gptlit.training.trainable import Trainable, check_lora, check_trainable, exclude_base, freeze
@@ -137,6 +138,8 @@ class GPTModule(pl.LightningModule):
         if isinstance(data, TokenDataModule):
             self.config = replace(self.config, n_classes=len(data.labels))
             self.hparams["config"] = asdict(self.config)
+            if data.sources.kind is not None:
+                self._softmax = chunked_softmax_  # a compiled one would be compiled again for each length of a batch
         self.model = _new_model(self.config, self.lora, trainer, device)
         if self.init_from is not None:
             _load_weights(self, self.init_from, data)
@@ -236,8 +239,7 @@ class GPTModule(pl.LightningModule):
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
         trainer = attached_trainer(self)
-        fused = trainer is None or trainer.precision != "16-mixed"  # it would unscale fp16 gradients after clipping
-        optimizer = OPTIMIZERS[self.optimizer_name].build(self.model, self.schedule.peak, fused)
+        optimizer = OPTIMIZERS[self.optimizer_name].build(self.model, self.schedule.peak, uses_fused_adamw(trainer))
         update_param_groups(optimizer, **self._group_values)
         return optimizer
 
@@ -313,6 +315,7 @@ def _load_weights(module: GPTModule, path: str, data: Any) -> None:
 
 def _set_up_blocks(model: GPTModel, activation_checkpointing: bool, compile: bool, device: torch.device) -> None:
     if compile:
+        check_compiler(device)
         configure_compiler(device)
     for block in model.trf_blocks:
         assert isinstance(block, TransformerBlock)

@@ -28,7 +28,7 @@ class MuonAdamW(Optimizer):
     nor sharded matrices. Groups and state are kept here, so that saving and loading is torch's own.
     """
 
-    def __init__(self, hidden: list[nn.Parameter], groups: list[dict[str, Any]], lr: float, fused: bool) -> None:
+    def __init__(self, hidden: list[nn.Parameter], groups: list[dict[str, Any]], lr: float, fused: bool | None) -> None:
         self._adamw = AdamW(groups, lr=lr, fused=fused)
         muon = {"params": hidden, "lr": lr, "weight_decay": 0.1, "momentum": 0.95}
         super().__init__([muon, *self._adamw.param_groups], {})

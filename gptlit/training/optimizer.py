@@ -18,7 +18,7 @@ OptimizerName = Literal["adamw", "muon"]
 class OptimizerEntry:
     """An optimizer that `model.optimizer` can name. All its parameter groups but the last one hold matrices."""
 
-    build: Callable[[GPTModel, float, bool], Optimizer]  # (model, lr, fused) -> the optimizer
+    build: Callable[[GPTModel, float, bool | None], Optimizer]  # (model, lr, fused) -> the optimizer
     block_matrix_state: int  # values of optimizer state per parameter of the blocks' matrices, for memory estimates
     other_state: int  # the same for all other parameters
 
@@ -43,13 +43,13 @@ def update_param_groups(
             group["betas"] = betas
 
 
-def _adamw(model: GPTModel, lr: float, fused: bool) -> Optimizer:
+def _adamw(model: GPTModel, lr: float, fused: bool | None) -> Optimizer:
     """AdamW. Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization"."""
     matrices, vectors = _trainable(model)
     return AdamW([{"params": matrices}, {"params": vectors}], lr=lr, fused=fused)
 
 
-def _muon(model: GPTModel, lr: float, fused: bool) -> Optimizer:
+def _muon(model: GPTModel, lr: float, fused: bool | None) -> Optimizer:
     """Muon for the blocks' matrices, AdamW for the rest. Source: Jordan et al. 2024, "Muon"."""
     in_blocks, _ = _trainable(model.trf_blocks)
     known = {id(p) for p in in_blocks}

@@ -6,6 +6,7 @@ position in the data (`TokenDataModule`) the data module's.
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from itertools import chain
 from typing import Any
 
 import lightning.pytorch as pl
@@ -97,12 +98,22 @@ def check_same_model(ours: Mapping[str, Any], checkpoint: dict[str, Any], is_fit
         check_base(theirs, "the checkpoint", ours["init_from"], ours["base_fingerprint"])
 
 
+def uses_fused_adamw(trainer: pl.Trainer | None) -> bool | None:
+    """Whether AdamW is the fused one; None: torch chooses, as under 16-mixed, where the fused one would unscale the
+    gradients after they are clipped.
+    """
+    return True if trainer is None or trainer.precision != "16-mixed" else None
+
+
 def prepare_fit(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     """Let a fit continue at the checkpoint's step, with the callbacks and the accumulation of this configuration."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if "current_model_state" in checkpoint and not any(isinstance(c, WeightAveraging) for c in callbacks):
         note("the checkpoint has averaged weights too: the run goes on with the others, without an average")
         checkpoint["state_dict"] = checkpoint["current_model_state"]
+    for group in chain(*(state["param_groups"] for state in checkpoint["optimizer_states"])):
+        if "fused" in group:  # torch would take the checkpoint's
+            group["fused"] = uses_fused_adamw(trainer)
     if "loops" not in checkpoint:
         set_global_step(trainer, checkpoint["global_step"])
     for timer in (callback for callback in callbacks if isinstance(callback, Timer)):

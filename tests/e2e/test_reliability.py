@@ -668,3 +668,35 @@ def test_what_is_proposed_next_works_when_pasted(fit: Fit, capsys: pytest.Captur
     gptlit(plot[3:])
     assert Path("curves.png").is_file()
     assert Path(board[-1]) == Path("runs")
+
+
+def test_a_run_of_16_mixed_resumes_with_the_fused_adamw(fit: Fit) -> None:
+    fit("--trainer.max_steps=2", "--trainer.gradient_clip_val=1")
+    path = checkpoints(Path("runs/t/version_0"))[-1]
+    checkpoint = read_checkpoint(path)
+    for group in checkpoint["optimizer_states"][0]["param_groups"]:
+        group["fused"] = None
+    DurableCheckpointIO().save_checkpoint(checkpoint, path)
+    fit("--trainer.max_steps=3", "--trainer.gradient_clip_val=1", "--ckpt_path=last")
+    groups = read_checkpoint(checkpoints(Path("runs/t/version_0"))[-1])["optimizer_states"][0]["param_groups"]
+    assert all(group["fused"] for group in groups)
+
+
+def test_a_device_that_is_too_small_is_one_line(fit: Fit, at: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    at[(0, 0)] = fail
+    with pytest.raises(SystemExit):
+        fit("--trainer.max_steps=2")
+    words = "error: lower data.micro_batch_size, or set model.activation_checkpointing: CUDA out of memory."
+    assert words in capsys.readouterr().err
+
+
+def test_training_needs_a_compiler_to_compile(
+    fit: Fit, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SystemExit):
+        fit("--trainer.max_steps=2", "--model.compile=true")
+    assert "error: compile needs a C++ compiler: install g++ or clang" in capsys.readouterr().err

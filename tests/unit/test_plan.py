@@ -16,7 +16,16 @@ from gptlit.config import PRESETS, GPTConfig
 from gptlit.data.datamodule import TokenDataModule
 from gptlit.model.gpt import GPTModel
 from gptlit.model.lora import LoRAConfig
-from gptlit.training.estimate import RunSpec, count_parameters, describe, flops_per_token, make_plan, usual_lr, warnings
+from gptlit.training.estimate import (
+    RunSpec,
+    count_parameters,
+    datasheet_peak,
+    describe,
+    flops_per_token,
+    make_plan,
+    usual_lr,
+    warnings,
+)
 from gptlit.training.lightning_compat import has_native_bf16
 from gptlit.training.measure import measure
 
@@ -342,3 +351,16 @@ def test_a_fit_begins_with_its_plan(fit: Callable[..., None], capsys: pytest.Cap
     assert re.search(r"memory  .* of .* on each device, about: weights", err)
     assert re.search(r"disk    .* a checkpoint, at most", err)
     assert "warning: the warm-up of 2 steps is no shorter than the run of 2" in err
+
+
+@pytest.mark.parametrize(
+    ("device", "tflops"), [("NVIDIA L4", 121), ("NVIDIA L40", None), ("NVIDIA RTX A1000", None), ("NVIDIA GB200", 2500)]
+)
+def test_a_gpu_is_known_by_its_whole_name(device: str, tflops: float | None) -> None:
+    assert datasheet_peak(device, "bf16-mixed") == (None if tflops is None else tflops * 1e12)
+
+
+def test_lightnings_short_names_of_a_precision_count_as_the_long_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [f"--config={ROOT / 'configs/quickstart.yaml'}", *TINY]
+    short, long = (planned(capsys, *flags, f"--trainer.precision={name}")["memory"] for name in ("64", "64-true"))
+    assert short == long
