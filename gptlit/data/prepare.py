@@ -268,8 +268,8 @@ def _encode_in_order(
             yield batch, future.result()
     except BrokenProcessPool as error:
         raise InputError(
-            "a process that encodes was killed, perhaps for want of memory: give the same command again with fewer "
-            f"--num_workers than {num_workers}, it resumes after the last complete shard"
+            "a worker process died, possibly out of memory: run the same command again with a smaller --num_workers "
+            f"(now {num_workers}; 0: no workers), it resumes after the last complete shard"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
