@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -29,8 +29,8 @@ LIMITS = {  # time limits of the phases, in seconds
     "step": 240,
     "kernels": 90,
     "syncs": 90,
-    "batches": 200,
-    "larger": 150,
+    "batches": 220,
+    "larger": 220,
     "generation": 90,
     "reliability": 200,
 }
@@ -142,24 +142,25 @@ def gptlit(device: str, batch: int = 16, flags: Sequence[str] = (), size: str = 
     return make("gptlit", size, batch, 1024, device=device, warm=8, steps=8, flags=flags)
 
 
-def peer(name: str, device: str, batch: int = 16, folder: str = "", size: str = "124m") -> Contender:
+def peer(
+    name: str, device: str, batch: int = 16, folder: str = "", size: str = "124m", accumulate: int = 1
+) -> Contender:
     """Return another project's model as a contender; on a CPU tiny and not compiled."""
+    options = {"device": device, "folder": folder, "accumulate": accumulate}
     if device == "cpu":
-        return make(f"{name}, shipped", "toy", 2, 16, device=device, warm=1, steps=2, folder=folder)
-    return make(name, size, batch, 1024, device=device, warm=8, steps=8, folder=folder)
+        return make(f"{name}, shipped", "toy", 2, 16, warm=1, steps=2, **options)
+    return make(name, size, batch, 1024, warm=8, steps=8, **options)
 
 
-def summaries(
-    results: dict[str, list[dict[str, float]]], tokens: dict[str, int], device: str, size: str = "124m"
-) -> Lines:
-    """Yield tokens per second, MFU, memory and the ratio to the first contender's time per token."""
+def summaries(results: dict[str, list[dict[str, float]]], contenders: dict[str, Contender], device: str) -> Lines:
+    """Yield tokens per second, MFU, memory and the ratio to the first contender's time; all have the same batch."""
     first = next(iter(results.values()))
+    peak = datasheet(device)
     for name, runs in results.items():
-        rates = sorted(tokens[name] / found["seconds"] for found in runs)
-        flops = step_flops(size, 1, 1024) / 1024
-        peak = datasheet(device)
-        more = tokens[name] / tokens[next(iter(results))]
-        ratios = [found["seconds"] / base["seconds"] / more for found, base in zip(runs, first, strict=True)]
+        size, batch, length = (contenders[name][1][key] for key in ("size", "batch_size", "length"))
+        rates = sorted(batch * length / found["seconds"] for found in runs)
+        flops = step_flops(size, 1, length) / length
+        ratios = [found["seconds"] / base["seconds"] for found, base in zip(runs, first, strict=True)]
         yield {
             "contender": name,
             "tokens/s": round(statistics.median(rates)),
@@ -180,9 +181,7 @@ def datasheet(device: str) -> float | None:
     return datasheet_peak(torch.cuda.get_device_name(), "bf16-mixed") if device == "cuda" else None
 
 
-def compare(
-    contenders: dict[str, Contender], tokens: dict[str, int], device: str, rounds: int = 3, size: str = "124m"
-) -> Lines:
+def compare(contenders: dict[str, Contender], device: str, rounds: int = 3) -> Lines:
     """Start all contenders at once, then measure them in interleaved rounds."""
     began = time.monotonic()
     processes = {name: Process(contender) for name, contender in contenders.items()}
@@ -194,7 +193,7 @@ def compare(
         except RuntimeError as error:
             yield {"contender": name, "error": str(error)}
     if ready:
-        yield from summaries(measure_interleaved(ready, rounds), tokens, device, size)
+        yield from summaries(measure_interleaved(ready, rounds), contenders, device)
 
 
 # --- the phases ---------------------------------------------------------------------------------------------------
@@ -257,8 +256,7 @@ def step(device: str, nanogpt: str | None) -> Lines:
     checks = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.gpu", "correctness", json.dumps({"device": device, "nanogpt": nanogpt})]
     )
-    tokens = dict.fromkeys(contenders, 16 * 1024 if device == "cuda" else 2 * 16)
-    for line in compare(contenders, tokens, device):
+    for line in compare(contenders, device):
         if line.get("contender") == list(contenders)[-1]:  # ready, or failed
             checks.wait()
         yield line
@@ -266,31 +264,32 @@ def step(device: str, nanogpt: str | None) -> Lines:
 
 
 def batches(device: str, nanogpt: str | None) -> Lines:
-    """Larger micro-batches; a float32 residual stream; accumulation as in configs/gpt2-124m.yaml."""
-    eight = ["--data.batch_size=512"] if device == "cuda" else ["--data.batch_size=16"]
-    contenders = {
-        "gptlit, 64 x 1024": gptlit(device, 64),
-        "gptlit, 32 x 1024": gptlit(device, 32),
-        "gptlit, 64 x 1024, float32 residual": gptlit(device, 64, ["--model.residual_in_fp32=true"]),
-        "gptlit, 64 x 1024, accumulated 8 times": gptlit(device, 64, eight),
+    """Larger micro-batches; accumulation as in configs/gpt2-124m.yaml; a float32 residual stream."""
+    eight = [f"--data.batch_size={512 if device == 'cuda' else 16}"]
+    ours = {
+        "64 x 1024": {"gptlit": gptlit(device, 64)},
+        "64 x 1024, accumulated 8 times": {"gptlit": gptlit(device, 64, eight)},
+        "32 x 1024": {
+            "gptlit": gptlit(device, 32),
+            "gptlit, float32 residual": gptlit(device, 32, ["--model.residual_in_fp32=true"]),
+        },
     }
-    if nanogpt is not None:
-        contenders["nanoGPT, 64 x 1024"] = peer("nanogpt", device, 64, nanogpt)
-    yield from compare(contenders, windows(contenders), device)
+    for shape, contenders in ours.items():
+        if nanogpt is not None:
+            accumulate = 8 if "accumulated" in shape else 1
+            contenders["nanoGPT"] = peer("nanogpt", device, int(shape[:2]), nanogpt, accumulate=accumulate)
+        yield from compare({f"{name}, {shape}": contender for name, contender in contenders.items()}, device)
 
 
 def larger(device: str, nanogpt: str | None) -> Lines:
-    """The 355M model."""
-    contenders = {f"gptlit 355M, {batch} x 1024": gptlit(device, batch, size="355m") for batch in (32, 64)}
-    if nanogpt is not None:
-        contenders["nanoGPT 355M, 32 x 1024"] = peer("nanogpt", device, 32, nanogpt, "355m")
-    yield from compare(contenders, windows(contenders), device, size="355m")
-
-
-def windows(names: Iterable[str]) -> dict[str, int]:
-    """Return the tokens of "NAME, B x T"."""
-    parts = {name: name.split(", ")[1].split(" x ") for name in names}
-    return {name: int(batch) * int(length) for name, (batch, length) in parts.items()}
+    """The 355M model; 64 windows one project after the other, as 80 GB do not hold both."""
+    for together, batch in ((True, 32), (False, 64)):
+        contenders = {f"gptlit 355M, {batch} x 1024": gptlit(device, batch, size="355m")}
+        if nanogpt is not None:
+            contenders[f"nanoGPT 355M, {batch} x 1024"] = peer("nanogpt", device, batch, nanogpt, "355m")
+        groups = [contenders] if together else [{name: contender} for name, contender in contenders.items()]
+        for group in groups:
+            yield from compare(group, device)
 
 
 def kernels(device: str, nanogpt: str | None) -> Lines:

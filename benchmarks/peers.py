@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,6 +60,7 @@ def contender(
     steps: int = STEPS,
     device: str = "cpu",
     flags: Sequence[str] = (),
+    accumulate: int = 1,
 ) -> Any:
     """Train and call the timer after each step; never returns. "matmul" returns a function to be measured.
 
@@ -73,6 +75,7 @@ def contender(
         steps: Steps per measurement.
         device: "cpu" or "cuda".
         flags: Additional flags of `train.py fit`, for gptlit.
+        accumulate: Micro-batches per optimizer step of another project; the timer counts micro-batches.
     """
     import torch
 
@@ -96,7 +99,7 @@ def contender(
     model, loss = builders[name](*SIZES[size], length, folder)
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # as nanoGPT and litgpt do
-    return loop(model.to(device), loss, inputs, targets, kind == "tuned", timer)
+    return loop(model.to(device), loss, inputs, targets, kind == "tuned", timer, accumulate=accumulate)
 
 
 def seconds_at_peak(flops: float) -> dict[str, float]:
@@ -124,6 +127,7 @@ def loop(
     timer: StepTimer,
     fused: bool | None = None,
     compiled: bool | None = None,
+    accumulate: int = 1,
 ) -> None:
     """Train in a plain loop, as each project's own does on one device."""
     import torch
@@ -134,13 +138,14 @@ def loop(
     optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=tuned if fused is None else fused)
     forward = torch.compile(loss) if (tuned if compiled is None else compiled) else loss
     is_bf16 = tuned and tuned_precision(inputs.device.type) == "bf16-mixed"
-    while True:
+    for number in count(1):
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=is_bf16):
-            value = forward(model, inputs, targets)
+            value = forward(model, inputs, targets) / accumulate
         value.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if number % accumulate == 0:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         timer.step()
 
 
