@@ -4,6 +4,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers import tuned_precision
+
 PROMPT = 32  # tokens
 
 
@@ -15,6 +17,8 @@ def run(
 ) -> None:
     """Compare tokens per second of the 124M model: fp32, bf16 and int8 in gptlit, fp32 and bf16 in Transformers.
 
+    bf16 is left out on a CPU without native bf16.
+
     Args:
         out: JSON file for the results; a table is printed.
         new_tokens: Number of generated tokens.
@@ -23,17 +27,17 @@ def run(
     """
     from benchmarks.contenders import compare
 
+    best = "bf16" if tuned_precision("cpu") == "bf16-mixed" else "fp32"
+    pairs = {"gptlit fp32": "transformers fp32", f"gptlit {best}": f"transformers {best}"}
+    pairs["gptlit int8"] = f"transformers {best}"
+    names = sorted({*pairs, *pairs.values()})
     contenders = {
         f"{name} batch {size}": ("benchmarks.generate", {"name": name, "size": size, "new_tokens": new_tokens})
         for size in batch_sizes
-        for name in ("transformers fp32", "gptlit fp32", "transformers bf16", "gptlit bf16", "gptlit int8")
+        for name in names
     }
-    pairs = [
-        (f"gptlit {ours} batch {size}", f"transformers {theirs} batch {size}")
-        for size in batch_sizes
-        for ours, theirs in (("fp32", "fp32"), ("bf16", "bf16"), ("int8", "bf16"))
-    ]
-    compare("tokens per second", contenders, pairs, "steady", Path(out), rounds=rounds)
+    sized = [tuple(f"{name} batch {size}" for name in pair) for size in batch_sizes for pair in pairs.items()]
+    compare("tokens per second", contenders, sized, "steady", Path(out), rounds=rounds)
 
 
 def contender(name: str, size: int, new_tokens: int, device: str = "cpu", toy: bool = False) -> Any:
@@ -43,8 +47,9 @@ def contender(name: str, size: int, new_tokens: int, device: str = "cpu", toy: b
     torch.set_default_device(device)
 
     project, precision = name.split()
-    single = size == 1  # int8 weights are then packed and compiled, with activations in fp32
-    dtype = torch.float32 if precision == "fp32" or (precision == "int8" and single) else torch.bfloat16
+    # A single row of int8 is compiled, with activations in fp32.
+    is_fp32 = precision == "fp32" or (precision == "int8" and (size == 1 or tuned_precision("cpu") == "32-true"))
+    dtype = torch.float32 if is_fp32 else torch.bfloat16
     torch.manual_seed(0)
     prompts = torch.randint(0, 50257, (size, PROMPT))
     if project == "transformers":

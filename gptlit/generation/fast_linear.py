@@ -1,4 +1,4 @@
-"""Linear layers for generation on a CPU, where a matrix-vector product is bound by memory bandwidth.
+"""Linear layers for generation on a CPU, where a product with one or a few rows is bound by memory bandwidth.
 
 BLAS reaches a fraction of that bandwidth. A compiled multiply-and-sum comes close to it, and int8 weights are a quarter
 of the bytes.
@@ -14,9 +14,13 @@ from torch import Tensor, nn
 from gptlit.errors import InputError
 from gptlit.model.gpt import GPTModel
 
+FEW_ROWS = 16
+_capabilities = torch.cpu.get_capabilities()
+HAS_ONLY_AVX2 = bool(_capabilities.get("avx2") and not _capabilities.get("avx512_f"))
+
 
 class RowLinear(nn.Module):
-    """A linear layer without BLAS for a single row: (..., I) -> (..., O). Only fast when compiled."""
+    """A linear layer for a single row, when compiled, or a few: (..., I) -> (..., O)."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -24,10 +28,15 @@ class RowLinear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() != x.shape[-1]:
-            return F.linear(x, self.weight, self.bias)
-        product = (self.weight.float() * x.reshape(1, -1).float()).sum(dim=-1)  # (O,)
-        return _as_row(product, self.bias, x)
+        rows = x.reshape(-1, x.shape[-1])
+        if len(rows) == 1 and torch.compiler.is_compiling():
+            product = (self.weight.float() * rows.float()).sum(dim=-1)  # (O,)
+            return _as_row(product, self.bias, x)
+        if 1 < len(rows) <= FEW_ROWS and x.dtype == torch.float32 and HAS_ONLY_AVX2:
+            # There MKL takes up to twice as long for rows @ weight.t(); processors with AVX-512 were not measured.
+            product = (self.weight @ rows.t()).t().contiguous()
+            return (product if self.bias is None else product + self.bias).view(*x.shape[:-1], -1)
+        return F.linear(x, self.weight, self.bias)
 
 
 class Int8Linear(nn.Module):
@@ -69,8 +78,9 @@ class Int8Linear(nn.Module):
         if self.packed:
             planes = weight[..., None].view(torch.int8).transpose(1, 2)  # (O, 4, I/4)
             weight = planes.reshape(len(weight), -1)
-        if len(rows) <= 16 and x.device.type == "cpu":
-            product = torch._weight_int8pack_mm(rows, weight, self.scale)  # torch has no public int8 product
+        if len(rows) <= FEW_ROWS and x.device.type == "cpu":
+            # torch has no public int8 product. With float32 rows this one takes ten times as long.
+            product = torch._weight_int8pack_mm(rows.bfloat16(), weight, self.scale.bfloat16()).to(x.dtype)
         else:
             product = F.linear(rows, weight.to(x.dtype)) * self.scale
         if self.bias is not None:
@@ -92,7 +102,7 @@ def check_compiler(device: torch.device) -> None:
 
 
 def for_generation(model: GPTModel, quantize: str | None = None, compile: bool = False) -> GPTModel:
-    """Optimize a model for generating one row, in place.
+    """Optimize a model for generation, in place.
 
     Args:
         model: The model, which cannot be trained afterwards.
@@ -112,7 +122,7 @@ def for_generation(model: GPTModel, quantize: str | None = None, compile: bool =
         model.float()  # bf16 activations would only be converted back and forth
     if compile:
         check_compiler(model.pos_emb.weight.device)
-    if quantize or compile:
+    if quantize or device == "cpu":
         for module in list(model.modules()):
             for name, child in module.named_children():
                 if type(child) is nn.Linear:
