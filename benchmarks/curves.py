@@ -17,7 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.contenders import machine, read_curve
-from benchmarks.peers import PADDED_VOCAB_SIZE, tuned_precision
+from benchmarks.peers import PADDED_VOCAB_SIZE, check_peers, tuned_precision
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
@@ -43,6 +43,7 @@ def time_to_loss(
         seeds: Runs of each; the median of the paired ratios is printed.
         out: JSON file for the results.
     """
+    check_peers(["nanogpt"], nanogpt)
     rates = {lr: train("nanogpt", folder=nanogpt, steps=steps, lr=lr, seed=0) for lr in (1e-3, 3e-3)}
     lr = min(rates, key=lambda rate: rates[rate][-1][1])
     runs = []

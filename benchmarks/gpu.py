@@ -20,7 +20,7 @@ from typing import Any, Literal
 from benchmarks.contenders import Contender, Process, machine, measure_interleaved
 from benchmarks.gpu_checks import correctness, reliability
 from benchmarks.gpu_probes import probe_lines
-from benchmarks.peers import make, step_flops
+from benchmarks.peers import check_peers, make, step_flops
 
 ROOT = Path(__file__).parent.parent
 Lines = Iterator[dict[str, Any]]
@@ -56,8 +56,7 @@ def run(
 
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("error: no GPU is visible to torch: use --device cpu for a dry run, or install a CUDA build")
-    if nanogpt is not None and not Path(nanogpt, "model.py").is_file():
-        raise SystemExit(f"error: --nanogpt {nanogpt} has no model.py: name the folder of a clone of nanoGPT")
+    check_peers(["transformers"] if nanogpt is None else ["transformers", "nanogpt"], nanogpt)
     unknown = [phase for phase in phases if phase not in LIMITS]
     if unknown:
         raise SystemExit(f"error: no phase is named {unknown[0]!r}: choose from {', '.join(LIMITS)}")

@@ -7,9 +7,11 @@ is bf16 (float32 on a CPU without native bf16), torch.compile, fused AdamW, and 
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from itertools import count
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +24,27 @@ from benchmarks.contenders import Contender, StepTimer
 SIZES = {"355m": (1024, 16, 24), "124m": (768, 12, 12), "small": (384, 6, 6), "toy": (16, 2, 1)}
 VOCAB_SIZE = 50257
 PADDED_VOCAB_SIZE = 50304  # nanoGPT and litgpt round up to this
+PEERS = {  # and the package that each needs here
+    "gptlit": None,
+    "nanogpt": None,
+    "litgpt": "litgpt",
+    "transformers": "transformers",
+    "trainer": "transformers",
+    "book": "llms_from_scratch",
+}
 WARM, STEPS = 5, 2  # steps before the first measurement, and per measurement
+
+
+def check_peers(names: Iterable[str], nanogpt: str | None) -> None:
+    """Exit with one line if a peer is unknown, or what it needs is missing."""
+    for name in names:
+        peer = name.partition(", ")[0]
+        if peer not in PEERS:
+            raise SystemExit(f"error: no peer is named {peer!r}: choose from {', '.join(PEERS)}")
+        if peer == "nanogpt" and (nanogpt is None or not Path(nanogpt, "model.py").is_file()):
+            raise SystemExit(f"error: --nanogpt {nanogpt} has no model.py: name the folder of a clone of nanoGPT")
+        if (package := PEERS[peer]) and find_spec(package) is None:
+            raise SystemExit(f"error: {peer} needs the package {package}: install it, or leave {peer} out of --peers")
 
 
 def make(name: str, size: str, batch_size: int, length: int, **options: Any) -> Contender:

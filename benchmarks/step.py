@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.contenders import Contender, StepTimer, compare
-from benchmarks.peers import SIZES, VOCAB_SIZE, bare, loop, make
+from benchmarks.peers import SIZES, VOCAB_SIZE, bare, check_peers, loop, make
 
 
 def run(
@@ -32,6 +32,7 @@ def run(
             dependencies, too.
         out: JSON file for the results; the peer is appended to its name.
     """
+    check_peers([peer for peer in peers if peer != "litgpt" or not litgpt_python], nanogpt)
     for peer in peers:  # one peer at a time: all of them at once need too much memory for a small machine
         shipped = [] if peer == "litgpt" else ["gptlit, shipped", f"{peer}, shipped"]
         names = ["gptlit", "matmul", f"{peer}, tuned", *shipped]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import footprint, gpu, step
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,18 @@ def test_a_wrong_argument_is_one_line(tmp_path: Path, options: dict[str, object]
     assert word in str(stop.value)
     assert "\n" not in str(stop.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [({}, "--nanogpt None"), ({"nanogpt": "no/such/folder"}, "no/such/folder"), ({"peers": ("warp",)}, "'warp'")],
+)
+def test_a_missing_peer_is_one_line(options: dict[str, object], word: str) -> None:
+    for benchmark in (step.run, footprint.run):
+        with pytest.raises(SystemExit) as stop:
+            benchmark(**options)
+        assert word in str(stop.value)
+        assert "\n" not in str(stop.value)
 
 
 @pytest.mark.slow
