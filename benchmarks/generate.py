@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import tuned_precision
+from benchmarks.peers import check_peers, tuned_precision
 
 PROMPT = 32  # tokens
 
@@ -27,6 +27,7 @@ def run(
     """
     from benchmarks.contenders import compare
 
+    check_peers(["transformers"], None)
     best = "bf16" if tuned_precision("cpu") == "bf16-mixed" else "fp32"
     pairs = {"gptlit fp32": "transformers fp32", f"gptlit {best}": f"transformers {best}"}
     pairs["gptlit int8"] = f"transformers {best}"

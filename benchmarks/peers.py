@@ -41,10 +41,12 @@ def check_peers(names: Iterable[str], nanogpt: str | None) -> None:
         peer = name.partition(", ")[0]
         if peer not in PEERS:
             raise SystemExit(f"error: no peer is named {peer!r}: choose from {', '.join(PEERS)}")
-        if peer == "nanogpt" and (nanogpt is None or not Path(nanogpt, "model.py").is_file()):
+        if peer == "nanogpt" and nanogpt is None:
+            raise SystemExit("error: nanogpt needs --nanogpt FOLDER, a clone of its repository")
+        if peer == "nanogpt" and not Path(nanogpt or "", "model.py").is_file():
             raise SystemExit(f"error: --nanogpt {nanogpt} has no model.py: name the folder of a clone of nanoGPT")
         if (package := PEERS[peer]) and find_spec(package) is None:
-            raise SystemExit(f"error: {peer} needs the package {package}: install it, or leave {peer} out of --peers")
+            raise SystemExit(f"error: {peer} needs the package {package}: install it, or leave {peer} out")
 
 
 def make(name: str, size: str, batch_size: int, length: int, **options: Any) -> Contender:

@@ -15,14 +15,17 @@ from gptlit.errors import InputError
 from gptlit.model.gpt import GPTModel
 
 FEW_ROWS = 16
-_capabilities = torch.cpu.get_capabilities()
-HAS_ONLY_AVX2 = bool(_capabilities.get("avx2") and not _capabilities.get("avx512_f"))
+HAS_ONLY_AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
+CACHED_ROWS = 1024  # of int8 weights, as many as a CPU's cache holds in float32
 
 
 class RowLinear(nn.Module):
     """A linear layer for a single row, when compiled, or a few: (..., I) -> (..., O)."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    weight: Tensor  # (O, I)
+    bias: Tensor | None
+
+    def __init__(self, linear: "nn.Linear | RowLinear") -> None:
         super().__init__()
         self.weight = linear.weight
         self.bias = linear.bias
@@ -32,8 +35,9 @@ class RowLinear(nn.Module):
         if len(rows) == 1 and torch.compiler.is_compiling():
             product = (self.weight.float() * rows.float()).sum(dim=-1)  # (O,)
             return _as_row(product, self.bias, x)
-        if 1 < len(rows) <= FEW_ROWS and x.dtype == torch.float32 and HAS_ONLY_AVX2:
-            # There MKL takes up to twice as long for rows @ weight.t(); processors with AVX-512 were not measured.
+        is_few = 1 < len(rows) <= FEW_ROWS and x.device.type == "cpu"
+        if is_few and x.dtype == torch.float32 and HAS_ONLY_AVX2:
+            # MKL takes 1.2 to 3 times as long for rows @ weight.t() (AMD Zen 3; AVX-512 has not been measured).
             product = (self.weight @ rows.t()).t().contiguous()
             return (product if self.bias is None else product + self.bias).view(*x.shape[:-1], -1)
         return F.linear(x, self.weight, self.bias)
@@ -53,9 +57,9 @@ class Int8Linear(nn.Module):
     weight: Tensor
     scale: Tensor  # (O,)
 
-    def __init__(self, linear: nn.Linear, packed: bool) -> None:
+    def __init__(self, linear: nn.Linear | RowLinear, packed: bool) -> None:
         super().__init__()
-        self.packed = packed and linear.in_features % 4 == 0
+        self.packed = packed and linear.weight.shape[1] % 4 == 0
         full = linear.weight.detach().float()
         scale = full.abs().amax(dim=1).clamp(min=1e-12) / 127
         weight = (full / scale[:, None]).round().to(torch.int8)
@@ -78,11 +82,13 @@ class Int8Linear(nn.Module):
         if self.packed:
             planes = weight[..., None].view(torch.int8).transpose(1, 2)  # (O, 4, I/4)
             weight = planes.reshape(len(weight), -1)
-        if len(rows) <= FEW_ROWS and x.device.type == "cpu":
-            # torch has no public int8 product. With float32 rows this one takes ten times as long.
-            product = torch._weight_int8pack_mm(rows.bfloat16(), weight, self.scale.bfloat16()).to(x.dtype)
-        else:
+        if len(rows) > FEW_ROWS or x.device.type != "cpu":
             product = F.linear(rows, weight.to(x.dtype)) * self.scale
+        elif x.dtype == torch.bfloat16:
+            product = torch._weight_int8pack_mm(rows, weight, self.scale)  # torch has no public int8 product
+        else:
+            parts = weight.split(CACHED_ROWS)  # type: ignore[no-untyped-call]
+            product = torch.cat([part.to(x.dtype) @ rows.t() for part in parts]).t().contiguous() * self.scale
         if self.bias is not None:
             product = product + self.bias
         return product.view(*x.shape[:-1], -1)
@@ -125,7 +131,7 @@ def for_generation(model: GPTModel, quantize: str | None = None, compile: bool =
     if quantize or device == "cpu":
         for module in list(model.modules()):
             for name, child in module.named_children():
-                if type(child) is nn.Linear:
+                if type(child) is nn.Linear or type(child) is RowLinear:
                     setattr(module, name, Int8Linear(child, packed=compile) if quantize else RowLinear(child))
     if compile:
         for module in (*model.trf_blocks, model.out_head):

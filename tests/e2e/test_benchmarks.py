@@ -26,7 +26,7 @@ def test_a_wrong_argument_is_one_line(tmp_path: Path, options: dict[str, object]
 
 @pytest.mark.parametrize(
     ("options", "word"),
-    [({}, "--nanogpt None"), ({"nanogpt": "no/such/folder"}, "no/such/folder"), ({"peers": ("warp",)}, "'warp'")],
+    [({}, "--nanogpt FOLDER"), ({"nanogpt": "no/such/folder"}, "no/such/folder"), ({"peers": ("warp",)}, "'warp'")],
 )
 def test_a_missing_peer_is_one_line(options: dict[str, object], word: str) -> None:
     for benchmark in (step.run, footprint.run):
