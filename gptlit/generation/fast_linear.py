@@ -50,6 +50,7 @@ class Int8Linear(nn.Module):
         linear: The layer to copy.
         packed: Pack four weights into 32 bits, which is fastest for a compiled product with a single row; other
             products unpack them first.
+        exact: Keep activations in their dtype, as logits must be; other layers multiply a few rows in bf16 on a CPU.
     """
 
     # int8 (O, I), or packed: words (O, I/4), whose byte k of word j is the weight k * I/4 + j. Words are stored as
@@ -57,8 +58,9 @@ class Int8Linear(nn.Module):
     weight: Tensor
     scale: Tensor  # (O,)
 
-    def __init__(self, linear: nn.Linear | RowLinear, packed: bool) -> None:
+    def __init__(self, linear: nn.Linear | RowLinear, packed: bool, exact: bool = False) -> None:
         super().__init__()
+        self.exact = exact
         self.packed = packed and linear.weight.shape[1] % 4 == 0
         full = linear.weight.detach().float()
         scale = full.abs().amax(dim=1).clamp(min=1e-12) / 127
@@ -84,8 +86,9 @@ class Int8Linear(nn.Module):
             weight = planes.reshape(len(weight), -1)
         if len(rows) > FEW_ROWS or x.device.type != "cpu":
             product = F.linear(rows, weight.to(x.dtype)) * self.scale
-        elif x.dtype == torch.bfloat16:
-            product = torch._weight_int8pack_mm(rows, weight, self.scale)  # torch has no public int8 product
+        elif x.dtype == torch.bfloat16 or not self.exact:
+            # torch has no public int8 product. With float32 rows this one takes ten times as long.
+            product = torch._weight_int8pack_mm(rows.bfloat16(), weight, self.scale.bfloat16()).to(x.dtype)
         else:
             parts = weight.split(CACHED_ROWS)  # type: ignore[no-untyped-call]
             product = torch.cat([part.to(x.dtype) @ rows.t() for part in parts]).t().contiguous() * self.scale
@@ -132,7 +135,9 @@ def for_generation(model: GPTModel, quantize: str | None = None, compile: bool =
         for module in list(model.modules()):
             for name, child in module.named_children():
                 if type(child) is nn.Linear or type(child) is RowLinear:
-                    setattr(module, name, Int8Linear(child, packed=compile) if quantize else RowLinear(child))
+                    is_head = child is model.out_head
+                    fast = Int8Linear(child, packed=compile, exact=is_head) if quantize else RowLinear(child)
+                    setattr(module, name, fast)
     if compile:
         for module in (*model.trf_blocks, model.out_head):
             module.compile(dynamic=False)

@@ -186,12 +186,13 @@ def test_eight_bits_stay_close(dtype: torch.dtype) -> None:
 def test_packed_and_plain_8_bits_are_the_same_numbers(rows: int) -> None:
     torch.manual_seed(0)
     linear = torch.nn.Linear(24, 10)
-    plain, packed = Int8Linear(linear, packed=False), Int8Linear(linear, packed=True)
+    plain, packed = (Int8Linear(linear, packed=packed, exact=True) for packed in (False, True))
     assert packed.weight.shape == (10, 6)
     x = torch.randn(2, rows, 24)[:1] if rows == 1 else torch.randn(1, rows, 24)
     expected = x @ (plain.weight.float() * plain.scale[:, None]).T + linear.bias
     torch.testing.assert_close(packed(x), expected)
     torch.testing.assert_close(plain(x), expected)
+    torch.testing.assert_close(Int8Linear(linear, packed=False)(x), expected, atol=2e-2, rtol=2e-2)
     in_bf16 = Int8Linear(linear.bfloat16(), packed=False)(x.bfloat16())
     torch.testing.assert_close(in_bf16.float(), expected, atol=2e-2, rtol=2e-2)
     assert not Int8Linear(torch.nn.Linear(6, 3), packed=True).packed
@@ -213,6 +214,7 @@ def test_a_few_rows_are_multiplied_from_the_left(
 def test_a_model_can_be_quantized_after_it_was_optimized(model: GPTModel) -> None:
     quantized = for_generation(for_generation(model), "int8")
     assert quantized.out_head.weight.dtype == torch.int8
+    assert [name for name, layer in quantized.named_modules() if getattr(layer, "exact", False)] == ["out_head"]
 
 
 def test_an_unknown_quantization_is_named(model: GPTModel) -> None:
