@@ -37,7 +37,7 @@ class RowLinear(nn.Module):
             return _as_row(product, self.bias, x)
         is_few = 1 < len(rows) <= FEW_ROWS and x.device.type == "cpu"
         if is_few and x.dtype == torch.float32 and HAS_ONLY_AVX2:
-            # MKL takes 1.2 to 3 times as long for rows @ weight.t() (AMD Zen 3; AVX-512 has not been measured).
+            # MKL takes 1.3 to 2 times as long for rows @ weight.t() (AMD Zen 3; AVX-512 has not been measured).
             product = (self.weight @ rows.t()).t().contiguous()
             return (product if self.bias is None else product + self.bias).view(*x.shape[:-1], -1)
         return F.linear(x, self.weight, self.bias)
